@@ -1,0 +1,15 @@
+"""The two exception types that every room of the package may use."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something the caller gave (data, a setting, a file) cannot be used.
+
+    The message is one sentence: the thing, what was expected, what came, and the remedy. The command line prints it
+    and exits with code 2; from Python it is an ordinary ``ValueError``.
+    """
+
+
+class SageFastWarning(UserWarning):
+    """A slower or narrower path is taken; the message names the reason and the remedy."""
