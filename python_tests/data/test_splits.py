@@ -1,0 +1,129 @@
+"""Split files and the choice of shots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sage_fast.data.folders import ImageFolder, ImageSet
+from sage_fast.data.splits import load_split, split_seen_unseen, take_shots
+from sage_fast.errors import InputError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "splits"
+
+
+def folder(counts: dict[str, int]) -> ImageFolder:
+    names = sorted(counts)
+    files = [f"{name}/{i:03d}.png" for name in names for i in range(counts[name])]
+    labels = [names.index(name) for name in names for _ in range(counts[name])]
+    return ImageFolder(Path("root"), names, files, labels)
+
+
+def image_set(counts: dict[str, int]) -> ImageSet:
+    listed = folder(counts)
+    images = torch.arange(len(listed), dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    return ImageSet(images, torch.tensor(listed.labels), listed.categories, listed.files, [])
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_load_split(tmp_path):
+    split = load_split(write(tmp_path / "s.json", {"seen": ["a", "b"], "unseen": ["c"], "counts": {}, "mode": 1}))
+    assert (split.name, split.seen, split.unseen) == ("s", ("a", "b"), ("c",))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not on this machine")
+def test_every_shared_split_loads():
+    sizes = {path.stem: load_split(path) for path in sorted(SHARED.glob("*.json"))}
+    assert (len(sizes["flowers102_128"].seen), len(sizes["flowers102_128"].unseen)) == (85, 13)
+    assert all(split.name == name for name, split in sizes.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"seen": ["a"]}, "two lists"),
+        ({"seen": [], "unseen": ["a"]}, "two lists"),
+        ({"seen": "ab", "unseen": ["a"]}, "two lists"),
+        ({"seen": [1], "unseen": ["a"]}, "two lists"),
+        (["a"], "two lists"),
+        ({"seen": ["a", "b"], "unseen": ["b"]}, "names 'b' more than once"),
+        ({"seen": ["a", "a"], "unseen": ["b"]}, "names 'a' more than once"),
+    ],
+)
+def test_bad_split(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        load_split(write(tmp_path / "s.json", content))
+
+
+def test_split_file_that_is_none(tmp_path):
+    with pytest.raises(InputError, match="cannot be opened"):
+        load_split(tmp_path / "gone.json")
+    (tmp_path / "s.json").write_bytes(b"\xff\xfe not json")
+    with pytest.raises(InputError, match="is not JSON"):
+        load_split(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("make", [folder, image_set])
+def test_split_seen_unseen(tmp_path, make):
+    split = load_split(write(tmp_path / "s.json", {"seen": ["d", "a"], "unseen": ["b"]}))
+    seen, unseen = split_seen_unseen(make({"a": 2, "b": 3, "c": 4, "d": 5}), split)
+    assert (seen.categories, len(seen)) == (["a", "d"], 7)
+    assert (unseen.categories, len(unseen)) == (["b"], 3)
+    with pytest.raises(InputError, match="lacks b"):
+        split_seen_unseen(make({"a": 2, "d": 3}), split)
+
+
+@pytest.mark.parametrize("make", [folder, image_set])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_shots_and_real_are_a_partition(make, k):
+    images = make({"a": 5, "b": 9, "c": 20})
+    shots, real = take_shots(images, k, seed=3)
+    assert [int(label) for label in shots.labels] == [0] * k + [1] * k + [2] * k
+    assert sorted(shots.files + real.files) == sorted(images.files)
+    assert shots.categories == real.categories == images.categories
+
+
+def test_shots_carry_their_pixels():
+    images = image_set({"a": 5, "b": 9})
+    shots, real = take_shots(images, 2)
+    for part in (shots, real):
+        for name, pixel in zip(part.files, part.images.flatten().tolist()):
+            assert images.files[pixel] == name
+
+
+def test_shots_are_fixed_by_the_seed():
+    images = folder({"a": 50, "b": 50})
+    assert take_shots(images, 3, 7)[0].files == take_shots(images, 3, 7)[0].files
+    assert len({tuple(take_shots(images, 3, seed)[0].files) for seed in range(10)}) == 10
+
+
+def test_shots_are_the_same_on_every_machine():
+    assert take_shots(folder({"a": 50, "b": 50}), 2, 0)[0].files == ["a/048.png", "a/029.png", "b/041.png", "b/039.png"]
+
+
+def test_one_shot_is_contained_in_three():
+    images = folder({"a": 30})
+    assert take_shots(images, 3)[0].files[:1] == take_shots(images, 1)[0].files
+
+
+def test_shots_do_not_depend_on_other_categories_or_the_order():
+    alone = take_shots(folder({"b": 20}), 3)[0].files
+    images = folder({"a": 5, "b": 20})
+    assert take_shots(images, 3)[0].files[3:] == alone
+    turned = images.subset(list(reversed(range(len(images)))))
+    assert take_shots(turned, 3)[0].files[3:] == alone
+
+
+def test_fewer_images_than_shots():
+    images = folder({"a": 5, "b": 2})
+    with pytest.raises(InputError, match=r"'b' has fewer images \(2\) than shots \(3\); add images or ask for fewer"):
+        take_shots(images, 3)
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        take_shots(images, 0)

@@ -1,0 +1,267 @@
+"""A folder of images per category, listed (``ImageFolder``) and read into memory (``ImageSet``)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sage_fast.data.images import IMAGE_SUFFIXES, UnreadableImage, check_pixels, decode
+from sage_fast.errors import InputError, SageFastWarning
+
+_NAMED = 3  # how many files or categories a message lists before "and N more"
+_CHUNK = 32  # images a thread takes at a time
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFolder:
+    """The image files of a folder, not yet read.
+
+    Attributes:
+        root: the folder.
+        categories: names, sorted by code point.
+        files: N paths relative to ``root`` with ``/`` (``category/name.png``, or ``name.png`` in a flat folder),
+            category after category, sorted by name within each.
+        labels: N indices into ``categories``.
+    """
+
+    root: Path
+    categories: list[str]
+    files: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def subset(self, indices: Sequence[int]) -> ImageFolder:
+        """The files at ``indices``, in that order; ``categories`` and labels keep their numbers."""
+        files, labels = [self.files[i] for i in indices], [self.labels[i] for i in indices]
+        return ImageFolder(self.root, self.categories, files, labels)
+
+    def select(self, categories: Sequence[str]) -> ImageFolder:
+        """The files of ``categories`` only; labels are renumbered in sorted order."""
+        names = _known(categories, self.categories, f"Folder {str(self.root)!r}")
+        number = {self.categories.index(name): new for new, name in enumerate(names)}
+        kept = [i for i, label in enumerate(self.labels) if label in number]
+        return ImageFolder(self.root, names, [self.files[i] for i in kept], [number[self.labels[i]] for i in kept])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one resolution in memory.
+
+    Attributes:
+        images: uint8 [N, C, R, R].
+        labels: int64 [N], indices into ``categories``.
+        categories: S names, sorted.
+        files: N names, relative to ``root``.
+        skipped: "file: reason" for each image that could not be read.
+        root: the folder the files lie in; empty for drawn images.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    categories: list[str]
+    files: list[str]
+    skipped: list[str]
+    root: str = ""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def subset(self, indices: torch.Tensor | Sequence[int]) -> ImageSet:
+        """The images at ``indices``, in that order; ``categories`` and labels keep their numbers."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        files = [self.files[i] for i in index.tolist()]
+        return ImageSet(self.images[index], self.labels[index], self.categories, files, [], self.root)
+
+    def select(self, categories: Sequence[str]) -> ImageSet:
+        """The images of ``categories`` only; labels are renumbered in sorted order."""
+        names = _known(categories, self.categories, "The image set")
+        number = torch.full((len(self.categories),), -1, dtype=torch.int64)
+        for new, name in enumerate(names):
+            number[self.categories.index(name)] = new
+        index = torch.nonzero(number[self.labels] >= 0).flatten()
+        files = [self.files[i] for i in index.tolist()]
+        return ImageSet(self.images[index], number[self.labels[index]], names, files, [], self.root)
+
+
+def scan_image_folder(folder: str | os.PathLike[str], min_categories: int = 1, flat_ok: bool = False) -> ImageFolder:
+    """List the images of ``folder/<category>/*.png|jpg|...``.
+
+    Each sub-folder with images is one category. Names that start with a dot, ``__MACOSX`` and files without an image
+    suffix are passed over; sub-folders without images are passed over with one warning; links are followed. Images
+    directly in ``folder`` count only when ``flat_ok`` and no sub-folder has images: they are then one category that
+    bears the folder's name. Nothing is decoded.
+
+    Raises:
+        InputError: no such folder, no images, or fewer than ``min_categories`` categories.
+    """
+    root = Path(folder)
+    names, loose = _children(root)
+    listing = {name: _children(root / name)[1] for name in names}
+    _warn_empty(root, [name for name, images in listing.items() if not images] if any(listing.values()) else [])
+    listing = {name: images for name, images in listing.items() if images}
+    if not listing:
+        return _flat_folder(root, loose, names, min_categories, flat_ok)
+    _check_count(root, list(listing), min_categories)
+    files = [f"{name}/{image}" for name, images in listing.items() for image in images]
+    labels = [label for label, images in enumerate(listing.values()) for _ in images]
+    return ImageFolder(root, list(listing), files, labels)
+
+
+def read_images(
+    folder: ImageFolder,
+    resolution: int,
+    n_channels: int = 3,
+    max_bad_share: float = 0.05,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageSet:
+    """Decode every image of ``folder`` by the rule of ``images`` into one array, in the folder's order.
+
+    Args:
+        folder: what ``scan_image_folder`` returned.
+        resolution: R in pixels.
+        n_channels: 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
+        max_bad_share: images that cannot be read are left out with one warning while they are at most this share.
+        progress: called with (images done, images in all) from the calling thread.
+
+    Raises:
+        InputError: more than ``max_bad_share`` of the images, or all images of one category, cannot be read.
+    """
+    check_pixels(resolution, n_channels)
+    images = torch.empty((len(folder), n_channels, resolution, resolution), dtype=torch.uint8)
+    bad = _decode_all(folder, images.numpy(), progress)
+    skipped = [f"{folder.files[i]}: {reason}" for i, reason in sorted(bad.items())]
+    labels = torch.tensor(folder.labels, dtype=torch.int64)
+    files = list(folder.files)
+    if bad:
+        _check_bad(folder, skipped, max_bad_share)
+        index = torch.tensor([i for i in range(len(folder)) if i not in bad], dtype=torch.int64)
+        images, labels, files = images[index], labels[index], [files[i] for i in index.tolist()]
+        _check_every_category(folder, labels)
+    return ImageSet(images, labels, list(folder.categories), files, skipped, str(folder.root))
+
+
+def _decode_all(folder: ImageFolder, out: np.ndarray, progress: Callable[[int, int], None] | None) -> dict[int, str]:
+    """Fill ``out`` [N, C, R, R]; returns reasons by index of the images that cannot be read."""
+    n_channels, resolution = out.shape[1:3]
+
+    def work(start: int) -> dict[int, str]:
+        bad = {}
+        for i in range(start, min(start + _CHUNK, len(folder))):
+            try:
+                out[i] = decode(folder.root / folder.files[i], resolution, n_channels)
+            except UnreadableImage as error:
+                bad[i] = error.reason
+        return bad
+
+    bad: dict[int, str] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # each image is judged here, once and by name
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        pool = ThreadPoolExecutor(_n_threads(), thread_name_prefix="sage_fast-decode")
+        try:
+            for start, found in zip(range(0, len(folder), _CHUNK), pool.map(work, range(0, len(folder), _CHUNK))):
+                bad.update(found)
+                if progress is not None:
+                    progress(min(start + _CHUNK, len(folder)), len(folder))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return bad
+
+
+def _n_threads() -> int:
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, n_cores)  # each holds one image at full size
+
+
+def _children(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorted names of the sub-folders and of the image files in ``folder``."""
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+            folders = sorted(entry.name for entry in shown if entry.is_dir())
+    except FileNotFoundError as error:
+        raise InputError(f"Image folder {str(folder)!r} does not exist; give a folder of images.") from error
+    except NotADirectoryError as error:
+        raise InputError(f"{str(folder)!r} is a file; give the folder that holds the images.") from error
+    except OSError as error:
+        raise InputError(f"Image folder {str(folder)!r} cannot be listed ({error.strerror}).") from error
+    names = {entry.name for entry in shown if entry.name.lower().endswith(IMAGE_SUFFIXES)}
+    return folders, sorted(names - set(folders))
+
+
+def _flat_folder(root: Path, loose: list[str], names: list[str], min_categories: int, flat_ok: bool) -> ImageFolder:
+    layout = f"expected {root.name or root}/<category>/<image>.png, .jpg or another image type"
+    if not loose:
+        inner = next(
+            (name for name in names if any(_children(root / name / sub)[1] for sub in _subfolders(root, name))), ""
+        )
+        hint = f"give {str(root / inner)!r}, which has them" if inner else "put images there or give another folder"
+        raise InputError(f"Image folder {str(root)!r} has no images, {layout}; {hint}.")
+    if not flat_ok:
+        raise InputError(
+            f"Image folder {str(root)!r} has images but no category folders, {layout}; "
+            "move the images of each category into a folder of their own."
+        )
+    category = root.resolve().name or "images"
+    _check_count(root, [category], min_categories)
+    return ImageFolder(root, [category], loose, [0] * len(loose))
+
+
+def _subfolders(root: Path, name: str) -> list[str]:
+    return _children(root / name)[0]
+
+
+def _check_count(root: Path, categories: list[str], min_categories: int) -> None:
+    if len(categories) < min_categories:
+        raise InputError(
+            f"Image folder {str(root)!r} has {len(categories)} categor{'y' if len(categories) == 1 else 'ies'} "
+            f"({_first(categories)}), expected at least {min_categories}; add a folder of images per category."
+        )
+
+
+def _warn_empty(root: Path, empty: list[str]) -> None:
+    if empty:
+        message = f"Sub-folders of {str(root)!r} without images are passed over: {_first(empty)}."
+        warnings.warn(message, SageFastWarning, stacklevel=3)
+
+
+def _check_bad(folder: ImageFolder, skipped: list[str], max_bad_share: float) -> None:
+    share = len(skipped) / len(folder)
+    found = f"{len(skipped)} of {len(folder)} images in {str(folder.root)!r} cannot be read ({_first(skipped, '; ')})"
+    if share > max_bad_share:
+        raise InputError(f"{found}, more than the {max_bad_share:.0%} allowed; repair or remove them.")
+    warnings.warn(f"{found} and are left out; repair or remove them.", SageFastWarning, stacklevel=3)
+
+
+def _check_every_category(folder: ImageFolder, labels: torch.Tensor) -> None:
+    counts = torch.bincount(labels, minlength=len(folder.categories)).tolist()
+    lost = [name for name, count in zip(folder.categories, counts) if count == 0]
+    if lost:
+        raise InputError(
+            f"No image can be read of {_first(lost)} in {str(folder.root)!r}; repair the images or remove the folder."
+        )
+
+
+def _known(wanted: Sequence[str], present: Sequence[str], where: str) -> list[str]:
+    names = sorted(set(wanted))
+    missing = sorted(set(names) - set(present))
+    if missing or not names:
+        raise InputError(
+            f"{where} lacks {_first(missing) or 'a chosen category'}; choose among {_first(list(present))}."
+        )
+    return names
+
+
+def _first(names: Sequence[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return separator.join(repr(name)[1:-1] for name in names[:_NAMED]) + more

@@ -1,0 +1,103 @@
+"""Seen and unseen categories, and the few shots of an unseen one.
+
+The shots of a category are the first K of its images in an order that depends on the seed, the category's name and
+the images' file names alone (SHA-256 of the three). So one shot is contained in three, a category's shots do not change
+when other categories or images come and go, and no library's random numbers are involved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from sage_fast.data.folders import ImageFolder, ImageSet
+from sage_fast.errors import InputError
+
+Images = TypeVar("Images", ImageFolder, ImageSet)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of the categories to learn from (``seen``) and to be generated from a few shots (``unseen``)."""
+
+    name: str
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+
+def load_split(path: str | os.PathLike[str]) -> Split:
+    """Read a split file: JSON with lists ``seen`` and ``unseen`` of category names (other keys are free).
+
+    Raises:
+        InputError: no such file, no JSON, a list missing or empty, a name given twice.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Split file {str(path)!r} cannot be opened ({error.strerror}).") from error
+    except ValueError as error:
+        raise InputError(f"Split file {str(path)!r} is not JSON ({error}); expected lists seen and unseen.") from error
+    parts = [content.get(key) if isinstance(content, dict) else None for key in ("seen", "unseen")]
+    if not all(isinstance(part, list) and part and all(isinstance(name, str) for name in part) for part in parts):
+        raise InputError(f"Split file {str(path)!r} must hold two lists of category names, seen and unseen.")
+    seen, unseen = parts
+    repeated = [name for name, count in Counter(seen + unseen).items() if count > 1]
+    if repeated:
+        raise InputError(f"Split file {str(path)!r} names {repeated[0]!r} more than once; name each category once.")
+    name = content.get("name")
+    return Split(name if isinstance(name, str) else Path(path).stem, tuple(seen), tuple(unseen))
+
+
+def split_seen_unseen(images: Images, split: Split) -> tuple[Images, Images]:
+    """The seen and the unseen part of an ``ImageFolder`` or ``ImageSet``; categories of neither list are left out.
+
+    Raises:
+        InputError: a category of the split is not there.
+    """
+    return images.select(split.seen), images.select(split.unseen)
+
+
+def take_shots(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:
+    """K images of each category as the given shots, all others as the real ones to compare with.
+
+    Args:
+        images: ``ImageFolder`` or ``ImageSet``.
+        k: shots per category, at least 1.
+        seed: any integer; the same one gives the same shots on every machine.
+
+    Returns:
+        (shots, real). Both keep ``categories`` and the label numbers; ``real`` is empty of a category with K images.
+
+    Raises:
+        InputError: ``k`` is below 1 or a category has fewer images.
+    """
+    if k < 1:
+        raise InputError(f"The number of shots must be at least 1, got {k}.")
+    labels = [int(label) for label in images.labels]
+    by_category: list[list[int]] = [[] for _ in images.categories]
+    for index, label in enumerate(labels):
+        by_category[label].append(index)
+    shots: list[int] = []
+    for category, indices in zip(images.categories, by_category):
+        if len(indices) < k:
+            raise InputError(
+                f"Category {category!r} has fewer images ({len(indices)}) than shots ({k}); "
+                "add images or ask for fewer shots."
+            )
+        shots += _shuffled(category, indices, images.files, seed)[:k]
+    chosen = set(shots)
+    return images.subset(shots), images.subset([i for i in range(len(labels)) if i not in chosen])
+
+
+def _shuffled(category: str, indices: Sequence[int], files: Sequence[str], seed: int) -> list[int]:
+    def key(index: int) -> tuple[bytes, int]:
+        text = f"{seed}\0{category}\0{PurePosixPath(files[index]).name}"
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), index
+
+    return sorted(indices, key=key)
