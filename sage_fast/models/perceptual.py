@@ -188,6 +188,7 @@ def load_perceptual(spec: str | Path, discriminator: Discriminator | None = None
 
 def _from_file(path: Path) -> FeatureNetwork:
     weights = {k: v for k, v in _read_weights(path).items() if k.startswith("features.")}
+    weights = {k.replace(".squeeze1x1.", ".squeeze."): v for k, v in weights.items()}  # both names are about
     squeeze = "features.3.squeeze.weight" in weights
     try:
         network = SqueezeFeatures() if squeeze else ChainFeatures(_chain_layout(weights))
