@@ -314,6 +314,13 @@ def test_settings(tmp_path, resolution, n_channels):
         load_image(tmp_path / "a.png", resolution, n_channels)
 
 
+@pytest.mark.parametrize(("resolution", "n_channels"), [(32.0, 3), ("32", 3), (32, 3.0)])
+def test_settings_of_another_type(tmp_path, resolution, n_channels):
+    photo().save(tmp_path / "a.png")
+    with pytest.raises(TypeError):
+        load_image(tmp_path / "a.png", resolution, n_channels)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(suffix=st.sampled_from(["png", "jpg", "gif", "webp", "tif", "bmp"]), data=st.data())
 @pytest.mark.filterwarnings("ignore")

@@ -362,7 +362,14 @@ def test_prepare_output_refuses_what_is_not_empty(tmp_path):
 def test_prepare_output_overwrites_its_own(tmp_path):
     out = prepare_output(tmp_path / "out")
     (out / "rose").mkdir()
-    for name in ("rose/rose_00000.png", "manifest.jsonl", "config.json", "m.safetensors", ".0123.sage_fast.tmp"):
+    for name in (
+        "rose/rose_00000.png",
+        "manifest.jsonl",
+        "config.json",
+        "m.safetensors",
+        ".0123.sage_fast.tmp",
+        ".DS_Store",
+    ):
         (out / name).write_bytes(b"x")
     assert os.listdir(prepare_output(out, overwrite=True)) == [MARKER]
 
@@ -406,6 +413,18 @@ def test_prepare_output_does_not_follow_links(tmp_path):
     with pytest.raises(InputError, match="did not write"):
         prepare_output(out, overwrite=True)
     assert (precious / "a.png").exists()
+
+
+def test_prepare_output_that_cannot_be_emptied(tmp_path, monkeypatch):
+    out = prepare_output(tmp_path / "out")
+    (out / "a.png").write_bytes(b"x")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(InputError, match=r"cannot be emptied \(Permission denied\)"):
+        prepare_output(out, overwrite=True)
 
 
 def test_prepare_output_where_none_can_be(tmp_path):

@@ -134,10 +134,11 @@ def read_images(
         progress: called with (images done, images in all) from the calling thread.
 
     Raises:
-        InputError: more than ``max_bad_share`` of the images, or all images of one category, cannot be read.
+        InputError: more than ``max_bad_share`` of the images, or all images of one category, cannot be read; or the
+            array does not fit into memory.
     """
     check_pixels(resolution, n_channels)
-    images = torch.empty((len(folder), n_channels, resolution, resolution), dtype=torch.uint8)
+    images = _room_for(len(folder), n_channels, resolution)
     bad = _decode_all(folder, images.numpy(), progress)
     skipped = [f"{folder.files[i]}: {reason}" for i, reason in sorted(bad.items())]
     labels = torch.tensor(folder.labels, dtype=torch.int64)
@@ -148,6 +149,17 @@ def read_images(
         images, labels, files = images[index], labels[index], [files[i] for i in index.tolist()]
         _check_every_category(folder, labels)
     return ImageSet(images, labels, list(folder.categories), files, skipped, str(folder.root))
+
+
+def _room_for(n: int, n_channels: int, resolution: int) -> torch.Tensor:
+    try:
+        return torch.empty((n, n_channels, resolution, resolution), dtype=torch.uint8)
+    except RuntimeError as error:
+        size = n * n_channels * resolution**2 / 2**30
+        raise InputError(
+            f"{n} images of {resolution} pixels need {size:.1f} GiB of memory, which is not there; "
+            "choose a smaller resolution or fewer images."
+        ) from error
 
 
 def _decode_all(folder: ImageFolder, out: np.ndarray, progress: Callable[[int, int], None] | None) -> dict[int, str]:
@@ -212,7 +224,7 @@ def _flat_folder(root: Path, loose: list[str], names: list[str], min_categories:
             f"Image folder {str(root)!r} has images but no category folders, {layout}; "
             "move the images of each category into a folder of their own."
         )
-    category = root.resolve().name or "images"
+    category = Path(os.path.abspath(root)).name or "images"  # a link keeps its own name
     _check_count(root, [category], min_categories)
     return ImageFolder(root, [category], loose, [0] * len(loose))
 

@@ -22,6 +22,7 @@ The rule, in order:
 
 from __future__ import annotations
 
+import operator
 import os
 import stat
 from contextlib import suppress
@@ -76,6 +77,7 @@ def load_image(path: str | os.PathLike[str], resolution: int, n_channels: int = 
         UnreadableImage: the file is missing, empty, damaged, truncated, no image, above ``MAX_SIDE`` pixels on a side
             or above ``MAX_PIXELS`` in all.
         InputError: ``resolution`` or ``n_channels`` is out of range.
+        TypeError: ``resolution`` or ``n_channels`` is no integer.
     """
     check_pixels(resolution, n_channels)
     return torch.from_numpy(decode(path, resolution, n_channels).copy())
@@ -88,9 +90,9 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 def check_pixels(resolution: int, n_channels: int) -> None:
     """Raise ``InputError`` unless ``resolution`` is 1 to ``MAX_SIDE`` and ``n_channels`` 1 to 4."""
-    if not 1 <= resolution <= MAX_SIDE:
+    if not 1 <= operator.index(resolution) <= MAX_SIDE:
         raise InputError(f"resolution must be 1 to {MAX_SIDE} pixels, got {resolution}.")
-    if n_channels not in _MODES:
+    if operator.index(n_channels) not in _MODES:
         raise InputError(f"n_channels must be 1 (grey), 2 (grey + alpha), 3 (RGB) or 4 (RGBA), got {n_channels}.")
 
 

@@ -43,15 +43,20 @@ def load_split(path: str | os.PathLike[str]) -> Split:
         raise InputError(f"Split file {str(path)!r} cannot be opened ({error.strerror}).") from error
     except ValueError as error:
         raise InputError(f"Split file {str(path)!r} is not JSON ({error}); expected lists seen and unseen.") from error
-    parts = [content.get(key) if isinstance(content, dict) else None for key in ("seen", "unseen")]
-    if not all(isinstance(part, list) and part and all(isinstance(name, str) for name in part) for part in parts):
+    seen, unseen = (_names(content, key) for key in ("seen", "unseen"))
+    if not seen or not unseen:
         raise InputError(f"Split file {str(path)!r} must hold two lists of category names, seen and unseen.")
-    seen, unseen = parts
     repeated = [name for name, count in Counter(seen + unseen).items() if count > 1]
     if repeated:
         raise InputError(f"Split file {str(path)!r} names {repeated[0]!r} more than once; name each category once.")
     name = content.get("name")
     return Split(name if isinstance(name, str) else Path(path).stem, tuple(seen), tuple(unseen))
+
+
+def _names(content: object, key: str) -> list[str]:
+    """The list of names under ``key``, empty when there is none."""
+    names = content.get(key) if isinstance(content, dict) else None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
 def split_seen_unseen(images: Images, split: Split) -> tuple[Images, Images]:

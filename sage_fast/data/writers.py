@@ -22,6 +22,7 @@ from sage_fast.errors import InputError
 MARKER = ".sage_fast.json"
 _TEMPORARY = ".sage_fast.tmp"
 _OWN_SUFFIXES = (".png", ".json", ".jsonl", ".safetensors", ".pt", ".csv", ".md", ".html", ".svg", ".txt", _TEMPORARY)
+_SHELL_FILES = (".ds_store", "thumbs.db", "desktop.ini")  # dropped by desktops into any folder
 _RESUMABLE = (MARKER, "manifest.jsonl", "bundle.json", "configs")
 _WRITE_ERRORS = frozenset(
     getattr(errno, name)
@@ -100,8 +101,6 @@ def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Iterator
             os.close(descriptor)
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-    if durable:
-        _sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
@@ -300,18 +299,23 @@ def _delete_own(folder: Path) -> None:
             "alone; empty it yourself or give another folder."
         )
     for parent, folders, files in os.walk(folder):
-        foreign = [name for name in files if not name.lower().endswith(_OWN_SUFFIXES)]
+        foreign = [name for name in files if not name.lower().endswith(_OWN_SUFFIXES + _SHELL_FILES)]
         foreign += [name for name in folders if os.path.islink(os.path.join(parent, name))]
         if foreign:
             raise InputError(
                 f"Output folder {str(folder)!r} holds {os.path.join(parent, foreign[0])!r}, which sage_fast did not "
                 "write, so --overwrite leaves it alone; move that file away or give another folder."
             )
-    for entry in sorted(folder.iterdir(), key=lambda path: path.name == MARKER):  # the marker goes last
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+    try:
+        for entry in sorted(folder.iterdir(), key=lambda path: path.name == MARKER):  # the marker goes last
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+    except OSError as error:
+        raise InputError(
+            f"Output folder {str(folder)!r} cannot be emptied ({error.strerror}); empty it yourself."
+        ) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> InputError:
@@ -320,16 +324,6 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
         errno.ENOENT: "make its folder first",
     }.get(error.errno or 0, "choose another place")
     return InputError(f"File {str(path)!r} cannot be written ({error.strerror or error}); {remedy}.")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a loss of power, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _parse_manifest(path: Path) -> tuple[list[dict[str, Any]], int]:
