@@ -1,0 +1,143 @@
+"""StyleGAN2 modules: shapes over the whole range, properties of the layers, derivatives that training needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sage_fast.errors import InputError
+from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of, truncate
+
+SMALL = dict(channel_base=256, channel_max=16)
+
+
+@pytest.mark.parametrize("resolution", [4, 8, 32, 64, 256, 1024])
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_shapes(resolution, n_channels):
+    g = Generator(resolution, 8, 2, n_channels, channel_base=64, channel_max=8)
+    d = Discriminator(resolution, n_channels, channel_base=64, channel_max=8)
+    with torch.no_grad():
+        w = g.mapping(torch.randn(2, 8))
+        images = g(g.broadcast(w))
+        assert images.shape == (2, n_channels, resolution, resolution)
+        assert d(images).shape == (2, 1)
+        assert [f.shape[-1] for f in d.features(images)] == [resolution >> i for i in range(len(d.channels))]
+
+
+@pytest.mark.parametrize("resolution, n_latent", [(4, 2), (32, 8), (64, 10), (128, 12), (256, 14), (1024, 18)])
+def test_n_latent(resolution, n_latent):
+    assert n_latent_of(resolution) == n_latent
+
+
+def test_architecture_rebuilds_the_network():
+    g = Generator(16, 8, 3, 2, c_dim=5, **SMALL)
+    d = Discriminator(16, 2, c_dim=5, **SMALL)
+    Generator(**g.architecture()).load_state_dict(g.state_dict())
+    Discriminator(**d.architecture()).load_state_dict(d.state_dict())
+
+
+def test_explicit_channels():
+    assert Generator(32, 8, 1, channels=[48, 48, 32, 24]).convs[-1].conv.weight.shape == (1, 24, 24, 3, 3)
+    with pytest.raises(InputError, match="channels must be 4 positive numbers"):
+        Generator(32, 8, 1, channels=[48, 48])
+
+
+def test_mapping_is_scale_free_and_of_any_depth():
+    for depth in (1, 2, 8):
+        g = Generator(8, 16, depth, **SMALL)
+        z = torch.randn(3, 16)
+        torch.testing.assert_close(g.mapping(z), g.mapping(z * 7), atol=1e-5, rtol=1e-5)
+
+
+def test_demodulation_keeps_unit_variance():
+    torch.manual_seed(0)
+    g = Generator(16, 32, 2, channel_base=1024, channel_max=64)
+    x = torch.randn(8, 64, 16, 16)
+    y = g.convs[-1].conv(x, torch.randn(8, 32) * 5)
+    assert y.shape[1] == 64
+    assert 0.8 < y[:, :, 2:-2, 2:-2].std() < 1.2
+
+
+def test_each_layer_reads_its_own_style():
+    g = Generator(16, 8, 1, **SMALL)
+    w = torch.randn(1, g.n_latent, 8)
+    base = g(w, noise="none")
+    for layer in range(g.n_latent):
+        changed = w.clone()
+        changed[:, layer] += 1
+        assert not torch.equal(g(changed, noise="none"), base), layer
+
+
+def test_noise_modes():
+    g = Generator(8, 8, 1, **SMALL)
+    with torch.no_grad():
+        for p in (m.weight for m in g.modules() if type(m).__name__ == "_NoiseStrength"):
+            p.fill_(1.0)
+    w = torch.randn(2, g.n_latent, 8)
+    const, none = g(w), g(w, noise="none")
+    assert not torch.allclose(const, none)
+    torch.testing.assert_close(g(w, noise=[getattr(g.noises, f"noise_{i}") for i in range(g.n_latent - 1)]), const)
+    random = [g(w, noise="random", rng=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(random[0], random[1]) and not torch.allclose(random[0], random[2])
+    with pytest.raises(InputError, match="noise must be"):
+        g(w, noise="fixed")
+
+
+def test_truncate():
+    w, mean = torch.randn(4, 8), torch.randn(8)
+    torch.testing.assert_close(truncate(w, mean, 1.0), w)
+    torch.testing.assert_close(truncate(w, mean, 0.0), mean.expand(4, 8))
+
+
+def test_conditional_networks_use_the_label():
+    g, d = Generator(8, 8, 2, c_dim=3, **SMALL), Discriminator(8, c_dim=3, **SMALL)
+    z, eye = torch.randn(2, 8), torch.eye(3)
+    assert not torch.allclose(g.mapping(z, eye[:2]), g.mapping(z, eye[1:]))
+    images = torch.randn(2, 3, 8, 8)
+    assert not torch.allclose(d(images, eye[:2]), d(images, eye[1:]))
+    with pytest.raises(InputError, match=r"c must have shape \[2, 3\]"):
+        g.mapping(z)
+    with pytest.raises(InputError, match=r"c must have shape \[2, 0\]"):
+        Generator(8, 8, 2, **SMALL).mapping(z, eye[:2])
+
+
+def test_stddev_groups():
+    d = Discriminator(8, mbstd_group=4, **SMALL).eval()
+    for n in (1, 2, 3, 4, 6, 8):
+        assert d(torch.randn(n, 3, 8, 8)).shape == (n, 1)
+
+
+def test_second_derivatives_for_r1_and_path_length():
+    torch.manual_seed(0)
+    g, d = Generator(8, 8, 1, channels=[4, 4]).double(), Discriminator(8, channels=[4, 4]).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: d(x).sum(), images, atol=1e-5)
+    w_plus = torch.randn(1, g.n_latent, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda w: (g(w, noise="none") ** 2).mean(), w_plus, atol=1e-5)
+
+
+def test_state_dict_without_latent_avg_takes_the_mapping_mean():
+    g = Generator(8, 8, 2, **SMALL)
+    state = {k: v for k, v in g.state_dict().items() if k != "latent_avg"}
+    other = Generator(8, 8, 2, **SMALL)
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.latent_avg, g.mean_latent())
+
+
+@pytest.mark.parametrize("resolution", [0, 2, 24, 48, 2048])
+def test_resolution_must_be_a_power_of_two(resolution):
+    with pytest.raises(InputError, match="power of two from 4 to 1024"):
+        Generator(resolution, 8)
+
+
+def test_styles_for_another_resolution():
+    g = Generator(32, 8, 1, **SMALL)
+    with pytest.raises(
+        InputError, match=r"w_plus must have shape \[N, 8, 8\] for this 32 px generator, got \[1, 18, 8\]"
+    ):
+        g(torch.randn(1, 18, 8))
+
+
+def test_wrong_image_size():
+    with pytest.raises(InputError, match=r"images must have shape \[N, 3, 8, 8\], got \[1, 3, 16, 16\]"):
+        Discriminator(8, **SMALL)(torch.randn(1, 3, 16, 16))
