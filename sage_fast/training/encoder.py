@@ -45,6 +45,7 @@ class EncoderConfig:
     mse_weight: float = 1.0
     perceptual_weight: float = 0.1
     perceptual: str = "discriminator"
+    perceptual_share: float = 1.0  # of the batch that the perceptual term looks at: it costs as much as all the rest
     norm_weight: float = 0.0005
     noise: str = "none"
     flip: bool = True
@@ -73,8 +74,9 @@ class EncoderConfig:
             raise InputError(
                 f"noise must be 'none' or 'const' so that a code stands for one image, got '{self.noise}'."
             )
-        if not 0 <= self.lr_end <= 1:
-            raise InputError(f"lr_end is a share of lr, expected 0 to 1, got {self.lr_end}.")
+        for name in ("lr_end", "perceptual_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is a share, expected 0 to 1, got {getattr(self, name)}.")
         if self.tune_generator and self.batch < 4:
             raise InputError(f"batch must be at least 4 with tune_generator, got {self.batch}.")
         if self.mse_weight == 0 and (self.perceptual_weight == 0 or self.perceptual == "none"):
@@ -118,6 +120,7 @@ def train_encoder(
     else:
         tuning, G = None, copy.deepcopy(generator).to(device).eval().requires_grad_(False)
         synthesis = G
+    n_perceptual = max(1, round(config.perceptual_share * config.batch))
     train, held_out = _split(len(images), config.n_validation)
     check = _batch(images, held_out if len(held_out) else train[:32], False, rng, device)
 
@@ -143,7 +146,9 @@ def train_encoder(
         else:
             rebuilt, adversarial = tuning.generate(offsets + G.latent_avg, rng)
         mse, norm = pixel_mse(rebuilt, real), code_norm(offsets)
-        distance = real.new_zeros(()) if perceptual is None else perceptual_distance(perceptual, rebuilt, real)
+        distance = real.new_zeros(())
+        if perceptual is not None:
+            distance = perceptual_distance(perceptual, rebuilt[:n_perceptual], real[:n_perceptual])
         loss = config.mse_weight * mse + config.perceptual_weight * distance + config.norm_weight * norm
         loss = loss + config.adversarial_weight * adversarial
 
