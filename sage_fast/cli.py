@@ -1,0 +1,338 @@
+"""The words of the shell: ``sage-fast <command> [options]``.
+
+Options are derived from the frozen dataclasses that the commands' functions take. What a user's data, settings or files
+cause is one sentence on stderr and exit code 2 (``SAGE_FAST_DEBUG=1`` shows the traceback). Only the command that runs
+imports what it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from sage_fast.errors import InputError, SageFastWarning
+
+__all__ = ["COMMANDS", "main"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where a training command reads and writes."""
+
+    data: Path  # folder of seen categories: <category>/<image>.png, .jpg, ...
+    out: Path  # run folder
+    resume: bool = False  # go on where an earlier run stopped
+    device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
+
+
+@dataclass(frozen=True)
+class NewData(Data):
+    """Where a training command that begins a run reads and writes."""
+
+    overwrite: bool = False  # empty the run folder first; only one that sage-fast made
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """Options of ``embed``."""
+
+    batch: int = 64  # images the encoder takes at a time
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Which reading of the method the settings below start from."""
+
+    preset: Literal["paper", "released", "default"] = "default"
+
+
+@dataclass(frozen=True)
+class GeneratePaths:
+    """Where ``generate`` reads and writes."""
+
+    shots: Path  # <category>/<image>.png with 1 to K images each, or one flat folder for one category
+    out: Path  # gets <category>/<category>_00000.png, contact_sheet.png, manifest.jsonl, config.json
+    model: Path | None = None  # run folder or bundle; None: the model that comes with the package
+
+
+@dataclass(frozen=True)
+class EvaluatePaths:
+    """What ``evaluate`` compares."""
+
+    generated: Path  # output folder of generate
+    real: Path  # real images of the same categories: <category>/<image>.png, ...
+    model: Path | None = None  # run folder or bundle; None: the model that comes with the package
+    out: Path | None = None  # folder for report.md and report.json; None: the generated folder
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Options of ``info``."""
+
+    json: bool = False  # for programs
+
+
+@dataclass(frozen=True)
+class FloraOptions:
+    """Options of ``data flora``."""
+
+    out: Path  # gets <category>/<category>_00000.png and factors.csv
+    resolution: int = 32  # pixels
+    n_per_category: int = 50
+    which: Literal["seen", "unseen", "all"] = "seen"
+    first_index: int = 0  # number of the first drawing; another range gives other drawings
+    overwrite: bool = False
+
+
+def _train(argv: Sequence[str]) -> None:
+    from sage_fast.training.dictionary import DictionaryConfig
+    from sage_fast.training.stages import TrainConfig, train_all
+
+    start = TrainConfig(dictionary=DictionaryConfig.preset(_preset_of(argv)))
+    paths, _, config = _parse("train", argv, NewData, Preset, start)
+    folder = train_all(config, paths.data, paths.out, paths.resume, paths.overwrite, _device(paths.device))
+    print(f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it.")
+
+
+def _train_gan(argv: Sequence[str]) -> None:
+    from sage_fast.data.writers import prepare_output
+    from sage_fast.training.gan import GANConfig
+    from sage_fast.training.stages import gan_stage, read_seen
+
+    paths, config = _parse("train-gan", argv, NewData, GANConfig())
+    images = read_seen(paths.data, config.resolution, config.n_channels)
+    folder = prepare_output(paths.out, paths.resume, paths.overwrite)
+    gan_stage(config, images.images, folder, paths.resume, _device(paths.device))
+
+
+def _train_encoder(argv: Sequence[str]) -> None:
+    from sage_fast.training.encoder import EncoderConfig
+    from sage_fast.training.stages import encoder_stage, read_seen_of_run
+
+    paths, config = _parse("train-encoder", argv, Data, EncoderConfig())
+    images = read_seen_of_run(paths.data, paths.out, "encoder")
+    encoder_stage(config, images.images, paths.out, paths.resume, _device(paths.device))
+
+
+def _embed(argv: Sequence[str]) -> None:
+    from sage_fast.training.stages import embed_stage, read_seen_of_run
+
+    paths, options = _parse("embed", argv, Data, EmbedOptions())
+    images = read_seen_of_run(paths.data, paths.out, "embed")
+    table = embed_stage(images, paths.out, options.batch, paths.resume, _device(paths.device))
+    print(f"{len(table)} codes of {len(table.categories)} categories are in {paths.out}.")
+
+
+def _train_dictionary(argv: Sequence[str]) -> None:
+    from sage_fast.training.dictionary import DictionaryConfig
+    from sage_fast.training.stages import bundle_stage, dictionary_stage, read_seen_of_run
+
+    start = DictionaryConfig.preset(_preset_of(argv))
+    paths, _, config = _parse("train-dictionary", argv, Data, Preset, start)
+    images = read_seen_of_run(paths.data, paths.out, "dictionary")
+    dictionary_stage(config, images, paths.out, paths.resume, _device(paths.device))
+    print(f"The model is in {bundle_stage(paths.out)}.")
+
+
+def _generate(argv: Sequence[str]) -> None:
+    from sage_fast.generation import GenerateConfig, generate
+
+    argv = ["--n" if word == "-n" else word for word in argv]
+    paths, config = _parse("generate", argv, GeneratePaths, GenerateConfig())
+    print(generate(paths.model, paths.shots, paths.out, config))
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    raise NotImplementedError
+
+
+def _info(argv: Sequence[str]) -> None:
+    (options,) = _parse("info", argv, InfoOptions())
+    from sage_fast.info import build_report
+
+    report = build_report()
+    print(json.dumps(report, indent=2, default=str) if options.json else "\n".join(_lines(report)))
+
+
+def _data(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: sage-fast data flora --out DIR [options]\n\n  flora   drawn flowers whose factors are known")
+        return
+    if argv[0] != "flora":
+        raise InputError(
+            f"sage-fast data knows the data set 'flora', got {argv[0]!r}; try 'sage-fast data flora --help'."
+        )
+    (options,) = _parse("data flora", argv[1:], FloraOptions)
+    from sage_fast.data.flora import write_image_folder
+    from sage_fast.data.writers import prepare_output
+
+    folder = prepare_output(options.out, overwrite=options.overwrite)
+    write_image_folder(folder, options.resolution, options.n_per_category, options.which, options.first_index)
+    print(f"The images and factors.csv are in {folder}.")
+
+
+def _demo(argv: Sequence[str]) -> None:
+    from sage_fast.demo import DemoConfig, run_demo
+
+    (config,) = _parse("demo", argv, DemoConfig())
+    run_demo(config)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (_train, "every stage of training, from a folder of seen categories to a model"),
+    "train-gan": (_train_gan, "stage 1: generator and discriminator"),
+    "train-encoder": (_train_encoder, "stage 2: the encoder, image to codes"),
+    "embed": (_embed, "stage 3: the codes of every image"),
+    "train-dictionary": (_train_dictionary, "stage 4: the category-irrelevant directions; writes the model"),
+    "generate": (_generate, "new images of novel categories from a few images of each"),
+    "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
+    "info": (_info, "what was built, and which kernels run where"),
+    "data": (_data, "write a data set: 'data flora'"),
+    "demo": (_demo, "the whole road with the model that comes with the package"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from sage_fast import __version__
+
+        print(f"sage-fast {__version__}")
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        if argv[0] not in COMMANDS:
+            raise InputError(f"sage-fast has no command {argv[0]!r}; choose one of {', '.join(COMMANDS)}.")
+        COMMANDS[argv[0]][0](argv[1:])
+    except BrokenPipeError:  # the reader, say ``head``, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (InputError, OSError) as error:
+        if os.environ.get("SAGE_FAST_DEBUG"):
+            traceback.print_exc()
+        print(f"sage-fast: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # --help, or options that the parser refused
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except KeyboardInterrupt:
+        print("sage-fast: stopped; the same command with --resume goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
+    """Fill dataclasses from the words of a command; each part is a class, or an instance that gives the defaults.
+
+    An ``InputError`` of a dataclass's own checks comes out as it is, without the parser's frame around it.
+    """
+    import tyro
+
+    inline = tyro.conf.arg(name="")  # options of a part bear no prefix
+    fields: list[Any] = []
+    for number, part in enumerate(parts):
+        kind = part if isinstance(part, type) else type(part)
+        default = () if isinstance(part, type) else (field(default_factory=lambda part=part: part),)
+        fields.append((f"part_{number}", Annotated[kind, inline], *default))
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            filled = tyro.cli(
+                make_dataclass("Options", fields),
+                prog=f"sage-fast {command}",
+                description=COMMANDS[command.split()[0]][1],
+                args=list(argv),
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if (error := _cause(stop)) is not None:
+            raise error from None
+        sys.stderr.write(printed.getvalue())
+        raise
+    return tuple(getattr(filled, f"part_{number}") for number in range(len(parts)))
+
+
+def _cause(error: BaseException | None) -> InputError | None:
+    """The ``InputError`` that led to an exception, if one did."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _preset_of(argv: Sequence[str]) -> str:
+    """The value of ``--preset``: it decides the defaults, so it is needed before the rest is parsed."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--preset=") else [word])]
+    value = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "default"
+    return value if value in ("paper", "released") else "default"
+
+
+def _device(name: str) -> str:
+    """``name``, with "auto" resolved; refuses a device that is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device must be 'auto', 'cpu' or a device that torch can use here, got {name!r}.") from error
+    return name
+
+
+def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
+    """A nested report as indented lines for people."""
+    lines: list[str] = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            lines.append(f"{indent}{key}: {shown}")
+    return lines
+
+
+def _overview() -> str:
+    lines = [f"  {name:<18}{summary}" for name, (_, summary) in COMMANDS.items()]
+    head = "usage: sage-fast <command> [options]\n\ncommands:\n"
+    return (
+        head
+        + "\n".join(lines)
+        + "\n\n'sage-fast <command> --help' lists its options; 'sage-fast --version' the version."
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """One line: an ``InputError``'s own words; for an ``OSError`` the file and the system's reason."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{str(error.filename)!r} cannot be used" if error.filename else "a file cannot be used"
+        return f"{where} ({error.strerror}); check the path, its permissions and the free space."
+    return " ".join(str(error).split())
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+    """Our warnings as one line without a source line; others as Python shows them."""
+    if issubclass(category, SageFastWarning):
+        print(f"sage-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *rest[:2]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""The road of training in one run folder: gan -> encoder -> embed -> dictionary -> bundle.
+
+Each stage reads what it needs from the folder and leaves its own part there, so :func:`train_all` is the stages one
+after the other, each can be run alone, and each resumes from its own checkpoint. A stage whose predecessor was trained
+again refuses to go on: ``configs/lineage.json`` remembers which checkpoint each stage was trained from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
+from sage_fast.data.latent_table import LatentTable
+from sage_fast.data.writers import prepare_output, write_json
+from sage_fast.errors import InputError
+from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
+from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.perceptual import load_perceptual
+from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
+from sage_fast.models.weights import save_bundle
+from sage_fast.training.dictionary import DictionaryConfig, train_dictionary
+from sage_fast.training.embed import embed
+from sage_fast.training.encoder import EncoderConfig, train_encoder
+from sage_fast.training.gan import GANConfig, train_gan
+
+__all__ = [
+    "BundleConfig",
+    "STAGES",
+    "TrainConfig",
+    "bundle_stage",
+    "dictionary_stage",
+    "embed_stage",
+    "encoder_stage",
+    "gan_stage",
+    "read_seen",
+    "read_seen_of_run",
+    "train_all",
+]
+
+STAGES = ("gan", "encoder", "embed", "dictionary", "bundle")
+_COMMANDS = {"gan": "train-gan", "encoder": "train-encoder", "embed": "embed", "dictionary": "train-dictionary"}
+_STORAGE = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BundleConfig:
+    """What :func:`bundle_stage` writes.
+
+    ``dtype``: how weights and codes are stored; float16 halves the files.
+    ``discriminator``: keep it too, to tune further.
+    """
+
+    dtype: Literal["float32", "float16"] = "float32"
+    discriminator: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of :func:`train_all`: one part a stage.
+
+    ``resolution`` and ``n_channels``: short for ``gan.resolution`` and ``gan.n_channels``; give one or the other.
+    ``embed_batch``: images the encoder takes at a time.
+    """
+
+    resolution: int | None = None  # a power of two from 4 to 1024
+    n_channels: int | None = None  # 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA
+    gan: GANConfig = field(default_factory=GANConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    embed_batch: int = 64
+    dictionary: DictionaryConfig = field(default_factory=lambda: DictionaryConfig.preset("default"))
+    bundle: BundleConfig = field(default_factory=BundleConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "n_channels"):
+            short, full = getattr(self, name), getattr(self.gan, name)
+            if short is not None and full not in (short, getattr(GANConfig, name)):
+                raise InputError(f"{name} {short} and gan.{name} {full} contradict each other; give one of them.")
+        if self.embed_batch < 1:
+            raise InputError(f"embed_batch must be positive, got {self.embed_batch}.")
+        n_latent_of(self.resolved_gan.resolution)
+
+    @property
+    def resolved_gan(self) -> GANConfig:
+        """``gan`` with the short names applied."""
+        short = {name: getattr(self, name) for name in ("resolution", "n_channels")}
+        return replace(self.gan, **{name: value for name, value in short.items() if value is not None})
+
+
+class _Trained(NamedTuple):
+    generator: Generator
+    discriminator: Discriminator
+    encoder: PyramidEncoder | None
+
+
+def train_all(
+    config: TrainConfig,
+    data: str | Path,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Train every network from the ImageFolder ``data`` of seen categories; ``out`` becomes the bundle.
+
+    Args:
+        resume: go on with whichever stage was interrupted; finished stages are passed over.
+        overwrite: empty ``out`` first (only a folder that this package made).
+    Returns:
+        ``out``, which ``load_bundle`` and the pipeline read.
+    Raises:
+        InputError: unusable images or settings (nothing is written then), a folder that is not empty, or a loss that
+            is not finite.
+    """
+    images = read_seen(data, config.resolved_gan.resolution, config.resolved_gan.n_channels)
+    folder = prepare_output(out, resume, overwrite)
+    gan_stage(config.resolved_gan, images.images, folder, resume, device)
+    encoder_stage(config.encoder, images.images, folder, resume, device)
+    embed_stage(images, folder, config.embed_batch, resume, device)
+    dictionary_stage(config.dictionary, images, folder, resume, device)
+    return bundle_stage(folder, config.bundle)
+
+
+def read_seen(data: str | Path, resolution: int, n_channels: int = 3) -> ImageSet:
+    """Every image of the ImageFolder ``data`` (at least two categories) at ``resolution``, under a progress bar."""
+    n_latent_of(resolution)
+    listing = scan_image_folder(data, min_categories=2)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("   reading", total=len(listing))
+        return read_images(listing, resolution, n_channels, progress=lambda done, _: bar.update(task, completed=done))
+
+
+def read_seen_of_run(data: str | Path, folder: Path, stage: str) -> ImageSet:
+    """:func:`read_seen` at the resolution and with the channels of the run in ``folder``, for ``stage`` run alone."""
+    config = _config(folder, "gan", stage)
+    return read_seen(data, config["resolution"], config["n_channels"])
+
+
+def gan_stage(
+    config: GANConfig, images: Tensor, folder: Path, resume: bool = False, device: str | torch.device = "cpu"
+) -> None:
+    """Train generator and discriminator on uint8 ``images`` [M, C, R, R]: ``checkpoints/gan.pt``."""
+    train_gan(config, images, folder, resume, device)
+
+
+def encoder_stage(
+    config: EncoderConfig, images: Tensor, folder: Path, resume: bool = False, device: str | torch.device = "cpu"
+) -> None:
+    """Train the encoder (and, with ``tune_generator``, the generator further): ``checkpoints/encoder.pt``."""
+    trained = _load_trained(folder, "encoder")
+    _claim(folder, "encoder", "gan")
+    train_encoder(config, images, trained.generator, trained.discriminator, folder, resume, device)
+
+
+def embed_stage(
+    images: ImageSet, folder: Path, batch: int = 64, resume: bool = False, device: str | torch.device = "cpu"
+) -> LatentTable:
+    """W+ codes of every image: ``checkpoints/codes.safetensors``; with ``resume`` finished codes of these images stay."""
+    path = folder / "checkpoints" / "codes.safetensors"
+    if path.exists() and not resume:
+        raise InputError(f"{folder} already holds the codes of stage 'embed'; pass --resume to keep them.")
+    trained = _load_trained(folder, "embed")
+    if path.exists() and _read_lineage(folder).get("codes") == _fingerprint(folder, "encoder"):
+        table = LatentTable.load(path)
+        if table.files == images.files and table.categories == images.categories:
+            return table
+    assert trained.encoder is not None
+    table = embed(images, trained.encoder.to(device), batch)
+    path.unlink(missing_ok=True)
+    _claim(folder, "codes", "encoder")
+    table.save(path)
+    return table
+
+
+def dictionary_stage(
+    config: DictionaryConfig,
+    images: ImageSet,
+    folder: Path,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+) -> CategoryIrrelevantDictionary:
+    """Learn the category-irrelevant directions from the cached codes: ``checkpoints/dictionary.pt``."""
+    trained, table = _load_trained(folder, "dictionary"), _load_codes(folder)
+    if table.files != images.files or table.categories != images.categories:
+        raise InputError(
+            f"the codes in {folder} are of other images than those of {images.root or 'the data'}; give the data that "
+            "was embedded, or run the embed stage again."
+        )
+    perceptual = None
+    if config.rec_weight and config.perceptual_weight:
+        perceptual = load_perceptual(_config(folder, "encoder")["perceptual"], trained.discriminator)
+    _claim(folder, "dictionary", "codes")
+    return train_dictionary(
+        config, table.w_plus, table.labels, images.images, trained.generator, perceptual, folder, resume, device
+    )
+
+
+def bundle_stage(folder: Path, config: BundleConfig = BundleConfig()) -> Path:
+    """Write the bundle (``bundle.json`` and its safetensors files) of a finished run into its own folder."""
+    trained, table = _load_trained(folder, "bundle"), _load_codes(folder)
+    assert trained.encoder is not None
+    settings = _config(folder, "dictionary")
+    state = _finished_state(folder, "dictionary", "bundle")
+    groups = [list(group) for group in layer_groups(trained.generator.n_latent, settings["reading"])]
+    save_bundle(
+        folder,
+        generator=trained.generator,
+        encoder=trained.encoder,
+        irrelevant=CategoryIrrelevantDictionary(state["directions"].float().cpu(), groups),
+        codes=table,
+        discriminator=trained.discriminator if config.discriminator else None,
+        about=_about(folder, table),
+        dtype=_STORAGE[config.dtype],
+    )
+    return folder
+
+
+def _load_trained(folder: Path, stage: str) -> _Trained:
+    """The finished networks that ``stage`` builds on, rebuilt from their checkpoints on the CPU, in eval mode."""
+    c, state = _config(folder, "gan", stage), _finished_state(folder, "gan", stage)
+    size = {"channel_base": c["channel_base"], "channel_max": c["channel_max"]}
+    G = Generator(c["resolution"], c["style_dim"], c["n_mapping"], c["n_channels"], **size)
+    D = Discriminator(c["resolution"], c["n_channels"], **size)
+    G.load_state_dict(state["average"])
+    D.load_state_dict(state["D"])
+    E = None
+    if stage != "encoder":
+        c, state = _config(folder, "encoder", stage), _finished_state(folder, "encoder", stage)
+        E = PyramidEncoder(
+            G.resolution, G.n_latent, G.style_dim, G.n_channels, c["channel_base"], c["channel_max"], c["head_width"]
+        )
+        E.load_state_dict(state["average"])
+        E.eval().requires_grad_(False)
+        if c["tune_generator"]:
+            G.load_state_dict(state["average_G"])
+            D.load_state_dict(state["D"])
+    return _Trained(G.eval().requires_grad_(False), D.eval().requires_grad_(False), E)
+
+
+def _load_codes(folder: Path) -> LatentTable:
+    path = folder / "checkpoints" / "codes.safetensors"
+    if not path.exists():
+        raise InputError(f"{folder} holds no codes; run 'sage-fast embed' in it first.")
+    if _read_lineage(folder).get("codes") != _fingerprint(folder, "encoder"):
+        raise InputError(f"the codes in {folder} are of another encoder; run 'sage-fast embed --resume' in it again.")
+    return LatentTable.load(path)
+
+
+def _config(folder: Path, stage: str, wanted_by: str = "") -> dict[str, Any]:
+    """The resolved settings a stage was run with."""
+    path = folder / "configs" / f"{stage}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise _missing(folder, stage, wanted_by) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not the JSON of a finished stage; train it again in another folder.") from error
+
+
+def _finished_state(folder: Path, stage: str, wanted_by: str) -> dict[str, Any]:
+    """The checkpoint of a stage that has taken all its steps."""
+    path = folder / "checkpoints" / f"{stage}.pt"
+    if not path.exists():
+        raise _missing(folder, stage, wanted_by)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}); delete it and train stage '{stage}' again."
+        ) from error
+    total = _total_steps(_config(folder, stage, wanted_by))
+    if state["step"] < total:
+        raise InputError(
+            f"stage '{stage}' in {folder} is at step {state['step']} of {total}; "
+            f"finish it with 'sage-fast {_COMMANDS[stage]} --resume'."
+        )
+    return state
+
+
+def _total_steps(config: dict[str, Any]) -> int:
+    if "total_steps" in config:
+        return int(config["total_steps"])
+    return max(1, round(config["total_kimg"] * 1000 / config["batch"]))
+
+
+def _missing(folder: Path, stage: str, wanted_by: str) -> InputError:
+    return InputError(
+        f"{folder} holds no trained stage '{stage}', which stage '{wanted_by}' builds on; "
+        f"run 'sage-fast {_COMMANDS[stage]}' in it first."
+    )
+
+
+def _fingerprint(folder: Path, stage: str) -> str:
+    """First 16 hex digits of the SHA-256 of a stage's file."""
+    name = "codes.safetensors" if stage == "codes" else f"{stage}.pt"
+    return hashlib.sha256((folder / "checkpoints" / name).read_bytes()).hexdigest()[:16]
+
+
+def _read_lineage(folder: Path) -> dict[str, str]:
+    path = folder / "configs" / "lineage.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _claim(folder: Path, stage: str, source: str) -> None:
+    """Note which file of ``source`` the stage works from; refuse to continue a stage begun from another one."""
+    found, lineage = _fingerprint(folder, source), _read_lineage(folder)
+    name = "codes.safetensors" if stage == "codes" else f"{stage}.pt"
+    begun = (folder / "checkpoints" / name).exists()
+    if begun and lineage.get(stage, found) != found:
+        raise InputError(
+            f"stage '{stage}' in {folder} was begun from an earlier '{source}', which has changed since; delete "
+            f"{folder / 'checkpoints' / name} to start the stage anew."
+        )
+    write_json(folder / "configs" / "lineage.json", {**lineage, stage: found})
+
+
+def _about(folder: Path, table: LatentTable) -> dict[str, Any]:
+    """What ``bundle.json`` says of the training: settings, data in numbers, the last logged line of each stage."""
+    names = ("gan", "encoder", "dictionary")
+    return {
+        "settings": {name: _config(folder, name) for name in names},
+        "data": {"n_images": len(table), "n_categories": len(table.categories)},
+        "last_logged": {name: _last_logged(folder, name) for name in names},
+    }
+
+
+def _last_logged(folder: Path, stage: str) -> dict[str, Any]:
+    """The last value of everything a stage logged, without clock times."""
+    values: dict[str, Any] = {}
+    path = folder / "logs" / f"{stage}.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        values |= json.loads(line)
+    return {key: value for key, value in values.items() if key not in ("seconds", "time")}
