@@ -1,6 +1,6 @@
 """Few-shot image generation with attribute dictionaries on StyleGAN2.
 
-The public names below are read from their own files at first use: ``import sage_fast`` costs nothing and changes nothing.
+The public names below are read from their own files at first use: ``import sage_fast`` is free and changes nothing.
 """
 
 from __future__ import annotations

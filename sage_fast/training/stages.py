@@ -162,7 +162,7 @@ def encoder_stage(
 def embed_stage(
     images: ImageSet, folder: Path, batch: int = 64, resume: bool = False, device: str | torch.device = "cpu"
 ) -> LatentTable:
-    """W+ codes of every image: ``checkpoints/codes.safetensors``; with ``resume`` finished codes of these images stay."""
+    """W+ codes of every image: ``checkpoints/codes.safetensors``; finished codes stay with ``resume``."""
     path = folder / "checkpoints" / "codes.safetensors"
     if path.exists() and not resume:
         raise InputError(f"{folder} already holds the codes of stage 'embed'; pass --resume to keep them.")
@@ -213,9 +213,11 @@ def bundle_stage(folder: Path, config: BundleConfig = BundleConfig()) -> Path:
         folder,
         generator=trained.generator,
         encoder=trained.encoder,
-        irrelevant=CategoryIrrelevantDictionary(state["directions"].float().cpu(), groups),
+        directions=state["directions"].float().cpu(),
+        groups=groups,
         codes=table,
         discriminator=trained.discriminator if config.discriminator else None,
+        noise=_config(folder, "encoder")["noise"],
         about=_about(folder, table),
         dtype=_STORAGE[config.dtype],
     )
