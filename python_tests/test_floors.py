@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sage_fast"
 
-# room -> (floor, leg). Rooms without a leg carry both; where one file of a floor rests on another, it stands half a floor up.
+# room -> (floor, leg). Rooms without a leg carry both; one that rests on another of its floor stands half a floor up.
 ROOMS: dict[str, tuple[float, str | None]] = {
     "errors": (0, None),
     "_native": (0.5, None),

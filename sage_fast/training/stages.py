@@ -85,6 +85,7 @@ class TrainConfig:
                 raise InputError(f"{name} {short} and gan.{name} {full} contradict each other; give one of them.")
         if self.embed_batch < 1:
             raise InputError(f"embed_batch must be positive, got {self.embed_batch}.")
+        _check_noise(self.dictionary, self.encoder.noise)
         n_latent_of(self.resolved_gan.resolution)
 
     @property
@@ -188,6 +189,7 @@ def dictionary_stage(
 ) -> CategoryIrrelevantDictionary:
     """Learn the category-irrelevant directions from the cached codes: ``checkpoints/dictionary.pt``."""
     trained, table = _load_trained(folder, "dictionary"), _load_codes(folder)
+    _check_noise(config, _config(folder, "encoder")["noise"])
     if table.files != images.files or table.categories != images.categories:
         raise InputError(
             f"the codes in {folder} are of other images than those of {images.root or 'the data'}; give the data that "
@@ -222,6 +224,14 @@ def bundle_stage(folder: Path, config: BundleConfig = BundleConfig()) -> Path:
         dtype=_STORAGE[config.dtype],
     )
     return folder
+
+
+def _check_noise(config: DictionaryConfig, noise: str) -> None:
+    if config.noise != noise:
+        raise InputError(
+            f"the encoder's noise is {noise!r}, the dictionary's {config.noise!r}; give both the same, since a code "
+            "stands for one image."
+        )
 
 
 def _load_trained(folder: Path, stage: str) -> _Trained:
