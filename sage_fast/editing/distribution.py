@@ -1,0 +1,136 @@
+"""The latents of one novel category as a distribution to draw from ([SAGE], Eq. 15, 20)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sage_fast.errors import InputError
+from sage_fast.ops import edit_latents
+
+__all__ = ["COVARIANCES", "ClassDistribution"]
+
+COVARIANCES = ("joint", "per_layer", "diagonal")
+"""Over all layers at once; over the directions of a layer, layers independent; every entry independent."""
+
+_BLOCK = 64  # samples to a matrix product: a product of another size rounds otherwise, and the batch would show in the last bit
+
+
+@dataclass(frozen=True, eq=False)
+class ClassDistribution:
+    """``base + alpha * A (mask * n)`` with n ~ N(mean, covariance): what ``FewShotEditor.adapt`` returns.
+
+    The covariance is that of the pooled codes of the similar categories and is never formed: with the m codes as rows of X,
+    ``mean + (X - mean)^T eps / sqrt(m - 1)`` with eps ~ N(0, I_m) has exactly their sample covariance, over all layers at once.
+    Offsets from ``latent_avg`` throughout. Immutable; do not write into its tensors, distributions share them.
+
+    Attributes:
+        class_embedding: the estimate of e of the novel category [L, D] (Eq. 17).
+        bases: [B, L, D], what is edited: estimates of e, or the shots' own latents.
+        similar_categories: [T] labels of the categories whose codes are pooled, nearest first.
+        mean: [L, K].
+        direction_mask: bool [L, K], directions that are used.
+        directions: A [L, D, K].
+        pooled: codes minus ``mean`` [m, L, K].
+        kind: ``"joint"``, ``"per_layer"`` or ``"diagonal"``.
+        shrinkage: 0 to 1, weight of the covariance's own diagonal in place of it.
+        alpha: strength of the edit unless ``sample`` is given another.
+    """
+
+    class_embedding: Tensor
+    bases: Tensor
+    similar_categories: Tensor
+    mean: Tensor
+    direction_mask: Tensor
+    directions: Tensor = field(repr=False)
+    pooled: Tensor = field(repr=False)
+    kind: str = "joint"
+    shrinkage: float = 0.0
+    alpha: float = 2.0
+
+    @property
+    def n_random(self) -> int:
+        """Standard normal numbers that one sample takes."""
+        m, n_latent, k = self.pooled.shape
+        if self.kind == "diagonal":
+            return n_latent * k
+        return (m if self.kind == "joint" else n_latent * m) + (n_latent * k if self.shrinkage else 0)
+
+    def covariance(self) -> Tensor:
+        """Covariance of the codes before the mask: [L K, L K], layer by layer, for ``"joint"``; else one a layer [L, K, K]."""
+        X = self.pooled.flatten(1)[None] if self.kind == "joint" else self.pooled.transpose(0, 1)  # [1 or L, m, .]
+        full = X.mT @ X / (X.shape[1] - 1)
+        own = torch.diag_embed(full.diagonal(dim1=1, dim2=2))
+        mixed = own if self.kind == "diagonal" else torch.lerp(full, own, self.shrinkage)
+        return mixed[0] if self.kind == "joint" else mixed
+
+    def sample(self, n: int, alpha: float | None = None, rng: torch.Generator | None = None, first: int = 0) -> Tensor:
+        """Draw ``n`` new latents of the category.
+
+        Implements Eq. 20 of [SAGE] (Eq. 15 where the bases are the shots).
+
+        Args:
+            n: how many, 0 or more.
+            alpha: strength of the edit; the distribution's own (2 unless its preset says otherwise) when absent.
+            rng: source of the random numbers; torch's own when absent.
+            first: number of the first sample; sample j edits base j mod B.
+        Returns:
+            offsets [n, L, D]. Drawn with one ``rng`` in batches of multiples of 16, the samples are those of one call.
+        """
+        width = -(-self.n_random // 16) * 16  # torch draws normals in sixteens; whole rows keep the stream independent of n
+        noise = torch.randn(n, width, generator=rng, dtype=self.mean.dtype, device=rng.device if rng else None)
+        return self.sample_with(noise[:, : self.n_random].to(self.mean.device), alpha, first)
+
+    def sample_with(self, noise: Tensor, alpha: float | None = None, first: int = 0) -> Tensor:
+        """The latents that given standard normal numbers stand for: Eq. 20 as a pure function.
+
+        Sample j depends on its own row, on ``first + j`` and on nothing else, to the last bit.
+
+        Args:
+            noise: [n, n_random].
+            alpha, first: as for :meth:`sample`.
+        Returns:
+            offsets [n, L, D].
+        Raises:
+            InputError: noise of another width, or a negative ``first``.
+        """
+        if noise.ndim != 2 or noise.shape[1] != self.n_random or noise.dtype != self.mean.dtype:
+            raise InputError(
+                f"noise must be {self.mean.dtype} [n, {self.n_random}] (see n_random), got {noise.dtype} "
+                f"{list(noise.shape)}."
+            )
+        if first < 0:
+            raise InputError(f"first, the number of the first sample, must be 0 or more, got {first}.")
+        alpha = self.alpha if alpha is None else alpha
+        before = first % _BLOCK  # each sample keeps its row in its block
+        after = -(before + len(noise)) % _BLOCK
+        blocks = F.pad(noise, (0, 0, before, after)).split(_BLOCK) if len(noise) else ()
+        edited = [self._edit(block, alpha, first - before + i * _BLOCK) for i, block in enumerate(blocks)]
+        return torch.cat(edited)[before : before + len(noise)] if edited else self.bases[:0]
+
+    def codes_with(self, noise: Tensor) -> Tensor:
+        """Codes n ~ N(mean, covariance) [n, L, K] before the mask, from standard normals [n, n_random]."""
+        m, n_latent, k = self.pooled.shape
+        deviation = self.pooled.square().sum(0).div(m - 1).sqrt()  # [L, K]
+        if self.kind == "diagonal":
+            return self.mean + deviation * noise.view(-1, n_latent, k)
+        scale = math.sqrt((1 - self.shrinkage) / (m - 1))
+        if self.kind == "joint":
+            spread = (noise[:, :m] @ self.pooled.flatten(1)).view(-1, n_latent, k)
+        else:
+            eps = noise[:, : n_latent * m].view(-1, n_latent, m)
+            spread = torch.einsum("nlm,mlk->nlk", eps, self.pooled)
+        codes = self.mean + scale * spread
+        if self.shrinkage:
+            codes = codes + math.sqrt(self.shrinkage) * deviation * noise[:, -n_latent * k :].view(-1, n_latent, k)
+        return codes
+
+    def _edit(self, noise: Tensor, alpha: float, first: int) -> Tensor:
+        """Edit one block of samples; sample j takes base (first + j) mod B."""
+        numbers = torch.arange(first, first + len(noise), device=self.bases.device)
+        base = self.bases[numbers % len(self.bases)]
+        return edit_latents(base, self.codes_with(noise), self.directions, alpha, self.direction_mask)

@@ -1,0 +1,252 @@
+"""From a few latents of a novel category to its distribution: AGE, SAGE-Q, SAGE-I and SAGE as two switches ([SAGE], Eq. 15-20)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sage_fast.editing.distribution import COVARIANCES, ClassDistribution
+from sage_fast.errors import InputError
+from sage_fast.factorization.category_irrelevant import (
+    READINGS,
+    CategoryIrrelevantDictionary,
+    commonality,
+    layer_groups,
+)
+from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
+from sage_fast.factorization.class_embeddings import check_labels, check_w_plus
+
+__all__ = ["METHODS", "PRESETS", "FewShotEditor"]
+
+METHODS: dict[str, dict[str, bool]] = {
+    "age": {"class_embedding_mapping": False, "adaptive_editing": False},
+    "sage-q": {"class_embedding_mapping": True, "adaptive_editing": False},
+    "sage-i": {"class_embedding_mapping": False, "adaptive_editing": True},
+    "sage": {"class_embedding_mapping": True, "adaptive_editing": True},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"reading": "paper", "covariance": "joint", "alpha": 2.0},
+    "released": {"reading": "released", "covariance": "per_layer", "alpha": 1.0},
+    "default": {"reading": "default", "covariance": "joint", "alpha": 2.0},
+}
+
+_FIRST_FINE_LAYER = 7  # layers 7 and up are the fine ones of [SAGE] and pSp
+_QUERY_COMPONENTS = 10  # t_B of the retrieval, whatever that of the embedding
+
+
+class _Pool(NamedTuple):
+    """Codes of the seen categories that one novel category draws on."""
+
+    categories: Tensor  # [T]
+    mean: Tensor  # [L, K]
+    pooled: Tensor  # [m, L, K], minus the mean
+    mask: Tensor  # bool [L, K]
+
+
+class FewShotEditor:
+    """Estimates the distribution of a novel category from one to a few of its latents.
+
+    ``class_embedding_mapping`` edits from the estimate of the class embedding (Eq. 17) instead of from the shots themselves;
+    ``adaptive_editing`` takes the codes and directions of the ``n_similar`` nearest seen categories (Eq. 18-20) instead of those of
+    all (Eq. 15). AGE has neither, SAGE-Q the first, SAGE-I the second, SAGE both: see ``METHODS``.
+
+    Args:
+        relevant: fitted dictionary of the seen categories.
+        irrelevant: dictionary of the directions.
+        n_similar: T, or t_C; all S when there are fewer. Used by adaptive editing.
+        n_directions: t_A, directions used in each layer; all K when there are fewer. Used by adaptive editing.
+        class_embedding_mapping, adaptive_editing: the two switches.
+        covariance: ``"joint"``, ``"per_layer"`` or ``"diagonal"``; see :class:`ClassDistribution`.
+        shrinkage: 0 to 1, towards the diagonal.
+        n_components: t_B of Eq. 17, or several, over which the samples are spread; those of ``relevant`` when absent.
+        keep_fine_residual: leave layers 7 and up at the shots' own latents, where Eq. 17 loses texture.
+        beta: threshold of Eq. 15 on mean |n|, without adaptive editing.
+        alpha: strength of the edit that the distribution samples with.
+        reading: ``"paper"``: distance of all layers together, seen embeddings unprojected. ``"released"``: distances summed over layers,
+            seen embeddings unprojected; commonality pooled over images; layers 0-5 edited. ``"default"``: distances summed over layers,
+            both sides projected.
+
+    Raises:
+        InputError: a setting out of its range, unknown, or without effect; dictionaries that do not belong together.
+    """
+
+    def __init__(
+        self,
+        relevant: CategoryRelevantDictionary,
+        irrelevant: CategoryIrrelevantDictionary,
+        *,
+        n_similar: int = 20,
+        n_directions: int = 50,
+        class_embedding_mapping: bool = True,
+        adaptive_editing: bool = True,
+        covariance: str = "joint",
+        shrinkage: float = 0.0,
+        n_components: int | tuple[int, ...] | None = None,
+        keep_fine_residual: bool = False,
+        beta: float = 0.005,
+        alpha: float = 2.0,
+        reading: str = "default",
+    ) -> None:
+        self.relevant, self.irrelevant = relevant, irrelevant
+        self.n_similar, self.n_directions = n_similar, n_directions
+        self.class_embedding_mapping, self.adaptive_editing = class_embedding_mapping, adaptive_editing
+        self.covariance, self.shrinkage = covariance, shrinkage
+        if n_components is None:
+            n_components = relevant.n_components
+        self.n_components = (n_components,) if isinstance(n_components, int) else tuple(n_components)
+        self.keep_fine_residual, self.beta, self.alpha, self.reading = keep_fine_residual, beta, alpha, reading
+        self._check()
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        relevant: CategoryRelevantDictionary,
+        irrelevant: CategoryIrrelevantDictionary,
+        n_shots: int = 3,
+        method: str = "sage",
+        **changes: Any,
+    ) -> FewShotEditor:
+        """An editor with the settings of one reading and method.
+
+        Args:
+            name: ``"paper"``, ``"released"`` or ``"default"``.
+            n_shots: given images per category; the paper takes t_C = 30 for one and 20 for more.
+            method: ``"age"``, ``"sage-q"``, ``"sage-i"`` or ``"sage"``.
+            changes: other arguments of the constructor, applied last.
+        """
+        if name not in PRESETS:
+            raise InputError(f"preset must be one of {', '.join(PRESETS)}, got '{name}'.")
+        if method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, got '{method}'.")
+        settings = {"n_similar": 30 if n_shots == 1 else 20, **PRESETS[name], **METHODS[method], **changes}
+        return cls(relevant, irrelevant, **settings)
+
+    def fit(self, w_plus: Tensor, labels: Tensor) -> FewShotEditor:
+        """Back-project the latents of the seen categories to codes (Eq. 18).
+
+        A+ is linear, so ``A+ (w - e) = A+ w - A+ e``: the residuals of Eq. 7 are never stored.
+
+        Args:
+            w_plus: offsets [N, L, D], those that ``relevant`` was fitted on, or others of its categories.
+            labels: int64 [N], 0 to S - 1.
+        Raises:
+            InputError: tensors that do not belong together, or fewer than two latents.
+        """
+        embeddings = self.relevant.class_embeddings_
+        check_w_plus(w_plus, *embeddings.shape[1:])
+        check_labels(labels, len(w_plus), len(embeddings))
+        self.codes_ = self.irrelevant.transform(w_plus.detach())  # [N, L, K]
+        self.codes_ -= self.irrelevant.transform(embeddings)[labels]
+        self.labels_ = labels
+        self._all = None if self.adaptive_editing else self._pool_all()
+        return self
+
+    def adapt(self, shots_w_plus: Tensor) -> ClassDistribution:
+        """The distribution of a novel category from its shots, offsets [K, L, D] with K >= 1.
+
+        Implements Eq. 17 to 19 of [SAGE] (Eq. 15 without the switches).
+
+        Raises:
+            InputError: not fitted, another L or D, or too few codes to estimate a covariance from.
+        """
+        if not hasattr(self, "codes_"):
+            raise InputError("this FewShotEditor is not fitted; call fit(w_plus, labels) first.")
+        check_w_plus(shots_w_plus, *self.relevant.class_embeddings_.shape[1:])
+        shots = shots_w_plus.detach()
+        pool = self._all or self._pool_similar(self.similar_categories(shots))
+        estimates = self._estimates(shots)
+        return ClassDistribution(
+            class_embedding=estimates[0],
+            bases=self._bases(estimates, shots),
+            similar_categories=pool.categories,
+            mean=pool.mean,
+            direction_mask=pool.mask,
+            directions=self.irrelevant.directions,
+            pooled=pool.pooled,
+            kind=self.covariance,
+            shrinkage=self.shrinkage,
+            alpha=self.alpha,
+        )
+
+    def similar_categories(self, shots: Tensor) -> Tensor:
+        """Labels [T] of the seen categories nearest to the shots' class embedding, nearest first."""
+        embeddings = self.relevant.class_embeddings_
+        rank = min(_QUERY_COMPONENTS, *embeddings.shape[::2])
+        query = self.relevant.project(shots.mean(0, keepdim=True), rank)  # [1, L, D]
+        if self.reading == "default":
+            embeddings = self.relevant.project(embeddings, rank)
+        distances = (embeddings - query).square().sum(2)  # [S, L]
+        distances = distances.sum(1) if self.reading == "paper" else distances.sqrt().sum(1)
+        return distances.argsort(stable=True)[: self.n_similar]
+
+    def _estimates(self, shots: Tensor) -> Tensor:
+        """The class embedding for each t_B [B, L, D]: projection of the mean, which is the mean projection of Eq. 17."""
+        mean = shots.mean(0, keepdim=True)
+        return torch.cat([self.relevant.project(mean, t_b) for t_b in self.n_components])
+
+    def _bases(self, estimates: Tensor, shots: Tensor) -> Tensor:
+        """What is edited [B, L, D]; where shots enter, base b comes from shot b mod K."""
+        if not self.class_embedding_mapping:
+            return shots  # Eq. 15
+        if not self.keep_fine_residual:
+            return estimates  # Eq. 20
+        bases = estimates.repeat_interleave(len(shots), 0)
+        bases[:, _FIRST_FINE_LAYER:] = shots.repeat(len(estimates), 1, 1)[:, _FIRST_FINE_LAYER:]
+        return bases
+
+    def _pool_all(self) -> _Pool:
+        """The pooled codes of all seen categories (Eq. 15)."""
+        used = commonality(self.codes_, self.labels_, self.reading) > self.beta
+        return self._pool(self.labels_.unique(), self.codes_, used)
+
+    def _pool_similar(self, categories: Tensor) -> _Pool:
+        """The codes of some categories, and the directions that are commonest in them (Eq. 19)."""
+        rows = torch.isin(self.labels_, categories).nonzero().flatten()
+        codes = self.codes_[rows]
+        if len(codes) == 0:
+            raise InputError("none of the similar categories has a latent; fit the editor on all seen categories.")
+        ranking = commonality(codes, self.labels_[rows], self.reading).argsort(1, descending=True, stable=True)
+        used = torch.zeros_like(ranking, dtype=torch.bool).scatter_(1, ranking[:, : self.n_directions], True)
+        return self._pool(categories, codes, used)
+
+    def _pool(self, categories: Tensor, codes: Tensor, used: Tensor) -> _Pool:
+        if len(codes) < 2:
+            raise InputError("a covariance needs at least 2 latents of seen categories, got 1; embed more images.")
+        edited = torch.zeros(len(used), 1, dtype=torch.bool, device=used.device)
+        edited[self._edited_layers()] = True
+        mean = codes.mean(0)
+        return _Pool(categories, mean, codes - mean, used & edited)
+
+    def _edited_layers(self) -> list[int]:
+        """Layers of the reading that the dictionary knows."""
+        groups = layer_groups(len(self.irrelevant.directions), self.reading)
+        known = {layer for group in self.irrelevant.groups for layer in group}
+        return [layer for group in groups for layer in group if layer in known]
+
+    def _check(self) -> None:
+        shapes = [tuple(self.relevant.leading().shape[:2]), tuple(self.irrelevant.directions.shape[:2])]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"relevant and irrelevant must have the same L and D, got {shapes[0]} and {shapes[1]}.")
+        for name in ("n_similar", "n_directions"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.n_components:
+            raise InputError("n_components must hold at least one number of components, got ().")
+        for t_b in self.n_components:
+            self.relevant.leading(t_b)  # raises above min(S, D)
+        for name, known in (("covariance", COVARIANCES), ("reading", READINGS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, got '{getattr(self, name)}'.")
+        if not 0 <= self.shrinkage <= 1 or (self.shrinkage and self.covariance == "diagonal"):
+            raise InputError(
+                f"shrinkage must be 0 to 1, and 0 with the diagonal covariance, got {self.shrinkage} with "
+                f"'{self.covariance}'."
+            )
+        if self.keep_fine_residual and not self.class_embedding_mapping:
+            raise InputError("keep_fine_residual has no effect without class_embedding_mapping; leave it out.")
+        if self.beta < 0:
+            raise InputError(f"beta must not be negative, got {self.beta}.")
