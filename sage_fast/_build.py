@@ -1,0 +1,231 @@
+"""One description of the compiled objects, used by setup.py (ahead of time) and by the first-use build.
+
+Three objects: ``_ops_cpu`` (schemas and CPU kernels), ``_ops_cuda`` (CUDA kernels, where nvcc and a CUDA build of torch are
+present) and ``_host`` (pybind11, no torch header). The first two use the LibTorch stable ABI: one binary serves torch 2.11 and
+later. This file imports nothing of the package, since setup.py reads it before the package exists.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+INFO = "_build_info.json"
+#: stable ABI of torch 2.11 and later
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+CUDA_ARCHS = ("80", "90")
+
+
+class BuildError(RuntimeError):
+    """The objects could not be built; the message is one line with the reason."""
+
+
+def csrc() -> Path:
+    """The folder of the C++ and CUDA sources: beside the package in a checkout, inside it once installed."""
+    inside, beside = Path(__file__).parent / "csrc", Path(__file__).parent.parent / "csrc"
+    return inside if inside.is_dir() else beside
+
+
+def find(folder: Path, stem: str) -> Path | None:
+    """The compiled object ``stem`` of a folder, or None."""
+    return next(iter(sorted(folder.glob(f"{stem}.*so"))), None)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What the build left in ``_build_info.json``; empty when there is none."""
+    try:
+        return json.loads((folder / INFO).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def failure(folder: Path) -> str | None:
+    """Why the build of a folder's objects failed, or None."""
+    return read_info(folder).get("failure")
+
+
+def needs_avx2(folder: Path) -> bool:
+    """Whether a folder's objects use AVX2."""
+    return "-mavx2" in read_info(folder).get("cpu_flags", [])
+
+
+def cpu_flags() -> list[str]:
+    """AVX2 and FMA where the building machine has them (``SAGE_FAST_PORTABLE=1`` leaves them out)."""
+    if os.environ.get("SAGE_FAST_PORTABLE") == "1" or platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return []
+    return ["-mavx2", "-mfma"] if {"avx2", "fma"} <= set(words) else []
+
+
+def has_cuda() -> str | None:
+    """None when CUDA kernels can be built, else the reason. A visible GPU plays no part."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return "torch is a build without CUDA"
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
+    return None
+
+
+def extensions(root: Path) -> list[Any]:
+    """The setuptools extensions; sources relative to ``root``."""
+    import pybind11
+    from setuptools import Extension
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    def sources(*patterns: str) -> list[str]:
+        found = [path for pattern in patterns for path in sorted(csrc().glob(pattern))]
+        return [os.path.relpath(path, root) for path in found]
+
+    include = [str(csrc().resolve())]
+    common = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    cpu = [*common, *cpu_flags(), TARGET]
+    found = [
+        CppExtension(
+            "sage_fast._ops_cpu",
+            sources("library.cpp", "cpu/*.cpp"),
+            include_dirs=include,
+            extra_compile_args={"cxx": cpu},
+            py_limited_api=True,
+        ),
+        Extension(
+            "sage_fast._host",
+            sources("module.cpp"),
+            include_dirs=[*include, pybind11.get_include()],
+            extra_compile_args={"cxx": [*common, *cpu_flags()]},
+            language="c++",
+        ),
+    ]
+    if has_cuda() is None:
+        nvcc = ["-O3", "-std=c++20", "--use_fast_math", TARGET, "-DUSE_CUDA"]
+        nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+        nvcc += [f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
+        found.append(
+            CUDAExtension(
+                "sage_fast._ops_cuda",
+                sources("cuda/*.cu"),
+                include_dirs=include,
+                extra_compile_args={"cxx": [*common, TARGET, "-DUSE_CUDA"], "nvcc": nvcc},
+                py_limited_api=True,
+            )
+        )
+    return found
+
+
+def describe(failure: str | None = None) -> dict[str, Any]:
+    """What ``_build_info.json`` records of this machine's build."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "compiler": _version_of(os.environ.get("CXX", "c++")),
+        "nvcc": _version_of("nvcc") if has_cuda() is None else None,
+        "no_cuda_because": has_cuda(),
+        "cpu_flags": cpu_flags(),
+        "failure": failure,
+    }
+
+
+def compile_into(folder: Path) -> None:
+    """Compile every object into ``folder / "sage_fast"`` with setuptools and ninja."""
+    from setuptools import Distribution
+    from torch.utils.cpp_extension import BuildExtension
+
+    folder.mkdir(parents=True, exist_ok=True)
+    distribution = Distribution({"name": "sage_fast", "ext_modules": extensions(Path.cwd())})
+    command = BuildExtension(distribution, use_ninja=shutil.which("ninja") is not None)
+    command.build_lib, command.build_temp = str(folder), str(folder / "temp")
+    command.ensure_finalized()
+    command.run()
+
+
+def build_cached() -> Path:
+    """Build in a process of its own into the cache, once for these sources, this torch and this compiler.
+
+    The lock is the kernel's (flock), so a killed process cannot leave it behind; a failure is remembered and not tried
+    again until the sources, torch or the compiler change.
+
+    Raises:
+        BuildError: with the first line of the compiler's complaint.
+    """
+    folder = _cache()
+    with _locked(folder):
+        target = folder / "sage_fast"
+        if reason := failure(folder):
+            raise BuildError(reason)
+        if find(target, "_ops_cpu"):
+            return target
+        print("sage_fast: building its kernels once (about a minute) ...", file=sys.stderr)
+        reason = _run_build(folder)
+        (target if reason is None else folder).mkdir(exist_ok=True)
+        info = target if reason is None else folder
+        (info / INFO).write_text(json.dumps(describe(reason), indent=2))
+        if reason is not None:
+            raise BuildError(reason)
+        return target
+
+
+def _run_build(folder: Path) -> str | None:
+    script = "import runpy, sys, pathlib; m = runpy.run_path(sys.argv[1]); m['compile_into'](pathlib.Path(sys.argv[2]))"
+    command = [sys.executable, "-c", script, __file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    (folder / "build.log").write_text(done.stdout + done.stderr)
+    return None if done.returncode == 0 else complaint(done.stdout + done.stderr) + f" (log: {folder / 'build.log'})"
+
+
+def complaint(log: str) -> str:
+    """The line of a build's output that says what was wrong."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    telling = [line for line in lines if any(w in line for w in ("error:", "Error:", "not found", "command not"))]
+    return (telling or lines or ["the build failed without a message"])[0 if telling else -1][:200]
+
+
+def _cache() -> Path:
+    import torch
+
+    root = os.environ.get("SAGE_FAST_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sage_fast"
+    )
+    key = hashlib.sha256()
+    for path in sorted(csrc().rglob("*.*")):
+        key.update(path.name.encode() + path.read_bytes())
+    compiler = _version_of(os.environ.get("CXX", "c++"))
+    key.update(json.dumps([torch.__version__, sys.version, compiler, cpu_flags(), has_cuda()]).encode())
+    folder = Path(root) / key.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"the cache {folder} cannot be written ({error.strerror}); set SAGE_FAST_CACHE") from error
+    return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _version_of(command: str) -> str | None:
+    try:
+        lines = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next((line for line in reversed(lines) if "release" in line), lines[0] if lines else None)

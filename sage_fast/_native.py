@@ -1,0 +1,141 @@
+"""Loading of the compiled objects: which op has a native kernel on which device, and why not.
+
+Nothing is compiled or loaded at import. The first op that runs calls :func:`load`, which takes the objects built at
+installation or, when there are none, builds them once into a cache (``SAGE_FAST_BUILD=auto``). Whatever goes wrong leaves the
+reference ops working, with one :class:`~sage_fast.errors.SageFastWarning` that names the reason and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sage_fast.errors import InputError, SageFastWarning
+
+__all__ = ["NATIVE_OPS", "Native", "has_kernel", "load", "when_loaded"]
+
+#: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
+NATIVE_OPS = ("bias_act", "upfirdn2d", "project_onto_basis", "gaussian_low_pass")
+BUILD_MODES = ("auto", "aot", "jit", "none")
+_REMEDY = "Install a C++ compiler and reinstall (pip install --no-build-isolation .), or set SAGE_FAST_BUILD=none to stay without."
+
+
+@dataclass
+class Native:
+    """What was loaded: ``folder`` of the objects, ``devices`` with kernels, ``reasons`` per device without."""
+
+    folder: Path | None = None
+    devices: tuple[str, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+_lock = threading.RLock()
+_native: Native | None = None
+_callbacks: list[Callable[[], None]] = []
+_warned: set[str] = set()
+
+
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether ``op`` runs natively on ``device_type`` ("cpu", "cuda"); warns once a device when it should but cannot."""
+    native = load()
+    if device_type in native.devices:
+        return op in NATIVE_OPS
+    if op in NATIVE_OPS and device_type not in _warned and build_mode() != "none":
+        _warned.add(device_type)
+        reason = native.reasons.get(device_type, "there are no kernels for this kind of device")
+        message = f"sage_fast runs its slower PyTorch reference on '{device_type}': {reason}. {_REMEDY}"
+        warnings.warn(message, SageFastWarning, stacklevel=3)
+    return False
+
+
+def load() -> Native:
+    """Load the objects, once a process; builds them first when none were installed and ``SAGE_FAST_BUILD`` allows it."""
+    global _native
+    if _native is None:
+        with _lock:
+            if _native is None:
+                _native = _load()
+    return _native
+
+
+def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: run ``register`` (fake kernels, derivatives) as soon as the op schemas exist."""
+    _callbacks.append(register)
+    if _native is not None and _native.devices:
+        register()
+    return register
+
+
+def build_mode() -> str:
+    """``SAGE_FAST_BUILD``: auto (installed objects, else a first-use build), aot, jit (always the cache), none."""
+    mode = os.environ.get("SAGE_FAST_BUILD", "auto")
+    if mode not in BUILD_MODES:
+        raise InputError(f"SAGE_FAST_BUILD must be one of {', '.join(BUILD_MODES)}, got '{mode}'.")
+    return mode
+
+
+def _load() -> Native:
+    mode = build_mode()
+    if mode == "none":
+        return Native(reasons=dict.fromkeys(("cpu", "cuda"), "SAGE_FAST_BUILD=none"))
+    from sage_fast import _build
+
+    folder = Path(__file__).parent
+    if mode == "jit" or (mode == "auto" and not _build.find(folder, "_ops_cpu") and not _build.failure(folder)):
+        try:
+            folder = _build.build_cached()
+        except _build.BuildError as error:
+            return Native(reasons=dict.fromkeys(("cpu", "cuda"), str(error)))
+    return _load_from(folder)
+
+
+def _load_from(folder: Path) -> Native:
+    from sage_fast import _build
+
+    native = Native(folder=folder)
+    for device in ("cpu", "cuda"):
+        path = _build.find(folder, f"_ops_{device}")
+        reason = _why_not(folder, device, path)
+        if reason is None:
+            try:
+                torch.ops.load_library(str(path))
+            except OSError as error:
+                reason = f"{path.name} does not load ({_first_line(error)}); it was built for another torch"
+        if reason is None:
+            native.devices += (device,)
+        else:
+            native.reasons[device] = reason
+            if device == "cpu":  # it holds the schemas: without it nothing else can be registered
+                native.reasons["cuda"] = reason
+                return native
+    for register in _callbacks:
+        register()
+    return native
+
+
+def _why_not(folder: Path, device: str, path: Path | None) -> str | None:
+    from sage_fast import _build
+
+    if path is None:
+        return _build.failure(folder) or (
+            "the package was built without CUDA (it needs nvcc and a CUDA build of torch)"
+            if device == "cuda"
+            else "no compiled object was found"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if device == "cpu" and _build.needs_avx2(folder) and platform.machine() in ("x86_64", "AMD64"):
+        if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+            return "it was built for a processor with AVX2, which this one lacks"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,104 @@
+"""The convolution of StyleGAN2: its weight scaled per sample by a style, and normalised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sage_fast.errors import InputError
+from sage_fast.ops.upfirdn2d import upfirdn2d
+
+__all__ = ["modulated_conv2d", "modulated_conv2d_reference"]
+
+
+def modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    demodulate: bool = True,
+    up: int = 1,
+    down: int = 1,
+    resample_filter: Tensor | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Convolve with ``weight * style`` per sample, each output channel's weight scaled to unit norm.
+
+    Implements Eq. 1 and 3 of Karras et al. 2020 [StyleGAN2]. One weight serves the whole batch: the style scales the input
+    channels and the norm divides the output channels, which is the same sum in another order and needs no grouped
+    convolution. Differentiable any number of times.
+
+    Args:
+        x: [N, C_in, H, W].
+        weight: [C_out, C_in, k, k], k odd.
+        style: [N, C_in].
+        demodulate: divide by the norm of the modulated weight (off in ToRGB).
+        up: 1, or 2 for a transposed convolution of stride 2 followed by ``resample_filter`` (blur).
+        down: 1, or 2 for ``resample_filter`` followed by a convolution of stride 2.
+        resample_filter: [kh, kw] that sums to one, needed when ``up`` or ``down`` is 2.
+    Returns:
+        [N, C_out, H * up / down, W * up / down].
+    Raises:
+        InputError: shapes that do not fit, or a resample filter that is missing or without use.
+    """
+    _check(x, weight, style, up, down, resample_filter)
+    x = x * style[:, :, None, None].to(x.dtype)
+    x = _convolve(x, weight.to(x.dtype), up, down, resample_filter)
+    if demodulate:
+        norm = style.square() @ weight.square().sum((2, 3)).t()  # [N, C_out]
+        x = x * torch.rsqrt(norm + eps)[:, :, None, None].to(x.dtype)
+    return x
+
+
+def modulated_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    demodulate: bool = True,
+    up: int = 1,
+    down: int = 1,
+    resample_filter: Tensor | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """The same, as the equations are printed: a weight for each sample, one convolution a sample."""
+    _check(x, weight, style, up, down, resample_filter)
+    outputs = []
+    for image, s in zip(x, style):
+        w = weight * s[None, :, None, None]  # Eq. 1
+        if demodulate:
+            w = w * torch.rsqrt(w.square().sum((1, 2, 3), keepdim=True) + eps)  # Eq. 3
+        outputs.append(_convolve(image[None], w, up, down, resample_filter))
+    return torch.cat(outputs) if outputs else _convolve(x, weight, up, down, resample_filter)
+
+
+def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None) -> Tensor:
+    """'Same' convolution with 2-fold up- or downsampling behind or before an FIR filter."""
+    k = weight.shape[2]
+    if up == 2:
+        # Stride 2 and a k x k kernel give 2 H + k - 2 rows; the filter needs kh - 1 rows around 2 H.
+        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        pad = [f.shape[1] - k + 1, f.shape[0] - k + 1]  # in all, of columns and rows
+        return upfirdn2d(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2], gain=4.0)
+    if down == 2:
+        pad = [f.shape[1] + k - 3, f.shape[0] + k - 3]
+        x = upfirdn2d(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
+        return F.conv2d(x, weight, stride=2)
+    return F.conv2d(x, weight, padding=k // 2)
+
+
+def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tensor | None) -> None:
+    if x.ndim != 4 or not x.is_floating_point():
+        raise InputError(f"x must be floating point [N, C_in, H, W], got {x.dtype} {list(x.shape)}.")
+    if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise InputError(f"weight must have shape [C_out, C_in, k, k] with k odd, got {list(weight.shape)}.")
+    if x.shape[1] != weight.shape[1]:
+        raise InputError(f"x must have the {weight.shape[1]} channels of weight, got {x.shape[1]}.")
+    if style.shape != x.shape[:2]:
+        raise InputError(f"style must have shape {list(x.shape[:2])}, one factor per input channel, got {list(style.shape)}.")
+    if (up, down) not in ((1, 1), (2, 1), (1, 2)):
+        raise InputError(f"up and down must be 1 and 1, 2 and 1, or 1 and 2, got {up} and {down}.")
+    if (f is None) == (up * down == 2):
+        needed = "needed with up=2 or down=2" if f is None else "ignored without up=2 or down=2; leave it out"
+        raise InputError(f"resample_filter is {needed}.")
+    if f is not None and f.ndim != 2:
+        raise InputError(f"resample_filter must have shape [kh, kw], got {list(f.shape)}.")

@@ -1,0 +1,73 @@
+"""Orthogonal projection of latents on one basis per layer (Eq. 17)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sage_fast import _native
+from sage_fast.errors import InputError
+
+__all__ = ["project_onto_basis", "project_onto_basis_reference"]
+
+
+def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
+    """``B (B^T w)`` per layer: what of ``w_plus`` lies in the span of the orthonormal columns of ``basis``.
+
+    Implements Eq. 17 of [SAGE]. The inner product comes first, so the cost is N L D R, not N L D^2. Differentiable any number
+    of times in both arguments.
+
+    Args:
+        w_plus: [N, L, D], floating.
+        basis: [L, D, R], columns orthonormal in each layer (not checked).
+    Returns:
+        [N, L, D].
+    Raises:
+        InputError: shapes or dtypes that do not belong together.
+    """
+    _check(w_plus, basis)
+    native = w_plus.dtype in (torch.float32, torch.float64) and basis.shape[2] > 0
+    if native and _native.has_kernel("project_onto_basis", w_plus.device.type):
+        return torch.ops.sage_fast.project_onto_basis(w_plus, basis)
+    return project_onto_basis_reference(w_plus, basis)
+
+
+def project_onto_basis_reference(w_plus: Tensor, basis: Tensor) -> Tensor:
+    """The same in plain PyTorch."""
+    _check(w_plus, basis)
+    codes = torch.einsum("ldr,nld->nlr", basis, w_plus)
+    return torch.einsum("ldr,nlr->nld", basis, codes)
+
+
+def _check(w_plus: Tensor, basis: Tensor) -> None:
+    if w_plus.ndim != 3 or not w_plus.is_floating_point():
+        raise InputError(f"w_plus must be floating point [N, L, D], got {w_plus.dtype} {list(w_plus.shape)}.")
+    if basis.ndim != 3 or basis.shape[:2] != w_plus.shape[1:]:
+        n_latent, dim = w_plus.shape[1:]
+        raise InputError(f"basis must have shape [L, D, R] with L = {n_latent}, D = {dim}, got {list(basis.shape)}.")
+    if basis.dtype != w_plus.dtype or basis.device != w_plus.device:
+        raise InputError(
+            f"basis must be {w_plus.dtype} on {w_plus.device}, as w_plus is, got {basis.dtype} on {basis.device}."
+        )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    """The projection is its own transpose; in B, d(B B^T w) pairs w with B^T grad and grad with B^T w."""
+    w_plus, basis = ctx.saved_tensors
+    grad_w = project_onto_basis(grad.contiguous(), basis) if ctx.needs_input_grad[0] else None
+    if not ctx.needs_input_grad[1]:
+        return grad_w, None
+    grad_codes = torch.einsum("ldr,nld->nlr", basis, grad)
+    codes = torch.einsum("ldr,nld->nlr", basis, w_plus)
+    grad_basis = torch.einsum("nld,nlr->ldr", w_plus, grad_codes) + torch.einsum("nld,nlr->ldr", grad, codes)
+    return grad_w, grad_basis
+
+
+@_native.when_loaded
+def _register() -> None:
+    torch.library.register_fake("sage_fast::project_onto_basis", lambda w_plus, basis: w_plus.new_empty(w_plus.shape))
+    torch.library.register_autograd("sage_fast::project_onto_basis", _backward, setup_context=_setup_context)

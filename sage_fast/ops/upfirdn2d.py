@@ -1,0 +1,134 @@
+"""Pad, upsample, filter and downsample images: the resampling of StyleGAN2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sage_fast import _native
+from sage_fast.errors import InputError
+
+__all__ = ["upfirdn2d", "upfirdn2d_reference"]
+
+Padding = int | Sequence[int]
+
+
+def upfirdn2d(
+    x: Tensor,
+    f: Tensor,
+    up: int = 1,
+    down: int = 1,
+    padding: Padding = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+) -> Tensor:
+    """Upsample by zeros, pad, convolve with ``f`` and keep every ``down``-th pixel.
+
+    In this order: (1) ``up - 1`` zeros after each pixel, (2) ``padding`` zeros around (negative: crop), (3) a true
+    convolution with ``f`` (a correlation with ``flip_filter``), valid positions only, (4) every ``down``-th row and column,
+    (5) times ``gain``. Implements the resampling of Karras et al. 2020 [StyleGAN2]. Differentiable any number of times in x;
+    ``f`` gets no gradient.
+
+    Args:
+        x: images [N, C, H, W], floating.
+        f: filter [kh, kw], or [k] for the outer product of itself; at most 32 a side.
+        up, down: integer factors, the same for rows and columns.
+        padding: one number, or (left, right, top, bottom), counted in upsampled pixels.
+        gain: factor on the result; ``up ** 2`` keeps the brightness of a filter that sums to one.
+    Returns:
+        [N, C, OH, OW] with OH = (H * up + top + bottom - kh) // down + 1.
+    Raises:
+        InputError: a shape, factor or padding that leaves no output.
+    """
+    f, pad = _tidy(x, f, up, down, padding)
+    if _native.has_kernel("upfirdn2d", x.device.type) and x.dtype in (torch.float32, torch.float64):
+        return torch.ops.sage_fast.upfirdn2d(x, f, up, down, *pad, flip_filter, float(gain))
+    return upfirdn2d_reference(x, f, up, down, pad, flip_filter, gain)
+
+
+def upfirdn2d_reference(
+    x: Tensor,
+    f: Tensor,
+    up: int = 1,
+    down: int = 1,
+    padding: Padding = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+) -> Tensor:
+    """The same in plain PyTorch, step by step."""
+    f, (left, right, top, bottom) = _tidy(x, f, up, down, padding)
+    n, c, h, w = x.shape
+    # 1. zeros after each pixel
+    x = x.reshape(n, c, h, 1, w, 1)
+    x = F.pad(x, (0, up - 1, 0, 0, 0, up - 1)).reshape(n, c, h * up, w * up)
+    # 2. pad or crop
+    x = F.pad(x, (left, right, top, bottom))
+    # 3. convolve: conv2d correlates, so the filter is flipped for a convolution
+    taps = f.to(x) if flip_filter else f.to(x).flip((0, 1))
+    height, width = x.shape[2:]
+    x = F.conv2d(x.reshape(n * c, 1, height, width), taps[None, None])
+    # 4. decimate, 5. scale
+    return x[:, :, ::down, ::down].reshape(n, c, *_out_size(height, width, f, down)) * gain
+
+
+def _tidy(x: Tensor, f: Tensor, up: int, down: int, padding: Padding) -> tuple[Tensor, tuple[int, int, int, int]]:
+    if x.ndim != 4 or not x.is_floating_point():
+        raise InputError(f"x must be floating point images [N, C, H, W], got {x.dtype} {list(x.shape)}.")
+    if f.ndim not in (1, 2) or not all(1 <= k <= 32 for k in f.shape):
+        raise InputError(f"f must have shape [k] or [kh, kw] with sides from 1 to 32, got {list(f.shape)}.")
+    if f.requires_grad:
+        raise InputError("f must not require a gradient: upfirdn2d does not learn its filter; pass f.detach().")
+    for name, factor in (("up", up), ("down", down)):
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise InputError(f"{name} must be a positive integer, got {factor!r}.")
+    pad = (padding,) * 4 if isinstance(padding, int) else tuple(int(p) for p in padding)
+    if len(pad) != 4:
+        raise InputError(f"padding must be one number or (left, right, top, bottom), got {padding!r}.")
+    f = torch.outer(f, f) if f.ndim == 1 else f
+    height, width = x.shape[2] * up + pad[2] + pad[3], x.shape[3] * up + pad[0] + pad[1]
+    if min(x.shape[2:]) < 1 or height < f.shape[0] or width < f.shape[1]:
+        raise InputError(
+            f"padding {list(pad)} leaves images of {height} x {width} px, expected at least the filter's "
+            f"{f.shape[0]} x {f.shape[1]}; x is {list(x.shape)}."
+        )
+    return f.to(device=x.device), pad  # type: ignore[return-value]
+
+
+def _out_size(height: int, width: int, f: Tensor, down: int) -> tuple[int, int]:
+    return (height - f.shape[0]) // down + 1, (width - f.shape[1]) // down + 1
+
+
+def _fake(x, f, up, down, left, right, top, bottom, flip_filter, gain):
+    height, width = x.shape[2] * up + top + bottom, x.shape[3] * up + left + right
+    return x.new_empty(*x.shape[:2], *_out_size(height, width, f, down))
+
+
+def _setup_context(ctx, inputs, output):
+    x, f, *ctx.settings = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(f)
+
+
+def _backward(ctx, grad):
+    """The transpose swaps up and down, flips the filter, and pads so that the size comes back."""
+    (f,) = ctx.saved_tensors
+    up, down, left, _, top, _, flip_filter, gain = ctx.settings
+    kh, kw = f.shape
+    height, width = ctx.size
+    left, top = kw - 1 - left, kh - 1 - top
+    # one less than a multiple of `up` more rows would do too: take those that give exactly `height` rows
+    bottom = (height - 1) * up + kh - grad.shape[2] * down - top
+    right = (width - 1) * up + kw - grad.shape[3] * down - left
+    grad_x = torch.ops.sage_fast.upfirdn2d(
+        grad.contiguous(), f, down, up, left, right, top, bottom, not flip_filter, gain
+    )
+    return grad_x, *[None] * 9
+
+
+@_native.when_loaded
+def _register() -> None:
+    torch.library.register_fake("sage_fast::upfirdn2d", _fake)
+    torch.library.register_autograd("sage_fast::upfirdn2d", _backward, setup_context=_setup_context)
