@@ -1,4 +1,4 @@
-"""Give generated images back what inversion lost of the real one: in pixels or in low frequencies ([SAGE], Eq. 21-23)."""
+"""Give generated images back what inversion lost of the real one, in pixels or frequencies ([SAGE], Eq. 21-23)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["fuse_frequencies", "fuse_pixels", "fusion_mask", "gaussian_low_pass"
 
 _BLENDS = ("residual", "convex", "printed")
 _READINGS = ("paper", "released", "default")
-_BLUR = 1.3  # standard deviation of the 3 x 3 Gaussian of Eq. 21, in pixels; the paper gives none, the released code this
+_BLUR = 1.3  # px, standard deviation of the 3 x 3 Gaussian of Eq. 21: the released code's, the paper gives none
 
 
 def fuse_pixels(
@@ -26,9 +26,12 @@ def fuse_pixels(
 ) -> Tensor:
     """Bring details of the real image into the edited one where inversion lost more than editing changed.
 
-    Implements Eq. 21 and 22 of [SAGE] on images in [0, 1]. ``"printed"``: ``edited + M real``, which brightens; ``"convex"``:
-    ``(1 - M) edited + M real``, the released code; ``"residual"``: ``edited + M (real - inverted)``, what the text says ("this loss
-    is added to the edited image according to the mask").
+    Implements Eq. 21 and 22 of [SAGE] on images in [0, 1].
+
+    * ``"residual"``: ``edited + M (real - inverted)``, what the text says ("this loss is added to the edited image
+      according to the mask");
+    * ``"convex"``: ``(1 - M) edited + M real``, what the released code computes;
+    * ``"printed"``: ``edited + M real``, which brightens.
 
     Args:
         real: the given image [N or 1, C, H, W] in [-1, 1].
@@ -55,9 +58,9 @@ def fuse_pixels(
 def fusion_mask(real: Tensor, inverted: Tensor, edited: Tensor, beta: float = 0.5, reading: str = "default") -> Tensor:
     """Where the real image has something to give: [N, 1, H, W] in [0, 1].
 
-    Implements Eq. 21 of [SAGE]. ``"paper"`` and ``"default"``: norms over the channels of images in [0, 1], 3 x 3 Gaussian,
-    clamped to [0, 1]. ``"released"``: absolute differences summed over channels and stretched to [0, 1] in each image, clamped
-    at 0, then the Gaussian.
+    Implements Eq. 21 of [SAGE]. ``"paper"`` and ``"default"``: norms over the channels of images in [0, 1], 3 x 3
+    Gaussian, clamped to [0, 1]. ``"released"``: absolute differences summed over channels and stretched to [0, 1] in
+    each image, clamped at 0, then the Gaussian.
     Deviation: the released code takes the differences in 8 bits, where they wrap around; here they do not.
     """
     _check_images(real, inverted, edited)
@@ -82,10 +85,10 @@ def fuse_frequencies(
 ) -> Tensor:
     """Give the edited image the low frequencies that inversion took from the real one.
 
-    Implements Eq. 23 of [SAGE]: the high frequencies stay those of ``edited``. The low-pass is linear, so one of
-    ``(gamma1 - 1) edited + real - gamma2 inverted`` is enough, and with ``gamma1`` 1 it is that of the source alone, shared by
-    all its edits. ``reading="released"``: ``gamma1 edited`` unfiltered in place of the edited image, each channel stretched to the full
-    range; its weights are 0.8 and 0.3. The formula is that of the tensors as given: weights below 1 pull towards mid-grey (0).
+    Implements Eq. 23 of [SAGE] on the tensors as given; the high frequencies stay those of ``edited``. The low-pass is
+    linear, so one of ``(gamma1 - 1) edited + real - gamma2 inverted`` is enough, and with ``gamma1`` 1 it is that of the
+    source alone, shared by all its edits. ``reading="released"`` leaves ``gamma1 edited`` unfiltered and stretches each
+    channel to the full range; its weights are 0.8 and 0.3.
 
     Args:
         real: the given image [N or 1, C, H, W] in [-1, 1].

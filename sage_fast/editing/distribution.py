@@ -17,16 +17,17 @@ __all__ = ["COVARIANCES", "ClassDistribution"]
 COVARIANCES = ("joint", "per_layer", "diagonal")
 """Over all layers at once; over the directions of a layer, layers independent; every entry independent."""
 
-_BLOCK = 64  # samples to a matrix product: a product of another size rounds otherwise, and the batch would show in the last bit
+_BLOCK = 64  # samples to a matrix product; one of another size rounds otherwise, and the batch would show in the last bit
 
 
 @dataclass(frozen=True, eq=False)
 class ClassDistribution:
     """``base + alpha * A (mask * n)`` with n ~ N(mean, covariance): what ``FewShotEditor.adapt`` returns.
 
-    The covariance is that of the pooled codes of the similar categories and is never formed: with the m codes as rows of X,
-    ``mean + (X - mean)^T eps / sqrt(m - 1)`` with eps ~ N(0, I_m) has exactly their sample covariance, over all layers at once.
-    Offsets from ``latent_avg`` throughout. Immutable; do not write into its tensors, distributions share them.
+    The covariance is that of the pooled codes of the similar categories and is never formed: with the m codes as rows
+    of X, ``mean + (X - mean)^T eps / sqrt(m - 1)`` with eps ~ N(0, I_m) has exactly their sample covariance, over all
+    layers at once. Offsets from ``latent_avg`` throughout. Immutable; do not write into its tensors, distributions
+    share them.
 
     Attributes:
         class_embedding: the estimate of e of the novel category [L, D] (Eq. 17).
@@ -61,7 +62,7 @@ class ClassDistribution:
         return (m if self.kind == "joint" else n_latent * m) + (n_latent * k if self.shrinkage else 0)
 
     def covariance(self) -> Tensor:
-        """Covariance of the codes before the mask: [L K, L K], layer by layer, for ``"joint"``; else one a layer [L, K, K]."""
+        """Covariance of the codes before the mask: [L K, L K] in layer order for ``"joint"``, else [L, K, K]."""
         X = self.pooled.flatten(1)[None] if self.kind == "joint" else self.pooled.transpose(0, 1)  # [1 or L, m, .]
         full = X.mT @ X / (X.shape[1] - 1)
         own = torch.diag_embed(full.diagonal(dim1=1, dim2=2))
@@ -81,7 +82,7 @@ class ClassDistribution:
         Returns:
             offsets [n, L, D]. Drawn with one ``rng`` in batches of multiples of 16, the samples are those of one call.
         """
-        width = -(-self.n_random // 16) * 16  # torch draws normals in sixteens; whole rows keep the stream independent of n
+        width = -(-self.n_random // 16) * 16  # torch draws in sixteens: so the stream does not depend on n
         noise = torch.randn(n, width, generator=rng, dtype=self.mean.dtype, device=rng.device if rng else None)
         return self.sample_with(noise[:, : self.n_random].to(self.mean.device), alpha, first)
 

@@ -1,4 +1,4 @@
-"""From a few latents of a novel category to its distribution: AGE, SAGE-Q, SAGE-I and SAGE as two switches ([SAGE], Eq. 15-20)."""
+"""From a few latents of a novel category to its distribution: AGE, SAGE-Q, SAGE-I, SAGE ([SAGE], Eq. 15-20)."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class _Pool(NamedTuple):
 class FewShotEditor:
     """Estimates the distribution of a novel category from one to a few of its latents.
 
-    ``class_embedding_mapping`` edits from the estimate of the class embedding (Eq. 17) instead of from the shots themselves;
-    ``adaptive_editing`` takes the codes and directions of the ``n_similar`` nearest seen categories (Eq. 18-20) instead of those of
-    all (Eq. 15). AGE has neither, SAGE-Q the first, SAGE-I the second, SAGE both: see ``METHODS``.
+    ``class_embedding_mapping`` edits from the estimate of the class embedding (Eq. 17) instead of from the shots
+    themselves; ``adaptive_editing`` takes the codes and directions of the ``n_similar`` nearest seen categories (Eq.
+    18-20) instead of those of all (Eq. 15). AGE has neither, SAGE-Q the first, SAGE-I the second, SAGE both: see
+    ``METHODS``.
 
     Args:
         relevant: fitted dictionary of the seen categories.
@@ -65,9 +66,9 @@ class FewShotEditor:
         keep_fine_residual: leave layers 7 and up at the shots' own latents, where Eq. 17 loses texture.
         beta: threshold of Eq. 15 on mean |n|, without adaptive editing.
         alpha: strength of the edit that the distribution samples with.
-        reading: ``"paper"``: distance of all layers together, seen embeddings unprojected. ``"released"``: distances summed over layers,
-            seen embeddings unprojected; commonality pooled over images; layers 0-5 edited. ``"default"``: distances summed over layers,
-            both sides projected.
+        reading: ``"paper"``: distance of all layers together, seen embeddings unprojected. ``"released"``: distances
+            summed over layers, seen embeddings unprojected; commonality pooled over images; layers 0-5 edited.
+            ``"default"``: distances summed over layers, both sides projected.
 
     Raises:
         InputError: a setting out of its range, unknown, or without effect; dictionaries that do not belong together.
@@ -184,7 +185,7 @@ class FewShotEditor:
         return distances.argsort(stable=True)[: self.n_similar]
 
     def _estimates(self, shots: Tensor) -> Tensor:
-        """The class embedding for each t_B [B, L, D]: projection of the mean, which is the mean projection of Eq. 17."""
+        """The class embedding for each t_B [B, L, D]: the projection of the mean is the mean projection of Eq. 17."""
         mean = shots.mean(0, keepdim=True)
         return torch.cat([self.relevant.project(mean, t_b) for t_b in self.n_components])
 
@@ -209,7 +210,7 @@ class FewShotEditor:
         codes = self.codes_[rows]
         if len(codes) == 0:
             raise InputError("none of the similar categories has a latent; fit the editor on all seen categories.")
-        ranking = commonality(codes, self.labels_[rows], self.reading).argsort(1, descending=True, stable=True)
+        ranking = commonality(codes, self.labels_[rows], self.reading).argsort(dim=1, descending=True, stable=True)
         used = torch.zeros_like(ranking, dtype=torch.bool).scatter_(1, ranking[:, : self.n_directions], True)
         return self._pool(categories, codes, used)
 

@@ -1,4 +1,4 @@
-"""The dictionary A of category-irrelevant directions, its codes and the terms it is trained with ([SAGE], Eq. 8-13, 18, 19)."""
+"""The dictionary A of category-irrelevant directions, its codes and its losses ([SAGE], Eq. 8-13, 18, 19)."""
 
 from __future__ import annotations
 
@@ -99,14 +99,15 @@ def layer_groups(n_latent: int, reading: str = "default") -> tuple[tuple[int, ..
 class CodeMLP(nn.Module):
     """Residuals to codes: implements Eq. 9 of [SAGE], five linear layers with LeakyReLU(0.2) between, signed output.
 
-    One network per group reads the group's layers and gives one code that they share. With ``one_network`` a single network reads
-    all grouped layers and gives the codes of all groups, as the paper prints it. Layers in no group get zeros.
+    One network per group reads the group's layers and gives one code that they share. With ``one_network`` a single
+    network reads all grouped layers and gives the codes of all groups, as the paper prints it. Layers in no group get
+    zeros.
 
     Args:
         groups: layers that share a code, as :func:`layer_groups` gives.
         n_latent, style_dim, n_directions: L, D, K.
-        width: of the first two hidden layers, halved in the third; min(1024, 4 K), at least 64, when absent (the released
-            code's 1024, 1024 and 512 for its K = 100 need ``width=1024``).
+        width: of the first two hidden layers, halved in the third; min(1024, 4 K), at least 64, when absent (the
+            released code's 1024, 1024 and 512 for its K = 100 need ``width=1024``).
     """
 
     def __init__(
@@ -150,9 +151,9 @@ def _mlp(n_in: int, width: int, n_directions: int, n_out: int) -> nn.Sequential:
 def orthogonal_loss(directions: Tensor, class_embeddings: Tensor, reading: str = "default") -> Tensor:
     """How far the directions A [L, D, K] are from not touching the categories, e [S, L, D]: a scalar.
 
-    Implements Eq. 13 of [SAGE], the penalty for Eq. 12. ``"paper"``: squared Frobenius norm of B^T A, summed over layers.
-    ``"released"``: mean absolute value of B^T A over its six layers. ``"default"``: as the paper, with the class embeddings
-    of unit norm in each layer, so that it does not grow with their distance from ``latent_avg``.
+    Implements Eq. 13 of [SAGE], the penalty for Eq. 12. ``"paper"``: squared Frobenius norm of B^T A, summed over
+    layers. ``"released"``: mean absolute value of B^T A over its six layers. ``"default"``: as the paper, with the
+    class embeddings of unit norm in each layer, so that it does not grow with their distance from ``latent_avg``.
     """
     _check_reading(reading)
     if reading == "default":
@@ -165,11 +166,11 @@ def orthogonal_loss(directions: Tensor, class_embeddings: Tensor, reading: str =
 def sparse_loss(codes: Tensor, theta0: float = 0.5, theta1: float = -1.0, reading: str = "default") -> Tensor:
     """Smooth count of the directions in use, from codes [N, L, K]: a scalar.
 
-    Implements Eq. 10 of [SAGE], summed over layers and directions. ``"paper"``: ``sigmoid(theta0 n - theta1)`` as printed, mean over
-    the batch. ``"default"``: ``sigmoid(theta0 |n| + theta1)``, mean over the batch. ``"released"``: the same over its six
-    layers, summed over the batch and divided by 32.
-    Deviation: the printed form has no least value (it drives n to minus infinity) and the printed sign of theta1 does not
-    go with its value of -1; the default is what the released code computes, without its constant.
+    Implements Eq. 10 of [SAGE], summed over layers and directions. ``"paper"``: ``sigmoid(theta0 n - theta1)`` as
+    printed, mean over the batch. ``"default"``: ``sigmoid(theta0 |n| + theta1)``, mean over the batch.
+    ``"released"``: the same over its six layers, summed over the batch and divided by 32.
+    Deviation: the printed form has no least value (it drives n to minus infinity) and the printed sign of theta1 does
+    not go with its value of -1; the default is what the released code computes, without its constant.
     """
     _check_reading(reading)
     codes = codes[:, _grouped_layers(codes.shape[1], reading)]
@@ -181,8 +182,8 @@ def sparse_loss(codes: Tensor, theta0: float = 0.5, theta1: float = -1.0, readin
 def pca_directions(delta_w: Tensor, n: int) -> Tensor:
     """Principal directions of residuals [N, L, D] in each layer, by falling variance: orthonormal columns [L, D, n].
 
-    Uncentred, since the residuals of a category have mean zero. Columns beyond the numerical rank are zero; the sign is such that the
-    entry of largest absolute value is positive.
+    Uncentred, since the residuals of a category have mean zero. Columns beyond the numerical rank are zero; the sign
+    is such that the entry of largest absolute value is positive.
 
     Raises:
         InputError: ``n`` above min(N, D).
@@ -208,7 +209,7 @@ def commonality(codes: Tensor, labels: Tensor, reading: str = "default") -> Tens
 
     Args:
         codes: n [N, L, K].
-        labels: int64 [N], any numbers.
+        labels: int64 [N], 0 or more; a category without an image does not count.
     """
     _check_reading(reading)
     check_labels(labels, len(codes))

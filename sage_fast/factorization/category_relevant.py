@@ -15,8 +15,8 @@ __all__ = ["CategoryRelevantDictionary"]
 class CategoryRelevantDictionary:
     """Leading singular directions of the class embeddings of the seen categories, one basis per layer.
 
-    Implements Eq. 16 of [SAGE] in the frame of offsets from ``latent_avg``, uncentred: the first direction is close to the
-    mean embedding.
+    Implements Eq. 16 of [SAGE] in the frame of offsets from ``latent_avg``, uncentred: the first direction is close
+    to the mean embedding.
 
     Args:
         n_components: R, or t_B in the paper; at most min(S, D).

@@ -68,8 +68,8 @@ def check_w_plus(w_plus: Tensor, n_latent: int | None = None, style_dim: int | N
         raise InputError(f"w_plus must be floating point {shape} with N >= 1, got {w_plus.dtype} {list(w_plus.shape)}.")
     if w_plus.shape[1] != (n_latent or w_plus.shape[1]) or w_plus.shape[2] != (style_dim or w_plus.shape[2]):
         raise InputError(
-            f"w_plus must have shape {shape}, as the dictionaries have, got {list(w_plus.shape)}; embed the images with "
-            "the encoder that these dictionaries were made with."
+            f"w_plus must have shape {shape}, as the dictionaries have, got {list(w_plus.shape)}; embed the images "
+            "with the encoder that these dictionaries were made with."
         )
     if not bool(w_plus.sum().isfinite()):
         raise InputError("w_plus holds values that are not finite; embed the images again.")
