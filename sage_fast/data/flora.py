@@ -3,7 +3,8 @@
 An image is a pure function of (category, index), drawn by :mod:`sage_fast.data.flora_drawing`. The *category* fixes
 the category-relevant factors (``LEVELS``: petal count, outline, layers, colours, disc, stamens, leaves); the *index*
 fixes the category-irrelevant ones (``FACTORS``: pose, light, background, blur) as a hash of (category, index), so that
-neither the batch nor the order matters. Many categories have a neighbour that differs in one factor only, often an unseen one.
+neither the batch nor the order matters. Many categories have a neighbour that differs in one factor only, often an
+unseen one.
 
 Not every factor can be read off an image: rotation is seen modulo the angle between petals, and scale and openness are
 told apart by the leaves alone, which do not open.
