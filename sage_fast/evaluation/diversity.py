@@ -99,9 +99,8 @@ def _weighted_maps(network: FeatureNetwork, images: Tensor) -> list[Tensor]:
     """Maps [N, C_i, h_i, w_i] whose squared Euclidean distance, summed over all maps, is the perceptual distance."""
     maps = normalised_features(network, images)
     weights = network.channel_weights or [torch.ones(1)] * len(maps)
-    return [
-        f * (w.to(f) / (f.shape[2] * f.shape[3])).sqrt().view(1, -1, 1, 1) for f, w in zip(maps, weights, strict=True)
-    ]
+    scales = [(w.to(f) / f[0, 0].numel()).sqrt().view(1, -1, 1, 1) for f, w in zip(maps, weights, strict=True)]
+    return [f * scale for f, scale in zip(maps, scales, strict=True)]
 
 
 def _mean_of_known(per_category: Tensor) -> float:
