@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from sage_fast.fusion import gaussian_low_pass as gaussian_low_pass
     from sage_fast.models.stylegan2 import truncate as truncate
     from sage_fast.models.weights import load_bundle as load_bundle
-    from sage_fast.models.weights import load_dictionary as load_dictionary
     from sage_fast.models.weights import load_discriminator as load_discriminator
     from sage_fast.models.weights import load_encoder as load_encoder
     from sage_fast.models.weights import load_generator as load_generator
     from sage_fast.pipeline import FewShotPipeline as FewShotPipeline
+    from sage_fast.pipeline import load_dictionary as load_dictionary
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ _HOMES = {
     "fuse_pixels": "fusion",
     "gaussian_low_pass": "fusion",
     "load_bundle": "models.weights",
-    "load_dictionary": "models.weights",
+    "load_dictionary": "pipeline",
     "load_discriminator": "models.weights",
     "load_encoder": "models.weights",
     "load_generator": "models.weights",

@@ -99,7 +99,8 @@ def _train(argv: Sequence[str]) -> None:
 
     start = TrainConfig(dictionary=DictionaryConfig.preset(_preset_of(argv)))
     paths, _, config = _parse("train", argv, NewData, Preset, start)
-    folder = train_all(config, paths.data, paths.out, paths.resume, paths.overwrite, _device(paths.device))
+    device = _device(paths.device)
+    folder = train_all(config, paths.data, paths.out, paths.resume, paths.overwrite, device)
     print(f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it.")
 
 
@@ -109,9 +110,10 @@ def _train_gan(argv: Sequence[str]) -> None:
     from sage_fast.training.stages import gan_stage, read_seen
 
     paths, config = _parse("train-gan", argv, NewData, GANConfig())
+    device = _device(paths.device)
     images = read_seen(paths.data, config.resolution, config.n_channels)
     folder = prepare_output(paths.out, paths.resume, paths.overwrite)
-    gan_stage(config, images.images, folder, paths.resume, _device(paths.device))
+    gan_stage(config, images.images, folder, paths.resume, device)
 
 
 def _train_encoder(argv: Sequence[str]) -> None:
@@ -119,16 +121,18 @@ def _train_encoder(argv: Sequence[str]) -> None:
     from sage_fast.training.stages import encoder_stage, read_seen_of_run
 
     paths, config = _parse("train-encoder", argv, Data, EncoderConfig())
+    device = _device(paths.device)
     images = read_seen_of_run(paths.data, paths.out, "encoder")
-    encoder_stage(config, images.images, paths.out, paths.resume, _device(paths.device))
+    encoder_stage(config, images.images, paths.out, paths.resume, device)
 
 
 def _embed(argv: Sequence[str]) -> None:
     from sage_fast.training.stages import embed_stage, read_seen_of_run
 
     paths, options = _parse("embed", argv, Data, EmbedOptions())
+    device = _device(paths.device)
     images = read_seen_of_run(paths.data, paths.out, "embed")
-    table = embed_stage(images, paths.out, options.batch, paths.resume, _device(paths.device))
+    table = embed_stage(images, paths.out, options.batch, paths.resume, device)
     print(f"{len(table)} codes of {len(table.categories)} categories are in {paths.out}.")
 
 
@@ -138,8 +142,9 @@ def _train_dictionary(argv: Sequence[str]) -> None:
 
     start = DictionaryConfig.preset(_preset_of(argv))
     paths, _, config = _parse("train-dictionary", argv, Data, Preset, start)
+    device = _device(paths.device)
     images = read_seen_of_run(paths.data, paths.out, "dictionary")
-    dictionary_stage(config, images, paths.out, paths.resume, _device(paths.device))
+    dictionary_stage(config, images, paths.out, paths.resume, device)
     print(f"The model is in {bundle_stage(paths.out)}.")
 
 

@@ -1,0 +1,299 @@
+"""The command line: what it imports, how it reads options, what it says, and the road of training through it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sage_fast import cli
+from sage_fast.training import stages
+
+TINY_GAN = ["--style-dim=8", "--n-mapping=2", "--channel-base=64", "--channel-max=8", "--total-kimg=0.016", "--batch=4"]
+TINY_ENCODER = ["--total-steps=4", "--batch=4", "--channel-base=64", "--channel-max=16", "--head-width=4"]
+TINY_DICTIONARY = ["--total-steps=4", "--batch=4", "--n-directions=6"]
+
+
+def prefixed(stage: str, options: list[str]) -> list[str]:
+    return [option.replace("--", f"--{stage}.", 1) for option in options]
+
+
+TINY = prefixed("gan", TINY_GAN) + prefixed("encoder", TINY_ENCODER) + prefixed("dictionary", TINY_DICTIONARY)
+
+
+def write_images(folder: Path, n_categories: int = 3, n: int = 8, side: int = 8) -> Path:
+    """An ImageFolder of noisy single-coloured images."""
+    rng = torch.Generator().manual_seed(0)
+    for category in range(n_categories):
+        colour = torch.randint(0, 200, (1, 1, 3), generator=rng)
+        (folder / f"category_{category}").mkdir(parents=True)
+        for number in range(n):
+            pixels = (colour + torch.randint(0, 55, (side, side, 3), generator=rng)).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / f"category_{category}" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("seen"))
+
+
+@pytest.fixture(scope="module")
+def run(seen, tmp_path_factory):
+    """A run folder of the whole road, at 8 px and for a few steps."""
+    out = tmp_path_factory.mktemp("run")
+    assert cli.main(["train", f"--data={seen}", f"--out={out}", "--resolution=8", *TINY]) == 0
+    return out
+
+
+def bundle_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_overview_and_import_load_neither_torch_nor_the_parser():
+    code = "import sys, sage_fast, sage_fast.cli as c; assert c.main(['--help']) == 0; print(sorted(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    modules = printed.splitlines()[-1]
+    assert not any(f"'{heavy}'" in modules for heavy in ("torch", "numpy", "PIL", "tyro", "rich"))
+    for name in cli.COMMANDS:
+        assert f"  {name} " in printed
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, "data flora"])
+def test_every_command_explains_itself(name, capsys):
+    assert cli.main([*name.split(), "--help"]) == 0
+    assert f"usage: sage-fast {name}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    import sage_fast
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sage-fast {sage_fast.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["trian"], "trian"),
+        (["data", "fauna"], "fauna"),
+        (["train-gan", "--data=a", "--out=b", "--batch=1"], "batch"),
+        (["train", "--data=a", "--out=b", "--encoder.lr=0"], "lr"),
+        (["train", "--data=a", "--out=b", "--resolution=8", "--gan.resolution=16"], "gan.resolution"),
+        (["train", "--data=a", "--out=b", "--encoder.noise=const"], "noise"),
+        (["train-gan", "--data=a", "--out=b", "--device=abacus"], "abacus"),
+        (["train-encoder", "--data=a", "--out=b"], "train-gan"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_code_2(argv, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "a", n_categories=2, n=2, side=4)
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("sage-fast: ") and said.endswith(".\n")
+    assert named in said
+    assert not (tmp_path / "b").exists()
+
+
+def test_no_words_at_all_is_a_mistake(capsys):
+    assert cli.main([]) == 2
+    assert "usage: sage-fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["train-gan", "--data=a"], ["train-gan", "--data=a", "--out=b", "--batch=many"]])
+def test_options_that_do_not_parse_are_code_2(argv, capsys):
+    assert cli.main(argv) == 2
+    assert ("--out" in (said := capsys.readouterr().err)) or ("--batch" in said)
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv("SAGE_FAST_DEBUG", "1")
+    assert cli.main(["trian"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_system_error_is_a_sentence_too(capsys, monkeypatch):
+    def fail(argv):
+        raise PermissionError(13, "Permission denied", "some/file")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", (fail, ""))
+    assert cli.main(["info"]) == 2
+    said = capsys.readouterr().err
+    assert "'some/file'" in said and "Permission denied" in said and said.count("\n") == 1
+
+
+def test_an_interrupt_ends_with_130(capsys, monkeypatch):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", (stop, ""))
+    assert cli.main(["info"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_package_is_not_dressed_as_a_mistake_of_the_user(monkeypatch):
+    def fail(argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.COMMANDS, "info", (fail, ""))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info"])
+
+
+def test_warnings_of_the_package_are_one_line(capsys, monkeypatch):
+    import warnings
+
+    from sage_fast.errors import SageFastWarning
+
+    def warn(argv):
+        warnings.warn("Slow path\nhere.", SageFastWarning, stacklevel=1)
+
+    monkeypatch.setitem(cli.COMMANDS, "info", (warn, ""))
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "sage-fast: warning: Slow path here.\n"
+
+
+def test_options_reach_the_config_of_their_stage(monkeypatch):
+    from sage_fast.training.dictionary import DictionaryConfig
+    from sage_fast.training.encoder import EncoderConfig
+    from sage_fast.training.gan import GANConfig
+
+    given = {}
+    monkeypatch.setattr(
+        stages, "train_all", lambda config, *rest: given.update(config=config, rest=rest) or Path("out")
+    )
+    words = ["train", "--data=in", "--out=out", "--resolution=16", "--resume", "--device=cpu", "--preset=paper"]
+    assert cli.main([*words, "--gan.lr=0.5", "--encoder.no-flip", "--dictionary.lambda1=0.25"]) == 0
+    config = given["config"]
+    assert config.resolved_gan == GANConfig(resolution=16, lr=0.5)
+    assert config.encoder == EncoderConfig(flip=False)
+    assert config.dictionary == DictionaryConfig.preset("paper", lambda1=0.25)
+    assert given["rest"] == (Path("in"), Path("out"), True, False, "cpu")
+
+
+# --- the road of training ---------------------------------------------------------------------------------------------
+
+
+def test_train_leaves_a_model_that_loads(run, seen):
+    from sage_fast.models.weights import load_bundle
+
+    bundle = load_bundle(run)
+    assert bundle.generator.resolution == 8
+    assert bundle.codes.w_plus.shape == (24, 4, 8)
+    assert bundle.codes.categories == ["category_0", "category_1", "category_2"]
+    assert bundle.about["data"] == {"n_images": 24, "n_categories": 3}
+    assert bundle.about["settings"]["gan"]["resolution"] == 8
+    assert bundle.about["last_logged"]["gan"]["step"] == 4
+
+
+def test_codes_of_the_model_are_those_its_encoder_gives(run, seen):
+    from sage_fast.models.weights import load_bundle
+    from sage_fast.training.embed import embed_images
+
+    bundle = load_bundle(run)
+    images = stages.read_seen(seen, 8)
+    torch.testing.assert_close(embed_images(images.images, bundle.encoder), bundle.codes.w_plus, rtol=0, atol=1e-5)
+
+
+def test_stages_one_by_one_give_the_same_model(run, seen, tmp_path):
+    words = [f"--data={seen}", f"--out={tmp_path / 'run'}"]
+    assert cli.main(["train-gan", *words, "--resolution=8", *TINY_GAN]) == 0
+    assert cli.main(["train-encoder", *words, *TINY_ENCODER]) == 0
+    assert cli.main(["embed", *words]) == 0
+    assert cli.main(["train-dictionary", *words, *TINY_DICTIONARY]) == 0
+    assert bundle_files(tmp_path / "run") == bundle_files(run)
+
+
+def test_an_interrupted_run_resumes_to_the_same_model(run, seen, tmp_path, monkeypatch):
+    words = ["train", f"--data={seen}", f"--out={tmp_path / 'run'}", "--resolution=8", *TINY]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "embed_stage", interrupt)
+        assert cli.main(words) == 130
+    assert not (tmp_path / "run" / "bundle.json").exists()
+    assert cli.main([*words, "--resume"]) == 0
+    assert bundle_files(tmp_path / "run") == bundle_files(run)
+
+
+def test_resuming_a_finished_run_changes_nothing(run, seen):
+    before = bundle_files(run)
+    lines = (run / "logs" / "gan.jsonl").read_text()
+    assert cli.main(["train", f"--data={seen}", f"--out={run}", "--resolution=8", *TINY, "--resume"]) == 0
+    assert bundle_files(run) == before
+    assert (run / "logs" / "gan.jsonl").read_text() == lines
+
+
+def copy_run(run: Path, target: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(run, target))
+
+
+def test_a_stage_refuses_a_predecessor_that_changed(run, seen, tmp_path, capsys):
+    folder = copy_run(run, tmp_path / "run")
+    words = [f"--data={seen}", f"--out={folder}", "--resume"]
+    longer = [*TINY_GAN, "--total-kimg=0.032"]
+    assert cli.main(["train-gan", *words, "--resolution=8", *longer]) == 0
+    capsys.readouterr()
+    assert cli.main(["train-encoder", *words, *TINY_ENCODER]) == 2
+    assert "has changed since" in capsys.readouterr().err
+
+
+def test_a_stage_refuses_an_unfinished_predecessor(run, seen, tmp_path, capsys):
+    folder = copy_run(run, tmp_path / "run")
+    settings = json.loads((folder / "configs" / "gan.json").read_text())
+    (folder / "configs" / "gan.json").write_text(json.dumps({**settings, "total_kimg": 1.0}))
+    assert cli.main(["embed", f"--data={seen}", f"--out={folder}", "--resume"]) == 2
+    assert "train-gan --resume" in capsys.readouterr().err
+
+
+def test_the_dictionary_refuses_codes_of_other_images(run, tmp_path, capsys):
+    folder = copy_run(run, tmp_path / "run")
+    other = write_images(tmp_path / "other", n_categories=2)
+    assert cli.main(["train-dictionary", f"--data={other}", f"--out={folder}", "--resume", *TINY_DICTIONARY]) == 2
+    assert "other images" in capsys.readouterr().err
+
+
+def test_a_stage_run_twice_asks_for_resume(run, seen, capsys):
+    assert cli.main(["train-encoder", f"--data={seen}", f"--out={run}", *TINY_ENCODER]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main(["embed", f"--data={seen}", f"--out={run}"]) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+# --- public names -----------------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_the_things_they_name():
+    import sage_fast
+
+    for name, home in sage_fast._HOMES.items():
+        module = __import__(f"sage_fast.{home}", fromlist=[name])
+        assert getattr(sage_fast, name) is getattr(module, name)
+    assert set(sage_fast.__all__) <= set(dir(sage_fast))
+    with pytest.raises(AttributeError, match="nonsense"):
+        sage_fast.nonsense  # noqa: B018
+
+
+def test_type_checkers_and_python_are_told_the_same_names():
+    import ast
+
+    import sage_fast
+
+    tree = ast.parse(Path(sage_fast.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    hints = {
+        (alias.asname, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert hints == {(name, f"sage_fast.{home}") for name, home in sage_fast._HOMES.items()} | {("ops", "sage_fast")}
