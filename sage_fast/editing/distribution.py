@@ -17,7 +17,7 @@ __all__ = ["COVARIANCES", "ClassDistribution"]
 COVARIANCES = ("joint", "per_layer", "diagonal")
 """Over all layers at once; over the directions of a layer, layers independent; every entry independent."""
 
-_BLOCK = 64  # samples to a matrix product; one of another size rounds otherwise, and the batch would show in the last bit
+_BLOCK = 64  # samples to a matrix product; another size rounds otherwise, and the batch would show
 
 
 @dataclass(frozen=True, eq=False)
