@@ -1,0 +1,316 @@
+"""From a few images of a novel category to new images of it: encoder, editor, generator and fusion in one call.
+
+Latents are offsets from ``latent_avg`` on the latent side and absolute at the generator's door; they are converted here,
+once. The latent side runs on the CPU whatever the device of the networks, so that the device does not show in the latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sage_fast.data.images import to_float
+from sage_fast.data.latent_table import LatentTable
+from sage_fast.editing.distribution import ClassDistribution
+from sage_fast.editing.editor import METHODS as EDITOR_METHODS
+from sage_fast.editing.editor import PRESETS, FewShotEditor
+from sage_fast.errors import InputError
+from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
+from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
+from sage_fast.fusion import fuse_frequencies, fuse_pixels
+from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.stylegan2 import Generator
+from sage_fast.models.weights import load_bundle, load_directions
+
+__all__ = ["FUSIONS", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals"]
+
+METHODS = (*EDITOR_METHODS, "inversion")
+"""The editor's methods, and the plain reconstruction of the shots."""
+
+FUSIONS = ("none", "pixel", "frequency", "both")
+"""What generated images are fused with their shot by; ``"both"`` is frequencies first, then pixels."""
+
+_N_COMPONENTS = 10  # t_B of every preset
+_LARGEST = 4.0  # float images above it were not scaled to [-1, 1]
+_PIXEL: dict[str, dict[str, Any]] = {
+    "paper": {"blend": "printed"},
+    "released": {"blend": "convex"},
+    "default": {"blend": "residual"},
+}
+_FREQUENCY: dict[str, dict[str, Any]] = {"paper": {}, "released": {"gamma1": 0.8, "gamma2": 0.3}, "default": {}}
+
+
+@dataclass(frozen=True, eq=False)
+class NovelCategory:
+    """What drawing needs to know of a novel category.
+
+    Attributes:
+        shots: the given images [K, C, R, R] in [-1, 1], on the CPU.
+        w_plus: their offsets from ``latent_avg`` [K, L, D].
+        inverted: their reconstructions [K, C, R, R] in [-1, 1].
+        distribution: of the category's latents; None for the method ``"inversion"``.
+    """
+
+    shots: Tensor
+    w_plus: Tensor
+    inverted: Tensor
+    distribution: ClassDistribution | None
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Generated images, on the CPU.
+
+    Attributes:
+        images: as the generator drew them [n, C, R, R] in [-1, 1].
+        w_plus: their offsets from ``latent_avg`` [n, L, D].
+        sources: int64 [n], the shot that each is fused with.
+        fused: name of a fusion -> images [n, C, R, R] in [-1, 1].
+    """
+
+    images: Tensor
+    w_plus: Tensor
+    sources: Tensor
+    fused: dict[str, Tensor]
+
+
+class FewShotPipeline:
+    """Shots of a novel category in, new images of it out.
+
+    Args:
+        generator, encoder: trained together, on one device.
+        relevant: fitted dictionary of the seen categories.
+        irrelevant: dictionary of the directions.
+        codes: offsets of the seen images.
+        preset: ``"paper"``, ``"released"`` or ``"default"``: the reading of editing and fusion.
+        noise: the generator's noise the encoder was trained for, ``"none"`` or ``"const"``.
+        hash: names the model in manifests.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        encoder: PyramidEncoder,
+        relevant: CategoryRelevantDictionary,
+        irrelevant: CategoryIrrelevantDictionary,
+        codes: LatentTable,
+        preset: str = "default",
+        noise: str = "none",
+        hash: str = "",
+    ) -> None:
+        if preset not in PRESETS:
+            raise InputError(f"preset must be one of {', '.join(PRESETS)}, got '{preset}'.")
+        if noise not in ("none", "const"):
+            raise InputError(f"noise must be 'none' or 'const', so that a latent stands for one image, got '{noise}'.")
+        self.generator, self.encoder = generator.eval(), encoder.eval()
+        self.relevant, self.irrelevant, self.codes = relevant, irrelevant, codes
+        self.preset, self.noise, self.hash = preset, noise, hash
+        self._editors: dict[str, FewShotEditor] = {}
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        device: str | torch.device = "cpu",
+        preset: str = "default",
+    ) -> FewShotPipeline:
+        """The pipeline of a bundle folder; ``None`` is the model shipped with the package.
+
+        Raises:
+            InputError: see :func:`sage_fast.models.weights.load_bundle`.
+        """
+        bundle = load_bundle(path, device)
+        codes = bundle.codes
+        n_components = min(_N_COMPONENTS, len(codes.categories), codes.w_plus.shape[2])
+        relevant = CategoryRelevantDictionary(n_components).fit(codes.w_plus, codes.labels)
+        irrelevant = CategoryIrrelevantDictionary(*bundle.dictionary)
+        return cls(bundle.generator, bundle.encoder, relevant, irrelevant, codes, preset, bundle.noise, bundle.hash)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks run."""
+        return next(self.generator.parameters()).device
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Images to offsets from ``latent_avg`` (Eq. 3 of [SAGE]).
+
+        One image at a time: a code is the same to the last bit whatever else is embedded with it.
+
+        Args:
+            images: [N, C, R, R], uint8 or float in [-1, 1], N >= 1.
+        Returns:
+            offsets [N, L, D] on the CPU.
+        Raises:
+            InputError: no images, of another size, or not scaled to [-1, 1].
+        """
+        images = _float_images(images).to(next(self.encoder.parameters()).device)
+        return torch.cat([self.encoder(image[None]).float().cpu() for image in images])
+
+    def adapt(self, shots: Tensor, method: str = "sage", **options: Any) -> ClassDistribution:
+        """The distribution of a novel category (Eq. 15, 17-19 of [SAGE]) from its ``shots`` [K, C, R, R].
+
+        Args:
+            shots: as the images of :meth:`embed`.
+            method: ``"age"``, ``"sage-q"``, ``"sage-i"`` or ``"sage"``.
+            options: arguments of :class:`FewShotEditor` in place of the preset's.
+        """
+        return self._editor(method, len(shots), options).adapt(self.embed(shots))
+
+    def prepare(self, shots: Tensor, method: str = "sage", batch: int = 64, **options: Any) -> NovelCategory:
+        """What :meth:`draw` needs of a novel category; arguments as for :meth:`adapt`, or the method ``"inversion"``."""
+        if method == "inversion" and options:
+            raise InputError(f"method 'inversion' edits nothing, so {', '.join(options)} has no effect; leave it out.")
+        w_plus = self.embed(shots)
+        distribution = None if method == "inversion" else self._editor(method, len(shots), options).adapt(w_plus)
+        return NovelCategory(_float_images(shots).cpu(), w_plus, self.render(w_plus, batch), distribution)
+
+    def draw(
+        self,
+        novel: NovelCategory,
+        numbers: Sequence[int],
+        alpha: float | None = None,
+        seed: int = 0,
+        category: str = "",
+        fusion: str | Sequence[str] = "none",
+        batch: int = 64,
+    ) -> Result:
+        """Samples of the given numbers; each depends on its own number, the seed and the category's name alone.
+
+        Whatever else is drawn and however it is batched, latents are the same to the last bit and images to float rounding.
+        """
+        fusions = _fusions(fusion)
+        w_plus = self._latents(novel, numbers, alpha, seed, category)
+        images = self.render(w_plus, batch)
+        sources = torch.tensor(numbers, dtype=torch.int64) % len(novel.shots)
+        real, inverted = novel.shots[sources], novel.inverted[sources]
+        fused = {name: self._fuse(name, real, inverted, images).clamp_(-1, 1) for name in fusions}
+        return Result(images, w_plus, sources, fused)
+
+    def __call__(
+        self,
+        shots: Tensor,
+        n: int = 128,
+        alpha: float | None = None,
+        method: str = "sage",
+        fusion: str | Sequence[str] = "none",
+        seed: int = 0,
+        category: str = "",
+        batch: int = 64,
+        **options: Any,
+    ) -> Result:
+        """Generate ``n`` images of the category that ``shots`` show.
+
+        Args:
+            shots: [K, C, R, R], uint8 or float in [-1, 1].
+            n: how many, at least 1.
+            alpha: strength of the edit (Eq. 20); the preset's when absent (2, or 1 for ``"released"``).
+            method: ``"age"``, ``"sage-q"``, ``"sage-i"``, ``"sage"``, or ``"inversion"``: the shots' reconstructions.
+            fusion: ``"none"``, ``"pixel"``, ``"frequency"``, ``"both"``, or several of them; sample j is fused with
+                shot j mod K.
+            seed, category: the random numbers of sample j are a function of these two and j.
+            batch: images the generator draws at a time.
+            options: arguments of :class:`FewShotEditor` in place of the preset's.
+        Raises:
+            InputError: shots or a setting that cannot be used.
+        """
+        for name, value in (("n", n), ("batch", batch)):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
+        _fusions(fusion)
+        novel = self.prepare(shots, method, batch, **options)
+        return self.draw(novel, range(n), alpha, seed, category, fusion, batch)
+
+    @torch.no_grad()
+    def render(self, w_plus: Tensor, batch: int = 64) -> Tensor:
+        """Offsets [N, L, D] to images [N, C, R, R] in [-1, 1] on the CPU."""
+        G = self.generator
+        parts = [G(part.to(G.latent_avg) + G.latent_avg, noise=self.noise) for part in w_plus.split(batch)]
+        return torch.cat([part.float().clamp_(-1, 1).cpu() for part in parts])
+
+    def _latents(
+        self, novel: NovelCategory, numbers: Sequence[int], alpha: float | None, seed: int, category: str
+    ) -> Tensor:
+        if novel.distribution is None:
+            return novel.w_plus[torch.tensor(numbers, dtype=torch.int64) % len(novel.w_plus)]
+        parts = []
+        for run in _runs(numbers):
+            noise = [normals(seed, category, number, novel.distribution.n_random) for number in run]
+            parts.append(novel.distribution.sample_with(torch.stack(noise), alpha, run.start))
+        return torch.cat(parts)
+
+    def _fuse(self, name: str, real: Tensor, inverted: Tensor, edited: Tensor) -> Tensor:
+        if name in ("frequency", "both"):
+            edited = fuse_frequencies(real, inverted, edited, **_FREQUENCY[self.preset], reading=self.preset)
+        if name in ("pixel", "both"):
+            edited = fuse_pixels(real, inverted, edited.clamp(-1, 1), **_PIXEL[self.preset], reading=self.preset)
+        return edited
+
+    def _editor(self, method: str, n_shots: int, options: dict[str, Any]) -> FewShotEditor:
+        """The fitted editor of a method; kept, since fitting reads every code."""
+        key = repr((method, n_shots == 1, sorted(options.items())))  # presets tell one shot from more
+        if key not in self._editors:
+            editor = FewShotEditor.preset(self.preset, self.relevant, self.irrelevant, n_shots, method, **options)
+            self._editors[key] = editor.fit(self.codes.w_plus, self.codes.labels)
+        return self._editors[key]
+
+
+def load_dictionary(path: str | os.PathLike[str] | None = None) -> CategoryIrrelevantDictionary:
+    """The category-irrelevant dictionary of a bundle folder, on the CPU.
+
+    Raises:
+        InputError: see :func:`sage_fast.models.weights.load_directions`.
+    """
+    return CategoryIrrelevantDictionary(*load_directions(path))
+
+
+def normals(seed: int, category: str, number: int, count: int) -> Tensor:
+    """``count`` standard normal numbers, float32 [count], that depend on nothing but the arguments.
+
+    A counter-based generator (Philox, Salmon et al. 2011) is keyed by SHA-256 of seed, category and number, so samples
+    can be drawn in any order, any batch and on any machine.
+    """
+    text = f"{seed}\0{category}\0{number}".encode("utf-8", "surrogateescape")
+    key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).standard_normal(count, dtype=np.float32))
+
+
+def _float_images(images: Tensor) -> Tensor:
+    """uint8 or float images [N, C, R, R] to float32 in [-1, 1]."""
+    if images.ndim != 4 or len(images) == 0:
+        raise InputError(f"images must be a batch [N, C, R, R] with N at least 1, got {list(images.shape)}.")
+    if images.dtype == torch.uint8:
+        return to_float(images)
+    if not images.is_floating_point():
+        raise InputError(f"images must be uint8, or floating point in [-1, 1], got {images.dtype}.")
+    largest = float(images.abs().amax())
+    if not largest <= _LARGEST:
+        raise InputError(f"images must lie in [-1, 1], got values of size {largest:.4g}; scale them, or give uint8.")
+    return images.float()
+
+
+def _runs(numbers: Sequence[int], longest: int = 64) -> list[range]:
+    """``numbers`` as stretches of neighbours, which are sampled together."""
+    runs: list[range] = []
+    for number in numbers:
+        if runs and number == runs[-1].stop and len(runs[-1]) < longest:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
+
+
+def _fusions(fusion: str | Sequence[str]) -> list[str]:
+    """The fusions asked for, without ``"none"``."""
+    names = [fusion] if isinstance(fusion, str) else list(fusion)
+    for name in names:
+        if name not in FUSIONS:
+            raise InputError(f"fusion must be one of {', '.join(FUSIONS)}, got '{name}'.")
+    return [name for name in names if name != "none"]
