@@ -1,7 +1,7 @@
 """From a few images of a novel category to new images of it: encoder, editor, generator and fusion in one call.
 
-Latents are offsets from ``latent_avg`` on the latent side and absolute at the generator's door; they are converted here,
-once. The latent side runs on the CPU whatever the device of the networks, so that the device does not show in the latents.
+Latents are offsets from ``latent_avg`` on the latent side and absolute at the generator's door, where they are converted.
+The latent side runs on the CPU whatever the device of the networks, so that the device does not show in the latents.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class FewShotPipeline:
         return self._editor(method, len(shots), options).adapt(self.embed(shots))
 
     def prepare(self, shots: Tensor, method: str = "sage", batch: int = 64, **options: Any) -> NovelCategory:
-        """What :meth:`draw` needs of a novel category; arguments as for :meth:`adapt`, or the method ``"inversion"``."""
+        """What :meth:`draw` needs of a novel category; arguments of :meth:`adapt`, or method ``"inversion"``."""
         if method == "inversion" and options:
             raise InputError(f"method 'inversion' edits nothing, so {', '.join(options)} has no effect; leave it out.")
         w_plus = self.embed(shots)
@@ -184,7 +184,8 @@ class FewShotPipeline:
     ) -> Result:
         """Samples of the given numbers; each depends on its own number, the seed and the category's name alone.
 
-        Whatever else is drawn and however it is batched, latents are the same to the last bit and images to float rounding.
+        Whatever else is drawn and however it is batched, latents are the same to the last bit, images to float rounding.
+        Arguments as for :meth:`__call__`.
         """
         fusions = _fusions(fusion)
         w_plus = self._latents(novel, numbers, alpha, seed, category)
@@ -211,7 +212,7 @@ class FewShotPipeline:
         Args:
             shots: [K, C, R, R], uint8 or float in [-1, 1].
             n: how many, at least 1.
-            alpha: strength of the edit (Eq. 20); the preset's when absent (2, or 1 for ``"released"``).
+            alpha: strength of the edit (Eq. 20); the preset's when absent (2, or 1 for ``"released"``). Inversion has none.
             method: ``"age"``, ``"sage-q"``, ``"sage-i"``, ``"sage"``, or ``"inversion"``: the shots' reconstructions.
             fusion: ``"none"``, ``"pixel"``, ``"frequency"``, ``"both"``, or several of them; sample j is fused with
                 shot j mod K.
@@ -239,6 +240,8 @@ class FewShotPipeline:
         self, novel: NovelCategory, numbers: Sequence[int], alpha: float | None, seed: int, category: str
     ) -> Tensor:
         if novel.distribution is None:
+            if alpha is not None:
+                raise InputError("method 'inversion' edits nothing, so alpha has no effect; leave it out.")
             return novel.w_plus[torch.tensor(numbers, dtype=torch.int64) % len(novel.w_plus)]
         parts = []
         for run in _runs(numbers):
