@@ -14,8 +14,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,12 +85,12 @@ class InfoOptions:
 class FloraOptions:
     """Options of ``data flora``."""
 
-    out: Path  # gets <category>/<category>_00000.png and factors.csv
+    out: Path  # gets <category>/<category>_000000.png and factors.csv
     resolution: int = 32  # pixels
     n_per_category: int = 50
     which: Literal["seen", "unseen", "all"] = "seen"
     first_index: int = 0  # number of the first drawing; another range gives other drawings
-    overwrite: bool = False
+    overwrite: bool = False  # empty the folder first; only one that sage-fast made
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -153,7 +153,9 @@ def _generate(argv: Sequence[str]) -> None:
 
     argv = ["--n" if word == "-n" else word for word in argv]
     paths, config = _parse("generate", argv, GeneratePaths, GenerateConfig())
-    print(generate(paths.model, paths.shots, paths.out, config))
+    with _bar("generating") as progress:
+        summary = generate(paths.model, paths.shots, paths.out, config, progress)
+    print(summary)
 
 
 def _evaluate(argv: Sequence[str]) -> None:
@@ -178,10 +180,9 @@ def _data(argv: Sequence[str]) -> None:
         )
     (options,) = _parse("data flora", argv[1:], FloraOptions)
     from sage_fast.data.flora import write_image_folder
-    from sage_fast.data.writers import prepare_output
 
-    folder = prepare_output(options.out, overwrite=options.overwrite)
-    write_image_folder(folder, options.resolution, options.n_per_category, options.which, options.first_index)
+    with _bar("drawing") as progress:
+        folder = write_image_folder(**asdict(options), progress=progress)
     print(f"The images and factors.csv are in {folder}.")
 
 
@@ -299,6 +300,18 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device must be 'auto', 'cpu' or a device that torch can use here, got {name!r}.") from error
     return name
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal's stderr that goes away when done; yields a function of (done, in all)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _lines(report: dict[str, Any], indent: str = "") -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -133,7 +134,8 @@ def read_seen(data: str | Path, resolution: int, n_channels: int = 3) -> ImageSe
     """Every image of the ImageFolder ``data`` (at least two categories) at ``resolution``, under a progress bar."""
     n_latent_of(resolution)
     listing = scan_image_folder(data, min_categories=2)
-    with Progress(transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("   reading", total=len(listing))
         return read_images(listing, resolution, n_channels, progress=lambda done, _: bar.update(task, completed=done))
 
