@@ -1,8 +1,8 @@
 """Fit, adapt and sample at the paper's sizes: 119 categories x 100 codes, L = 18, D = 512, K = 100, on two cores.
 
 The floor is memory: the codes alone are 418 MiB, read once for the class embeddings (Eq. 5) and once for the
-back-projection (Eq. 18). The back-projection is 22 GFLOP, one product over the layers; the samples of Eq. 20 are 1 GFLOP. The
-residuals of Eq. 7 are never stored (A+ is linear) and the covariance of Eq. 20 (1800 x 1800) is never formed.
+back-projection (Eq. 18). The back-projection is 22 GFLOP, one product over the layers; the samples of Eq. 20 are 1
+GFLOP. The residuals of Eq. 7 are never stored (A+ is linear), the covariance of Eq. 20 (1800 x 1800) is never formed.
 Target: under 2 s and 1.5 GiB, the codes and the interpreter included.
 
     python benchmarks/bench_dictionary.py [--threads 2] [--repeat 3]
@@ -80,7 +80,7 @@ def road(w_plus: torch.Tensor, labels: torch.Tensor, directions: torch.Tensor):
 
 
 def parity(w_plus, labels, directions, shots, noise, samples) -> float:
-    """Largest difference from the printed equations in float64, relative to the largest value, on the first three layers.
+    """Largest difference from the printed equations in float64, relative to the largest value.
 
     Categories and directions are chosen by the distances and commonalities of float64, so a wrong choice shows too.
     """

@@ -87,8 +87,8 @@ def fuse_frequencies(
 
     Implements Eq. 23 of [SAGE] on the tensors as given; the high frequencies stay those of ``edited``. The low-pass is
     linear, so one of ``(gamma1 - 1) edited + real - gamma2 inverted`` is enough, and with ``gamma1`` 1 it is that of
-    the source alone, shared by all its edits. ``reading="released"`` leaves ``gamma1 edited`` unfiltered and stretches each
-    channel to the full range; its weights are 0.8 and 0.3.
+    the source alone, shared by all its edits. ``reading="released"`` leaves ``gamma1 edited`` unfiltered and stretches
+    each channel to the full range; its weights are 0.8 and 0.3.
 
     Args:
         real: the given image [N or 1, C, H, W] in [-1, 1].
