@@ -159,7 +159,12 @@ def _generate(argv: Sequence[str]) -> None:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    raise NotImplementedError
+    (paths,) = _parse("evaluate", argv, EvaluatePaths)
+    from sage_fast.evaluation.report import evaluate_folder, table, write_report
+
+    scores = evaluate_folder(paths.model, paths.generated, paths.real)
+    report = write_report(paths.out or paths.generated, scores)
+    print(f"{table({'generated': scores})}\n\nWhat the numbers mean, and the scores of each category: {report}")
 
 
 def _info(argv: Sequence[str]) -> None:
