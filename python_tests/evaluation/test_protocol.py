@@ -75,7 +75,9 @@ def test_retention_is_the_mean_over_categories_not_over_images():
     wrong, _ = draw([1, 4], 10, 1, shift=0.2)  # one category up
     mixed = torch.cat([images[:5], wrong[5:10], images[10:]])
     scores = evaluate_sets(mixed, wanted, images, wanted, PixelJudge())
-    assert scores.retention == 0.75 and scores.retention_by_category == (0.5, 1.0)
+    assert scores.retention == 0.75 and scores.retention_by_category == (0.5, 1.0) and scores.retention_real == 1.0
+    turned = evaluate_sets(images, wanted, mixed, wanted, PixelJudge())
+    assert turned.retention == 1.0 and turned.retention_real == 0.75
 
 
 def test_the_interval_agrees_with_scipys_percentile_bootstrap():

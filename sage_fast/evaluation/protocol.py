@@ -97,12 +97,14 @@ class Scores:
         retention_interval: 95 % bootstrap interval of it over categories: how far other categories might give another
             value.
         retention_by_category: the shares, in rising order of labels.
+        retention_real: the same number for the real images: what the network lets any generated image reach.
         frechet: Frechet distance to the real images, ``FD-<network>``; depends on the sizes of the sets.
         kernel: kernel distance to the real images, ``KD-<network>``; does not.
         diversity: mean pairwise distance of features within a category.
         diversity_relative: the same as a share of the real images' diversity.
         spreads: for each category-irrelevant factor the mean over categories of the standard deviation within the
             category, as a share of the real images'.
+        categories: names in the order of ``retention_by_category``; may be empty.
     """
 
     n_images: int
@@ -111,11 +113,13 @@ class Scores:
     retention: float | None
     retention_interval: tuple[float, float] | None
     retention_by_category: tuple[float, ...]
+    retention_real: float | None
     frechet: float
     kernel: float
     diversity: float
     diversity_relative: float
     spreads: dict[str, float] = field(default_factory=dict)
+    categories: tuple[str, ...] = ()
 
     @property
     def spread(self) -> float | None:
@@ -204,7 +208,10 @@ def score(generated: Measurements, real: Measurements) -> Scores:
     if len(missing):
         raise InputError(f"Categories {missing[:3].tolist()} have generated images but no real ones; add real images.")
     real = real.of_categories(categories)
-    kept = None if generated.predictions is None else category_retention(generated.labels, generated.predictions)
+    kept, kept_real = (
+        None if part.predictions is None else category_retention(part.labels, part.predictions)
+        for part in (generated, real)
+    )
     diversity = pairwise_diversity(generated.features, generated.labels)
     return Scores(
         n_images=len(generated),
@@ -213,6 +220,7 @@ def score(generated: Measurements, real: Measurements) -> Scores:
         retention=None if kept is None else float(kept.mean()),
         retention_interval=None if kept is None else bootstrap_interval(kept),
         retention_by_category=() if kept is None else tuple(kept.tolist()),
+        retention_real=None if kept_real is None else float(kept_real.mean()),
         frechet=frechet_distance(generated.features, real.features),
         kernel=kernel_distance(generated.features, real.features),
         diversity=diversity,

@@ -1,0 +1,264 @@
+"""Scores as a page for people and a file for programs, and the scores of a folder of generated images.
+
+Every number stands beside the name of the network it rests on and one sentence that says what it means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sage_fast.data import flora
+from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
+from sage_fast.data.writers import atomic_write, write_json
+from sage_fast.errors import InputError
+from sage_fast.evaluation.protocol import Judge, Measurements, Scores, as_written, measure, score
+from sage_fast.factorization.category_irrelevant import layer_groups
+from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.stylegan2 import Discriminator
+from sage_fast.models.weights import load_discriminator, load_encoder
+
+__all__ = ["evaluate_folder", "markdown_table", "nearest_class_mean", "table", "write_report"]
+
+StrPath = str | os.PathLike[str]
+
+_MEANING = {
+    "Category retention": "share of the generated images that the network puts into the category they were made for, "
+    "mean over categories; in brackets the 95 % bootstrap interval over categories. The share for real images, above, "
+    "is what can be reached. Higher is better.",
+    "FD-{network}": "Fréchet distance between the features of generated and of real images: how far the two clouds of "
+    "images lie apart, in place and in shape. Lower is better. Comparable only for this network, these categories and "
+    "sets of these sizes; it is not the FID, which is defined by another network.",
+    "KD-{network}": "kernel distance (unbiased squared maximum mean discrepancy, cubic kernel) between the same "
+    "features. Lower is better; about 0 when the sets agree; it does not depend on the sizes of the sets.",
+    "Diversity": "mean distance between two generated images of one category in the same features, in brackets as a "
+    "share of the real images'. Higher is more varied, but images that leave their category are varied too: read it "
+    "together with retention.",
+    "Spread": "standard deviation of each category-irrelevant factor (pose, light, background ...) within a category, "
+    "as a share of the real images'; mean over the factors. 100 % varies as much as real images do.",
+}
+
+
+def evaluate_folder(
+    model: StrPath | None, generated: StrPath, real: StrPath, batch: int = 128, oracle: Judge | None = None
+) -> Scores:
+    """Scores of a folder of generated images against a folder of real ones.
+
+    When every category is one of flora's, the oracle that knows all of flora judges. Otherwise the features are those
+    of the model's own discriminator, or of its encoder when it has none, and an image counts as of the category whose
+    real images' mean feature is nearest, among all categories of ``real`` (a real image is left out of its own
+    category's mean). Such features come from the model that is judged: they compare settings of one model, not models.
+
+    Args:
+        model: bundle folder; None: the model that comes with the package.
+        generated: ``<category>/<image>.png``, as ``generate`` writes it.
+        real: ``<category>/<image>.png`` with at least the generated categories. It should not hold the shots.
+        batch: images in the network at a time.
+        oracle: judge of flora's categories; the one that comes with the package when absent.
+
+    Raises:
+        InputError: a folder or model that cannot be read, a generated category without real images, or too few images.
+    """
+    encoder = load_encoder(model)
+    ours, theirs = (_read(folder, encoder.resolution, encoder.n_channels) for folder in (generated, real))
+    missing = sorted(set(ours.categories) - set(theirs.categories))
+    if missing:
+        raise InputError(
+            f"Real folder {str(real)!r} has no images of {', '.join(map(repr, missing[:3]))}; add a sub-folder of real "
+            "images for each generated category."
+        )
+    numbers = {category.name: label for label, category in enumerate(flora.categories())}
+    if encoder.n_channels == 3 and set(theirs.categories) <= set(numbers):
+        measured = _by_oracle(oracle or _shipped_oracle(), ours, theirs, numbers, batch)
+    else:
+        measured = _by_class_means(ours, theirs, _own_network(model, encoder), batch)
+    return dataclasses.replace(score(*measured), categories=tuple(ours.categories))
+
+
+def write_report(folder: StrPath, scores: Scores | Mapping[str, Scores], title: str = "Evaluation") -> Path:
+    """Write ``report.md`` and ``report.json`` into ``folder``, which is made when it is not there.
+
+    Args:
+        folder: where; earlier reports in it are replaced.
+        scores: one row, or name -> row; all of one network.
+        title: heading of the page.
+
+    Returns:
+        The path of ``report.md``.
+
+    Raises:
+        InputError: no rows, rows of several networks, or files that cannot be written.
+    """
+    rows = {"generated": scores} if isinstance(scores, Scores) else dict(scores)
+    network = _network_of(rows)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"Report folder {str(folder)!r} cannot be made ({error.strerror}); choose another.") from error
+    write_json(folder / "report.json", {"network": network, "rows": {k: v.as_dict() for k, v in rows.items()}})
+    parts = [f"# {title}", _sizes(rows), table(rows), _explanations(rows), _by_factor(rows), _by_category(rows)]
+    with atomic_write(folder / "report.md") as file:
+        file.write(("\n\n".join(part for part in parts if part) + "\n").encode("utf-8"))
+    return folder / "report.md"
+
+
+def table(rows: Mapping[str, Scores]) -> str:
+    """The rows as a Markdown table; shares as percentages, undefined numbers as a dash.
+
+    Raises:
+        InputError: no rows, or rows of several networks.
+    """
+    network = _network_of(rows)
+    header = ["", "category retention", f"FD-{network}", f"KD-{network}", "diversity", "spread"]
+    return markdown_table(header, [[name, *_cells(scores)] for name, scores in rows.items()])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def nearest_class_mean(
+    features: Tensor, means: Tensor, counts: Tensor | None = None, labels: Tensor | None = None
+) -> Tensor:
+    """The category whose mean feature is nearest in Euclidean distance: int64 [N].
+
+    Args:
+        features: [N, F].
+        means: [S, F], mean feature of each category.
+        counts: int64 [S], images in each mean. With ``labels`` [N]: the features are themselves in the means, and each
+            is left out of its own category's mean (which moves that mean away by n / (n - 1); a category of one image
+            has no mean left and is not found).
+    """
+    distances = torch.cdist(features.double(), means.double())
+    if counts is not None and labels is not None:
+        own = counts[labels].double()
+        rows = torch.arange(len(labels))
+        left_out = distances[rows, labels] * own / (own - 1)
+        distances[rows, labels] = torch.where(own > 1, left_out, torch.inf)
+    return distances.argmin(1)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage; a dash when it is not known."""
+    return "–" if value is None or value != value else f"{100 * value:.{digits}f} %"
+
+
+def _read(folder: StrPath, resolution: int, n_channels: int) -> ImageSet:
+    return read_images(scan_image_folder(folder, flat_ok=True), resolution, n_channels)
+
+
+def _shipped_oracle() -> Judge:
+    from sage_fast.evaluation.oracle import load_oracle
+
+    return load_oracle()
+
+
+def _by_oracle(
+    oracle: Judge, ours: ImageSet, theirs: ImageSet, numbers: Mapping[str, int], batch: int
+) -> tuple[Measurements, ...]:
+    sets = []
+    for part in (ours, theirs):
+        labels = torch.tensor([numbers[name] for name in part.categories])[part.labels]
+        sets.append(measure(part.images, labels, oracle, "oracle", batch))
+    return tuple(sets)
+
+
+def _by_class_means(ours: ImageSet, theirs: ImageSet, network: _OwnNetwork, batch: int) -> tuple[Measurements, ...]:
+    """Measurements with labels in the numbering of ``theirs``; no predictions when there is a single category."""
+    number = torch.tensor([theirs.categories.index(name) for name in ours.categories])
+    labels, features = number[ours.labels], network.features(ours.images, batch)
+    real_labels, real_features = theirs.labels, network.features(theirs.images, batch)
+    predictions: tuple[Tensor | None, Tensor | None] = (None, None)
+    if len(theirs.categories) > 1:
+        counts = torch.bincount(real_labels, minlength=len(theirs.categories))
+        means = torch.zeros(len(counts), real_features.shape[1]).index_add_(0, real_labels, real_features)
+        means /= counts[:, None]
+        real_predictions = nearest_class_mean(real_features, means, counts, real_labels)
+        predictions = nearest_class_mean(features, means), real_predictions
+    sets = ((labels, features), (real_labels, real_features))
+    return tuple(
+        Measurements(y, seen, x, x.new_zeros(len(x), 0), (), network.name)
+        for (y, x), seen in zip(sets, predictions, strict=True)
+    )
+
+
+class _OwnNetwork:
+    """Features of the discriminator (mean of every map) or encoder (mean offset of coarse, middle and fine layers)."""
+
+    def __init__(self, network: Discriminator | PyramidEncoder) -> None:
+        self.network = network
+        self.name = "discriminator" if isinstance(network, Discriminator) else "encoder"
+
+    @torch.no_grad()
+    def features(self, images: Tensor, batch: int) -> Tensor:
+        """uint8 [N, C, R, R] -> [N, F]."""
+        return torch.cat([self._of_batch(as_written(part)) for part in images.split(batch)])
+
+    def _of_batch(self, images: Tensor) -> Tensor:
+        if isinstance(self.network, Discriminator):
+            return torch.cat([x.mean((2, 3)) for x in self.network.features(images)], 1)
+        w_plus = self.network(images)
+        return torch.cat([w_plus[:, list(group)].mean(1) for group in layer_groups(w_plus.shape[1])], 1)
+
+
+def _own_network(model: StrPath | None, encoder: PyramidEncoder) -> _OwnNetwork:
+    try:
+        return _OwnNetwork(load_discriminator(model))
+    except InputError:  # a bundle need not hold one
+        return _OwnNetwork(encoder)
+
+
+def _network_of(rows: Mapping[str, Scores]) -> str:
+    networks = sorted({scores.network for scores in rows.values()})
+    if len(networks) != 1:
+        raise InputError(f"A table needs rows of one network, got rows of {networks}; make one table for each.")
+    return networks[0]
+
+
+def _cells(scores: Scores) -> list[str]:
+    retention = percent(scores.retention)
+    if scores.retention_interval is not None:
+        low, high = scores.retention_interval
+        retention += f" ({100 * low:.1f} to {100 * high:.1f})"
+    diversity = f"{scores.diversity:.3f} ({percent(scores.diversity_relative, 0)})"
+    return [retention, f"{scores.frechet:.3f}", f"{scores.kernel:.4f}", diversity, percent(scores.spread, 0)]
+
+
+def _sizes(rows: Mapping[str, Scores]) -> str:
+    first = next(iter(rows.values()))
+    text = f"{first.n_images} generated images of {first.n_categories} categories, judged by the {first.network}."
+    if first.retention_real is not None:
+        text += f" It puts {percent(first.retention_real)} of the real images into their own category."
+    return text
+
+
+def _explanations(rows: Mapping[str, Scores]) -> str:
+    network = _network_of(rows)
+    known = [name for name in _MEANING if name != "Spread" or any(scores.spreads for scores in rows.values())]
+    return "\n".join(f"- **{name.format(network=network)}**: {_MEANING[name]}" for name in known)
+
+
+def _by_factor(rows: Mapping[str, Scores]) -> str:
+    """Spread of each factor, a column per row of the table."""
+    factors = list(next(iter(rows.values())).spreads)
+    if not factors:
+        return ""
+    body = [[name, *(percent(scores.spreads[name], 0) for scores in rows.values())] for name in factors]
+    return "## Spread of each factor, relative to real images\n\n" + markdown_table(["factor", *rows], body)
+
+
+def _by_category(rows: Mapping[str, Scores]) -> str:
+    """Retention of each category, a column per row of the table."""
+    names = next(iter(rows.values())).categories
+    if not names or any(len(scores.retention_by_category) != len(names) for scores in rows.values()):
+        return ""
+    body = [[n, *(percent(s.retention_by_category[i]) for s in rows.values())] for i, n in enumerate(names)]
+    return "## Category retention by category\n\n" + markdown_table(["category", *rows], body)
