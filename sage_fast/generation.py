@@ -111,8 +111,8 @@ def generate(
 ) -> Summary:
     """Generate ``config.n`` images of every category in ``shots_dir``.
 
-    The same settings give the same latents to the last bit and the same images to one grey level, whatever ``batch``, and
-    whether or not the run was interrupted. Everything is checked before the first file is written.
+    The same settings give the same latents to the last bit and the same images to one grey level, whatever ``batch``,
+    and whether or not the run was interrupted. Everything is checked before the first file is written.
 
     Args:
         model: a pipeline, a bundle folder, or None for the model shipped with the package.
@@ -247,7 +247,7 @@ def _check_resumed(folder: Path, resolved: dict[str, Any]) -> None:
 
 
 def _check_apart(out: Path, shots: Path, model: Path | None) -> None:
-    """Raise InputError when writing ``out`` could touch or later be taken for the shots, or empty the model's folder."""
+    """Raise InputError when ``out`` could be taken for shots later, or emptying it could delete shots or model."""
     out, shots = out.resolve(), shots.resolve()
     if out == shots or out in shots.parents or shots in out.parents:
         raise InputError(f"Output folder {str(out)!r} and the shots in {str(shots)!r} overlap; give another folder.")

@@ -1,6 +1,6 @@
 """From a few images of a novel category to new images of it: encoder, editor, generator and fusion in one call.
 
-Latents are offsets from ``latent_avg`` on the latent side and absolute at the generator's door, where they are converted.
+Latents are offsets from ``latent_avg`` on the latent side and absolute at the generator's door, and converted there.
 The latent side runs on the CPU whatever the device of the networks, so that the device does not show in the latents.
 """
 
@@ -184,7 +184,7 @@ class FewShotPipeline:
     ) -> Result:
         """Samples of the given numbers; each depends on its own number, the seed and the category's name alone.
 
-        Whatever else is drawn and however it is batched, latents are the same to the last bit, images to float rounding.
+        Whatever else is drawn, in whatever batches, latents are the same to the last bit, images to float rounding.
         Arguments as for :meth:`__call__`.
         """
         fusions = _fusions(fusion)
@@ -212,7 +212,8 @@ class FewShotPipeline:
         Args:
             shots: [K, C, R, R], uint8 or float in [-1, 1].
             n: how many, at least 1.
-            alpha: strength of the edit (Eq. 20); the preset's when absent (2, or 1 for ``"released"``). Inversion has none.
+            alpha: strength of the edit (Eq. 20); the preset's when absent (2, or 1 for ``"released"``). Inversion has
+                none.
             method: ``"age"``, ``"sage-q"``, ``"sage-i"``, ``"sage"``, or ``"inversion"``: the shots' reconstructions.
             fusion: ``"none"``, ``"pixel"``, ``"frequency"``, ``"both"``, or several of them; sample j is fused with
                 shot j mod K.

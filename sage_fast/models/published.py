@@ -7,6 +7,7 @@ running pickled code, and the architecture follows from the names and shapes.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +68,8 @@ def reason_of(error: BaseException) -> str:
         return f"no {error.args[0]!r}"
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+    first = " ".join(str(error).split()).split(". ")[0]
+    return first.rstrip(".")[:200] or type(error).__name__
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -77,10 +79,12 @@ def _read(path: Path) -> dict[str, Any]:
             "give the .pt of the common PyTorch port or the folder of a bundle."
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch on pickle protocols
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives and foreign files raise almost any exception type
         raise InputError(
-            f"File {str(path)!r} is truncated or no file of weights ({reason_of(error)[:100]}); "
+            f"File {str(path)!r} is truncated or no file of weights ({reason_of(error)}); "
             "give a published .pt or the folder of a bundle."
         ) from error
     if not isinstance(content, dict) or not {"g_ema", "g", "d"} & set(content):
