@@ -77,7 +77,9 @@ class GenerateConfig:
         if self.alpha is not None and not math.isfinite(self.alpha):
             raise InputError(f"alpha must be a finite number, got {self.alpha}.")
         if self.method == "inversion" and (self.alpha is not None or self.editor_options()):
-            raise InputError("method 'inversion' edits nothing, so alpha and n_... have no effect; leave them out.")
+            named = ("alpha", "n_components", "n_similar", "n_directions")
+            given = [name for name in named if getattr(self, name) is not None]
+            raise InputError(f"method 'inversion' edits nothing, so {', '.join(given)} has no effect; leave it out.")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other; give one of them.")
 
@@ -131,8 +133,8 @@ def generate(
     resolved = _resolve(pipeline, shots, config)
     _check_resumed(folder, resolved)
     done, n_new = 0, 0
+    write_json(folder / "config.json", resolved)  # before the manifest: no line without its settings
     with ManifestWriter(folder / "manifest.jsonl", resume=True) as manifest:
-        write_json(folder / "config.json", resolved)
         listed = {entry.get("file") for entry in manifest.entries}
         for category in shots.categories:
             _make_folder(folder / category)

@@ -1,0 +1,353 @@
+"""Generation to disk: what lies in the folder afterwards, whatever interrupted it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RESOLUTION
+from PIL import Image
+
+from sage_fast.data.images import load_image
+from sage_fast.data.writers import MARKER, read_manifest, save_png, to_uint8
+from sage_fast.errors import InputError
+from sage_fast.generation import GenerateConfig, generate
+from sage_fast.pipeline import FewShotPipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle):
+    return FewShotPipeline.from_bundle(tiny_bundle)
+
+
+@pytest.fixture
+def shots(tiny_shots, tmp_path):
+    """A copy to change: ``lily`` with three images, ``rose`` with two."""
+    return Path(shutil.copytree(tiny_shots, tmp_path / "novel"))
+
+
+def pictures(folder):
+    """Every generated image by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): np.asarray(Image.open(path)) for path in folder.glob("*/*.png")}
+
+
+def most_apart(a, b):
+    assert a.keys() == b.keys()
+    return max(int(np.abs(a[name].astype(int) - b[name].astype(int)).max()) for name in a)
+
+
+def one_sentence(error):
+    text = str(error.value)
+    return "\n" not in text and text.endswith(".") and ". " not in text
+
+
+# --- what is written ---
+
+
+def test_the_folder_holds_images_manifest_config_and_sheet(tiny_bundle, tiny_shots, tmp_path):
+    summary = generate(tiny_bundle, tiny_shots, tmp_path / "out", GenerateConfig(n=5, fusion="pixel", seed=2))
+    assert (summary.categories, summary.n_new, summary.n_kept) == (["lily", "rose"], 10, 0)
+    names = [f"{c}/{c}_{j:05d}.png" for c in ("lily", "rose") for j in range(5)]
+    found = pictures(tmp_path / "out")
+    assert sorted(found) == names
+    assert all(image.shape == (RESOLUTION, RESOLUTION, 3) for image in found.values())
+    lines = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    assert [line["file"] for line in lines] == names
+    hash = FewShotPipeline.from_bundle(tiny_bundle).hash
+    assert lines[4] == {
+        "category": "lily", "file": names[4], "number": 4, "sources": ["lily/0.png", "lily/1.png", "lily/2.png"],
+        "source": "lily/1.png", "seed": 2, "method": "sage", "alpha": 2.0, "fusion": "pixel", "preset": "default",
+        "model": hash,
+    }  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["n"], config["alpha"], config["model"]) == (5, 2.0, hash)
+    assert config["shots"] == {"lily": lines[0]["sources"], "rose": ["rose/0.png", "rose/1.png"]}
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("fusion", ["none", "pixel", "frequency", "both"])
+def test_images_are_those_of_the_pipeline(pipeline, tiny_shots, tmp_path, fusion):
+    generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=3, fusion=fusion, seed=4, alpha=1.5))
+    shots = torch.stack([_read(tiny_shots / "rose" / name) for name in ("0.png", "1.png")])
+    result = pipeline(shots, n=3, alpha=1.5, seed=4, category="rose", fusion=fusion)
+    expected = to_uint8(result.images if fusion == "none" else result.fused[fusion])
+    for j in range(3):
+        image = _read(tmp_path / "out" / "rose" / f"rose_{j:05d}.png")
+        assert (image.int() - expected[j].int()).abs().max() <= 1
+
+
+def _read(path):
+    return load_image(path, RESOLUTION)
+
+
+@pytest.mark.parametrize("method", ["sage", "age", "inversion"])
+def test_the_batch_does_not_show(pipeline, tiny_shots, tmp_path, method):
+    for batch in (1, 5, 64):
+        config = GenerateConfig(n=12, method=method, fusion="frequency", batch=batch)
+        generate(pipeline, tiny_shots, tmp_path / str(batch), config)
+    first = pictures(tmp_path / "1")
+    assert most_apart(first, pictures(tmp_path / "5")) <= 1
+    assert most_apart(first, pictures(tmp_path / "64")) <= 1
+
+
+def test_other_categories_do_not_change_a_categorys_images(pipeline, shots, tmp_path):
+    generate(pipeline, shots, tmp_path / "both", GenerateConfig(n=4))
+    shutil.rmtree(shots / "lily")
+    generate(pipeline, shots, tmp_path / "one", GenerateConfig(n=4))
+    one, both = pictures(tmp_path / "one"), pictures(tmp_path / "both")
+    assert len(one) == 4 and most_apart(one, {name: both[name] for name in one}) == 0
+
+
+def test_a_flat_folder_is_one_category_by_its_name(pipeline, shots, tmp_path):
+    generate(pipeline, shots / "rose", tmp_path / "flat", GenerateConfig(n=4))
+    shutil.rmtree(shots / "lily")
+    generate(pipeline, shots, tmp_path / "tree", GenerateConfig(n=4))
+    assert most_apart(pictures(tmp_path / "flat"), pictures(tmp_path / "tree")) == 0
+
+
+def test_the_sheet_shows_the_shots_before_the_generated_images(pipeline, tiny_shots, tmp_path):
+    generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=30))
+    sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png"))
+    scale = 64 // RESOLUTION
+    wanted = [_read(tiny_shots / "lily" / "0.png"), _read(tmp_path / "out" / "lily" / "lily_00000.png")]
+    wanted += [_read(tiny_shots / "rose" / "1.png"), _read(tmp_path / "out" / "rose" / "rose_00023.png")]
+    cells = [np.kron(image.permute(1, 2, 0).numpy(), np.ones((scale, scale, 1), np.uint8)) for image in wanted]
+    rows = [_row_of(sheet, cell) for cell in cells]
+    assert rows == sorted(rows) and -1 not in rows and len(set(rows)) == 4
+    left_out = _read(tmp_path / "out" / "rose" / "rose_00029.png").permute(1, 2, 0).numpy()
+    assert _row_of(sheet, np.kron(left_out, np.ones((scale, scale, 1), np.uint8))) == -1
+
+
+def _row_of(sheet, cell):
+    """Top row of ``cell`` in the sheet, -1 when it is not there."""
+    height, width = cell.shape[:2]
+    corners = np.argwhere((sheet[: -height + 1, : -width + 1] == cell[0, 0]).all(2))
+    return next((int(y) for y, x in corners if (sheet[y : y + height, x : x + width] == cell).all()), -1)
+
+
+def test_n_shots_takes_that_many_images_of_each_category(pipeline, tiny_shots, tmp_path):
+    generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=1, n_shots=2, seed=1))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {category: len(files) for category, files in config["shots"].items()} == {"lily": 2, "rose": 2}
+    assert set(config["shots"]["lily"]) < {"lily/0.png", "lily/1.png", "lily/2.png"}
+
+
+def test_progress_counts_to_the_end(pipeline, tiny_shots, tmp_path):
+    seen = []
+    generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=5, batch=2), lambda *done: seen.append(done))
+    assert seen == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
+
+
+# --- interruption ---
+
+
+def full_after(monkeypatch, budget):
+    """From now on the disk takes ``budget`` more bytes."""
+    real_write, left = os.write, [budget]
+
+    def write(descriptor, data):
+        size = len(data)
+        if size > left[0]:
+            raise OSError(28, "No space left on device")
+        left[0] -= size
+        return real_write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+
+
+@pytest.mark.parametrize("budget", [0, 200, 1000, 2500, 4000, 6000])
+def test_a_full_disk_leaves_no_truncated_file_and_the_run_goes_on(pipeline, tiny_shots, tmp_path, monkeypatch, budget):
+    config = GenerateConfig(n=8, batch=3)
+    generate(pipeline, tiny_shots, tmp_path / "whole", config)
+    with monkeypatch.context() as patch:
+        full_after(patch, budget)
+        with pytest.raises(InputError, match="No space left") as error:
+            generate(pipeline, tiny_shots, tmp_path / "out", config)
+    assert one_sentence(error)
+    out, whole = tmp_path / "out", pictures(tmp_path / "whole")
+    partial = pictures(out)  # decodes every image
+    assert len(partial) < 16 and not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
+    assert most_apart(partial, {name: whole[name] for name in partial}) == 0 if partial else True
+    if (out / "manifest.jsonl").exists():
+        assert (out / "manifest.jsonl").read_bytes()[-1:] in (b"", b"\n")
+        assert {line["file"] for line in read_manifest(out / "manifest.jsonl")} <= partial.keys()
+    resume = bool([p for p in out.iterdir() if not p.name.startswith(".")])
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=8, batch=3, resume=resume))
+    assert most_apart(pictures(out), whole) <= 1
+    files = [line["file"] for line in read_manifest(out / "manifest.jsonl")]
+    assert sorted(files) == sorted(whole) and (out / "contact_sheet.png").exists()
+
+
+def test_resume_draws_what_is_missing_and_touches_nothing_else(pipeline, tiny_shots, tmp_path):
+    out = tmp_path / "out"
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=6))
+    before, times = pictures(out), {path: path.stat().st_mtime_ns for path in out.glob("*/*.png")}
+    lost = [out / "lily" / "lily_00002.png", out / "rose" / "rose_00000.png"]
+    lost[0].unlink()
+    lost[1].write_bytes(b"")
+    summary = generate(pipeline, tiny_shots, out, GenerateConfig(n=8, batch=3, resume=True))
+    assert (summary.n_new, summary.n_kept) == (6, 10)
+    after = pictures(out)
+    assert len(after) == 16 and most_apart({name: after[name] for name in before}, before) <= 1
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path not in lost)
+    files = [line["file"] for line in read_manifest(out / "manifest.jsonl")]
+    assert len(files) == len(set(files)) == 16
+
+
+def test_an_image_without_a_manifest_line_is_drawn_again(pipeline, tiny_shots, tmp_path):
+    out = tmp_path / "out"
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=3))
+    lines = (out / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "manifest.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # killed while writing the line
+    assert generate(pipeline, tiny_shots, out, GenerateConfig(n=3, resume=True)).n_new == 1
+    assert (out / "manifest.jsonl").read_bytes().splitlines(keepends=True) == lines
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"alpha": 1.0}, {"method": "age"}, {"fusion": "both"}, {"n_similar": 2}, {"n": 2}]
+)
+def test_resuming_with_other_settings_is_refused(pipeline, tiny_shots, tmp_path, change):
+    out = tmp_path / "out"
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=3))
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    with pytest.raises(InputError, match=next(iter(change))) as error:
+        generate(pipeline, tiny_shots, out, GenerateConfig(**{"n": 3, "resume": True, **change}))
+    assert one_sentence(error)
+    assert {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()} == before
+
+
+def test_resuming_with_other_shots_or_another_model_is_refused(pipeline, shots, tmp_path):
+    out = tmp_path / "out"
+    generate(pipeline, shots, out, GenerateConfig(n=2))
+    other = FewShotPipeline(
+        pipeline.generator, pipeline.encoder, pipeline.relevant, pipeline.irrelevant, pipeline.codes, hash="other"
+    )
+    with pytest.raises(InputError, match="model"):
+        generate(other, shots, out, GenerateConfig(n=2, resume=True))
+    save_png(shots / "rose" / "0.png", torch.full((3, 8, 8), 7, dtype=torch.uint8))
+    with pytest.raises(InputError, match="shots_sha256"):
+        generate(pipeline, shots, out, GenerateConfig(n=2, resume=True))
+
+
+def test_overwrite_replaces_a_run(pipeline, tiny_shots, tmp_path):
+    out = tmp_path / "out"
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=6, seed=1))
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=3, seed=2, overwrite=True))
+    generate(pipeline, tiny_shots, tmp_path / "fresh", GenerateConfig(n=3, seed=2))
+    assert most_apart(pictures(out), pictures(tmp_path / "fresh")) == 0
+    assert len(read_manifest(out / "manifest.jsonl")) == 6
+
+
+# --- bad input: one sentence, nothing written ---
+
+
+def refused(tmp_path, words, *arguments, **settings):
+    """``generate`` raises one sentence with ``words`` in it, and the output folder is not made."""
+    with pytest.raises(InputError, match=words) as error:
+        generate(*arguments, tmp_path / "out", GenerateConfig(**{"n": 2, **settings}))
+    assert one_sentence(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_images_than_shots(pipeline, tiny_shots, tmp_path):
+    refused(tmp_path, r"'rose' has fewer images \(2\) than shots \(3\)", pipeline, tiny_shots, n_shots=3)
+
+
+def test_a_folder_without_images_or_no_folder(pipeline, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path, "no images", pipeline, tmp_path / "empty")
+    refused(tmp_path, "does not exist", pipeline, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", b"not an image"])
+def test_an_unreadable_shot_is_named(pipeline, shots, tmp_path, data):
+    (shots / "rose" / "1.png").write_bytes(data)
+    refused(tmp_path, "rose/1.png", pipeline, shots)
+
+
+def test_shots_of_any_kind_and_size_are_read(pipeline, shots, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 20, 4), dtype=np.uint8)
+    for number, mode in enumerate(("L", "RGB", "RGBA", "CMYK", "P", "1")):
+        Image.fromarray(pixels).convert("RGB").convert(mode).save(shots / "rose" / f"m{number}.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(pipeline, shots, tmp_path / "out", GenerateConfig(n=9))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(config["shots"]["rose"]) == 8
+
+
+def test_a_missing_or_damaged_model(tiny_bundle, tiny_shots, tmp_path):
+    refused(tmp_path, "does not exist", tmp_path / "nowhere", tiny_shots)
+    broken = Path(shutil.copytree(tiny_bundle, tmp_path / "model"))
+    (broken / "encoder.safetensors").write_bytes(b"")
+    refused(tmp_path, "encoder.safetensors", broken, tiny_shots)
+
+
+def test_n_components_above_what_the_model_allows(pipeline, tiny_shots, tmp_path):
+    refused(tmp_path, "n_components must be 1 to 6", pipeline, tiny_shots, n_components=7)
+
+
+def test_an_output_folder_that_is_not_empty(pipeline, tiny_shots, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    for settings, words in (({}, "--resume"), ({"resume": True}, "nothing to resume"), ({"overwrite": True}, "alone")):
+        with pytest.raises(InputError, match=words) as error:
+            generate(pipeline, tiny_shots, out, GenerateConfig(n=2, **settings))
+        assert one_sentence(error)
+        assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_resuming_a_folder_of_another_program_part_is_refused(pipeline, tiny_shots, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.jsonl").write_text('{"made": "elsewhere"}\n')
+    with pytest.raises(InputError, match="no run of generate"):
+        generate(pipeline, tiny_shots, out, GenerateConfig(n=2, resume=True))
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.jsonl"]
+
+
+def test_output_and_shots_or_model_must_lie_apart(tiny_bundle, pipeline, shots, tmp_path):
+    for out in (shots, shots / "out", shots.parent, shots / "rose"):
+        for flag in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(InputError, match="overlap"):
+                generate(pipeline, shots, out, GenerateConfig(n=2, **flag))
+    model = Path(shutil.copytree(tiny_bundle, tmp_path / "run" / "model"))
+    (tmp_path / "run" / MARKER).write_text("{}")
+    for out in (model, tmp_path / "run"):
+        with pytest.raises(InputError, match="holds the model"):
+            generate(model, shots, out, GenerateConfig(n=2, overwrite=True))
+    assert len(list(model.iterdir())) == len(list(tiny_bundle.iterdir()))
+    assert len(list(shots.rglob("*.png"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n": 0}, "n must be"),
+        ({"batch": 0}, "batch must be"),
+        ({"n_shots": 0}, "n_shots must be"),
+        ({"n_components": 0}, "n_components must be"),
+        ({"alpha": float("nan")}, "alpha must be"),
+        ({"method": "magic"}, "method must be one of"),
+        ({"fusion": "magic"}, "fusion must be one of"),
+        ({"preset": "magic"}, "preset must be one of"),
+        ({"method": "inversion", "alpha": 2.0}, "alpha has no effect"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings, words):
+    with pytest.raises(InputError, match=words) as error:
+        GenerateConfig(**settings)
+    assert one_sentence(error)
+
+
+def test_a_preset_that_contradicts_the_pipelines(pipeline, tiny_shots, tmp_path):
+    refused(tmp_path, "preset", pipeline, tiny_shots, preset="paper")

@@ -1,0 +1,241 @@
+"""The pipeline from shots to images: reproducible whatever the batch, and the sum of its parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import RESOLUTION, tiny_networks
+from scipy import stats
+
+from sage_fast.data.folders import read_images, scan_image_folder
+from sage_fast.data.writers import to_uint8
+from sage_fast.editing.editor import METHODS as EDITOR_METHODS
+from sage_fast.errors import InputError
+from sage_fast.fusion import fuse_frequencies, fuse_pixels
+from sage_fast.pipeline import FewShotPipeline, load_dictionary, normals
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle):
+    return FewShotPipeline.from_bundle(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def shots(tiny_shots):
+    """Three images of one category, uint8 [3, C, R, R]."""
+    return read_images(scan_image_folder(tiny_shots).select(["lily"]), RESOLUTION).images
+
+
+def grey_levels_apart(a, b):
+    return int((to_uint8(a).int() - to_uint8(b).int()).abs().max())
+
+
+# --- random numbers ---
+
+
+def test_normals_are_normal_and_independent_between_samples():
+    draws = torch.stack([normals(0, "rose", number, 500) for number in range(40)])
+    assert draws.dtype == torch.float32
+    assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 0.001
+    correlation = np.corrcoef(draws.numpy()) - np.eye(40)
+    assert np.abs(correlation).max() < 5 / 500**0.5
+
+
+def test_normals_are_a_function_of_every_argument():
+    base = normals(0, "rose", 1, 8)
+    assert torch.equal(base, normals(0, "rose", 1, 8))
+    assert torch.equal(base[:5], normals(0, "rose", 1, 5))
+    others = [normals(1, "rose", 1, 8), normals(0, "lily", 1, 8), normals(0, "rose", 2, 8)]
+    assert not any(torch.equal(base, other) for other in others)
+    assert not torch.equal(normals(1, "1", 11, 8), normals(11, "1", 1, 8))
+
+
+# --- reproducibility ---
+
+
+@pytest.mark.parametrize("method", [*EDITOR_METHODS, "inversion"])
+@pytest.mark.parametrize("fusion", ["none", "both"])
+def test_the_batch_does_not_show(pipeline, shots, method, fusion):
+    one = pipeline(shots, n=70, method=method, fusion=fusion, seed=3, category="lily", batch=1)
+    for batch in (7, 64, 70, 1000):
+        other = pipeline(shots, n=70, method=method, fusion=fusion, seed=3, category="lily", batch=batch)
+        assert torch.equal(one.w_plus, other.w_plus)
+        assert grey_levels_apart(one.images, other.images) <= 1
+        assert all(grey_levels_apart(one.fused[name], other.fused[name]) <= 1 for name in one.fused)
+
+
+def test_a_sample_depends_on_its_number_and_not_on_its_company(pipeline, shots):
+    novel = pipeline.prepare(shots)
+    all_of_them = pipeline.draw(novel, range(150), seed=1, category="lily")
+    numbers = [3, 149, 64, 65, 63, 0]
+    few = pipeline.draw(novel, numbers, seed=1, category="lily")
+    assert torch.equal(few.w_plus, all_of_them.w_plus[numbers])
+    assert torch.equal(few.sources, all_of_them.sources[numbers])
+    assert grey_levels_apart(few.images, all_of_them.images[numbers]) <= 1
+
+
+def test_seed_and_category_change_the_samples(pipeline, shots):
+    base = pipeline(shots, n=4, seed=0, category="a").w_plus
+    for seed, category in ((1, "a"), (0, "b")):
+        assert (pipeline(shots, n=4, seed=seed, category=category).w_plus - base).abs().amin(0).max() > 1e-3
+
+
+def test_a_code_does_not_depend_on_the_images_embedded_with_it(pipeline, shots):
+    together = pipeline.embed(shots)
+    assert torch.equal(together, torch.cat([pipeline.embed(shots[i : i + 1]) for i in range(len(shots))]))
+
+
+def test_torchs_own_random_state_is_neither_read_nor_moved(pipeline, shots):
+    torch.manual_seed(0)
+    first, state = pipeline(shots, n=3), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(first.w_plus, pipeline(shots, n=3).w_plus)
+    torch.manual_seed(0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- the sum of its parts ---
+
+
+def test_images_are_the_generators_at_absolute_latents(pipeline, shots):
+    result = pipeline(shots, n=5)
+    G = pipeline.generator
+    with torch.no_grad():
+        expected = G(result.w_plus + G.latent_avg, noise="none").clamp(-1, 1)
+    assert torch.allclose(result.images, expected, atol=1e-5)
+    assert result.images.shape == (5, 3, RESOLUTION, RESOLUTION)
+
+
+@pytest.mark.parametrize("noise", ["none", "const"])
+def test_the_models_noise_is_used(tiny_bundle, pipeline, shots, noise):
+    G, E, _ = tiny_networks()
+    with torch.no_grad():
+        G.conv1.noise.weight.fill_(0.5)
+    p = FewShotPipeline(G, E, pipeline.relevant, pipeline.irrelevant, pipeline.codes, noise=noise)
+    result = p(shots, n=2, method="inversion")
+    with torch.no_grad():
+        images = {kind: G(result.w_plus + G.latent_avg, noise=kind).clamp(-1, 1) for kind in ("none", "const")}
+    assert torch.allclose(result.images, images[noise], atol=1e-5)
+    assert not torch.allclose(images["none"], images["const"], atol=1e-2)
+
+
+def test_uint8_and_float_shots_are_the_same(pipeline, shots):
+    assert torch.equal(pipeline.embed(shots), pipeline.embed(shots.float() / 127.5 - 1))
+
+
+def test_alpha_zero_gives_the_bases_and_alpha_scales_the_edit(pipeline, shots):
+    base = pipeline.adapt(shots).bases[0]
+    edits = [pipeline(shots, n=4, alpha=alpha).w_plus - base for alpha in (0.0, 1.0, 2.0)]
+    assert edits[0].abs().max() < 1e-6
+    assert torch.allclose(2 * edits[1], edits[2], atol=1e-5) and edits[1].abs().max() > 1e-2
+
+
+def test_alpha_is_the_presets_unless_given(tiny_bundle, shots):
+    for preset, alpha in (("paper", 2.0), ("released", 1.0), ("default", 2.0)):
+        p = FewShotPipeline.from_bundle(tiny_bundle, preset=preset)
+        assert torch.equal(p(shots, n=3).w_plus, p(shots, n=3, alpha=alpha).w_plus)
+
+
+def test_inversion_reconstructs_the_shots_in_turn(pipeline, shots):
+    result = pipeline(shots, n=7, method="inversion")
+    codes = pipeline.embed(shots)
+    assert torch.equal(result.w_plus, codes[[0, 1, 2, 0, 1, 2, 0]])
+    assert result.sources.tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_age_edits_each_shot_in_turn_and_fuses_it_with_that_shot(pipeline, shots):
+    result = pipeline(shots, n=6, method="age", alpha=0.0)
+    assert torch.allclose(result.w_plus, pipeline.embed(shots)[result.sources], atol=1e-6)
+
+
+def test_fusion_is_with_the_shot_that_the_sample_came_from(pipeline, shots):
+    result = pipeline(shots, n=5, fusion=("pixel", "frequency", "both"))
+    real = (shots.float() / 127.5 - 1)[result.sources]
+    inverted = pipeline(shots, n=3, method="inversion").images[result.sources]
+    by_frequency = fuse_frequencies(real, inverted, result.images).clamp(-1, 1)
+    assert torch.allclose(result.fused["pixel"], fuse_pixels(real, inverted, result.images).clamp(-1, 1), atol=1e-5)
+    assert torch.allclose(result.fused["frequency"], by_frequency, atol=1e-5)
+    assert torch.allclose(result.fused["both"], fuse_pixels(real, inverted, by_frequency).clamp(-1, 1), atol=1e-5)
+    assert set(result.fused) == {"pixel", "frequency", "both"}
+    assert all(images.abs().max() <= 1 for images in result.fused.values())
+
+
+def test_a_lossless_inversion_leaves_nothing_to_fuse(pipeline, shots):
+    novel = pipeline.prepare(shots)
+    novel.shots.copy_(novel.inverted)
+    result = pipeline.draw(novel, range(4), fusion=("frequency", "pixel"))
+    for images in result.fused.values():
+        assert torch.allclose(images, result.images, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "default"])
+@pytest.mark.parametrize("n_shots", [1, 3])
+def test_every_preset_draws_every_method(tiny_bundle, shots, preset, n_shots):
+    p = FewShotPipeline.from_bundle(tiny_bundle, preset=preset)
+    drawn = {m: p(shots[:n_shots], n=3, method=m, fusion="both") for m in (*EDITOR_METHODS, "inversion")}
+    assert all(r.images.isfinite().all() and r.fused["both"].abs().max() <= 1 for r in drawn.values())
+    assert not torch.equal(drawn["sage"].w_plus, drawn["age"].w_plus)
+
+
+def test_options_reach_the_editor(pipeline, shots):
+    assert len(pipeline.adapt(shots, n_similar=2).similar_categories) == 2
+    assert pipeline.adapt(shots, n_directions=1).direction_mask.sum(1).max() == 1
+    assert len(pipeline.adapt(shots).similar_categories) > 2
+
+
+def test_the_dictionary_of_a_bundle_loads_alone(tiny_bundle, pipeline):
+    alone = load_dictionary(tiny_bundle)
+    assert torch.equal(alone.directions, pipeline.irrelevant.directions) and alone.groups == pipeline.irrelevant.groups
+
+
+# --- bad input ---
+
+
+def test_shots_of_another_resolution_are_refused(pipeline, shots):
+    with pytest.raises(InputError, match=r"\[N, 3, 8, 8\].*got \[.*16, 16\]"):
+        pipeline(shots.repeat(1, 1, 2, 2), n=1)
+    with pytest.raises(InputError, match=r"\[N, 3, 8, 8\]"):
+        pipeline(shots[:, :1], n=1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (lambda s: s[:0], "at least 1"),
+        (lambda s: s[0], "batch"),
+        (lambda s: s.float(), r"\[-1, 1\]"),
+        (lambda s: s.float() * float("nan"), r"\[-1, 1\]"),
+        (lambda s: s.long(), "uint8"),
+    ],
+)
+def test_shots_that_are_no_images_are_refused(pipeline, shots, bad, words):
+    with pytest.raises(InputError, match=words):
+        pipeline(bad(shots), n=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n": 0}, "n must be"),
+        ({"batch": 0}, "batch must be"),
+        ({"method": "magic"}, "method must be one of"),
+        ({"fusion": "magic"}, "fusion must be one of"),
+        ({"fusion": ("pixel", "magic")}, "fusion must be one of"),
+        ({"n_components": 7}, "n_components must be 1 to 6"),
+        ({"method": "inversion", "alpha": 1.0}, "alpha has no effect"),
+        ({"method": "inversion", "n_similar": 3}, "n_similar has no effect"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(pipeline, shots, settings, words):
+    with pytest.raises(InputError, match=words):
+        pipeline(shots, **{"n": 2, **settings})
+
+
+def test_an_unknown_preset_or_noise_is_refused(tiny_bundle, pipeline):
+    with pytest.raises(InputError, match="preset must be one of"):
+        FewShotPipeline.from_bundle(tiny_bundle, preset="magic")
+    with pytest.raises(InputError, match="noise must be"):
+        FewShotPipeline(
+            pipeline.generator, pipeline.encoder, pipeline.relevant, pipeline.irrelevant, pipeline.codes, noise="random"
+        )
