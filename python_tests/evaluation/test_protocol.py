@@ -12,7 +12,9 @@ import torch
 from scipy.stats import bootstrap
 
 from sage_fast.errors import InputError
+from sage_fast.evaluation.oracle import Oracle
 from sage_fast.evaluation.protocol import (
+    as_written,
     bootstrap_interval,
     category_retention,
     evaluate_sets,
@@ -118,6 +120,22 @@ def test_the_judge_sees_a_batch_at_a_time_and_the_eight_bits_of_a_file():
     as_bytes = ((images + 1) * 127.5).round().to(torch.uint8)
     a, b = measure(images, labels, PixelJudge()), measure(as_bytes, labels, PixelJudge())
     assert torch.equal(a.features, b.features)
+
+
+def test_the_oracles_one_pass_gives_what_its_methods_give():
+    torch.manual_seed(0)
+    oracle = Oracle(16, 8).eval()
+    images, labels = torch.rand(9, 3, 16, 16) * 2 - 1, torch.arange(9) // 3
+    images = as_written(images)
+    got = measure(images, labels, oracle, batch=4)
+    assert torch.equal(got.predictions, oracle.predict(images)) and len(got.factor_names) == got.factors.shape[1]
+    torch.testing.assert_close(got.features, oracle.features(images))
+    in_units = factor_spreads(oracle.factors(images), labels, got.factor_names)
+    standardised = factor_spreads(got.factors, labels, got.factor_names)
+    halved = factor_spreads(oracle.factors(images)[:6], labels[:6], got.factor_names)
+    halved_standardised = factor_spreads(got.factors[:6], labels[:6], got.factor_names)
+    for name, value in in_units.items():  # shares of another set's spread do not depend on the unit
+        assert halved[name] / value == pytest.approx(halved_standardised[name] / standardised[name], rel=1e-4)
 
 
 def test_measurements_of_parts_join_to_those_of_the_whole():

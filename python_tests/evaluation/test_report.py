@@ -91,12 +91,13 @@ def test_one_real_category_leaves_retention_open(tmp_path, bundles):
 
 def test_floras_categories_are_judged_by_the_oracle(tmp_path, bundles):
     class Oracle:
-        factor_names = ("light",)
+        factor_names, resolution = ("light",), 16
 
         def predict(self, images):  # green images are flora_201, all others flora_007
             return torch.where(images[:, 1].mean((1, 2)) > 0, 201, 7)
 
         def features(self, images):
+            assert images.shape[1:] == (3, 16, 16)
             return images.mean((2, 3))
 
         def factors(self, images):

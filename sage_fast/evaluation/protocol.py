@@ -21,6 +21,7 @@ from sage_fast.data.writers import to_uint8
 from sage_fast.errors import InputError
 from sage_fast.evaluation.diversity import pairwise_diversity
 from sage_fast.evaluation.fid import frechet_distance, kernel_distance
+from sage_fast.evaluation.oracle import TARGETS, Oracle
 
 __all__ = [
     "Judge",
@@ -40,7 +41,10 @@ _CIRCULAR = re.compile(r"[ _.\-]?(cos|sin)$")  # the two columns of an angle
 
 
 class Judge(Protocol):
-    """A frozen network that knows the categories and, where there are any, the category-irrelevant factors."""
+    """A frozen network that knows the categories and, where there are any, the category-irrelevant factors.
+
+    The oracle of flora is one; so is anything else with these methods.
+    """
 
     factor_names: Sequence[str]  # Q names; an angle has two, ending in cos and sin
 
@@ -62,7 +66,7 @@ class Measurements:
         labels: int64 [N], the category each image ought to show.
         predictions: int64 [N], the category the network sees; None where nothing can be told (a single category).
         features: float32 [N, F].
-        factors: float32 [N, Q], estimated category-irrelevant factors; Q may be 0.
+        factors: float32 [N, Q], estimated category-irrelevant factors, each in some unit; Q may be 0.
         factor_names: Q names.
         network: name of the network, for the report.
     """
@@ -139,7 +143,7 @@ def evaluate_sets(
     labels: Tensor,
     real_images: Tensor,
     real_labels: Tensor,
-    judge: Judge,
+    judge: Oracle | Judge,
     network: str = "oracle",
     batch: int = 256,
 ) -> Scores:
@@ -163,16 +167,30 @@ def evaluate_sets(
 
 
 @torch.no_grad()
-def measure(images: Tensor, labels: Tensor, judge: Judge, network: str = "oracle", batch: int = 256) -> Measurements:
+def measure(
+    images: Tensor, labels: Tensor, judge: Oracle | Judge, network: str = "oracle", batch: int = 256
+) -> Measurements:
     """Predictions, features and factors of images, ``batch`` at a time; arguments as :func:`evaluate_sets`."""
     if images.ndim != 4 or labels.shape != (len(images),) or len(images) == 0:
         raise InputError(
             f"images and labels must have shapes [N, C, R, R] and [N] with N at least 1, got {list(images.shape)} and "
             f"{list(labels.shape)}."
         )
-    parts = [(judge.predict(x), judge.features(x), judge.factors(x)) for x in map(as_written, images.split(batch))]
+    parts = [_answers(judge, as_written(x)) for x in images.split(batch)]
     predictions, features, factors = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    return Measurements(labels.cpu(), predictions, features, factors, tuple(judge.factor_names), network)
+    return Measurements(labels.cpu(), predictions, features, factors, _factor_names(judge), network)
+
+
+def _answers(judge: Oracle | Judge, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions, features and factors of a batch; the oracle gives all in one pass, its factors standardised."""
+    if isinstance(judge, Oracle):
+        logits, factors, features = judge(images)
+        return logits.argmax(1), features, factors
+    return judge.predict(images), judge.features(images), judge.factors(images)
+
+
+def _factor_names(judge: Oracle | Judge) -> tuple[str, ...]:
+    return tuple(TARGETS) if isinstance(judge, Oracle) else tuple(judge.factor_names)
 
 
 def as_written(images: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sage_fast.data import flora
-from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
+from sage_fast.data.folders import ImageFolder, read_images, scan_image_folder
 from sage_fast.data.writers import atomic_write, write_json
 from sage_fast.errors import InputError
-from sage_fast.evaluation.protocol import Judge, Measurements, Scores, as_written, measure, score
+from sage_fast.evaluation.oracle import Oracle, load_oracle
+from sage_fast.evaluation.protocol import Measurements, Scores, as_written, measure, score
 from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.stylegan2 import Discriminator
@@ -45,14 +46,14 @@ _MEANING = {
 
 
 def evaluate_folder(
-    model: StrPath | None, generated: StrPath, real: StrPath, batch: int = 128, oracle: Judge | None = None
+    model: StrPath | None, generated: StrPath, real: StrPath, batch: int = 128, oracle: Oracle | None = None
 ) -> Scores:
     """Scores of a folder of generated images against a folder of real ones.
 
-    When every category is one of flora's, the oracle that knows all of flora judges. Otherwise the features are those
-    of the model's own discriminator, or of its encoder when it has none, and an image counts as of the category whose
-    real images' mean feature is nearest, among all categories of ``real`` (a real image is left out of its own
-    category's mean). Such features come from the model that is judged: they compare settings of one model, not models.
+    When every category is one of flora's, the oracle that knows all of flora judges, at its own resolution. Otherwise
+    the features are those of the model's own discriminator, or of its encoder when it has none, and an image counts as
+    of the category whose real images' mean feature is nearest, among all categories of ``real`` (a real image is left
+    out of its own category's mean). Such features come from the model that is judged: they compare settings of one model, not models.
 
     Args:
         model: bundle folder; None: the model that comes with the package.
@@ -65,18 +66,17 @@ def evaluate_folder(
         InputError: a folder or model that cannot be read, a generated category without real images, or too few images.
     """
     encoder = load_encoder(model)
-    ours, theirs = (_read(folder, encoder.resolution, encoder.n_channels) for folder in (generated, real))
+    ours, theirs = (scan_image_folder(folder, flat_ok=True) for folder in (generated, real))
     missing = sorted(set(ours.categories) - set(theirs.categories))
     if missing:
         raise InputError(
             f"Real folder {str(real)!r} has no images of {', '.join(map(repr, missing[:3]))}; add a sub-folder of real "
             "images for each generated category."
         )
-    numbers = {category.name: label for label, category in enumerate(flora.categories())}
-    if encoder.n_channels == 3 and set(theirs.categories) <= set(numbers):
-        measured = _by_oracle(oracle or _shipped_oracle(), ours, theirs, numbers, batch)
+    if encoder.n_channels == 3 and set(theirs.categories) <= _flora_numbers().keys():
+        measured = _by_oracle(oracle or load_oracle(), ours, theirs, batch)
     else:
-        measured = _by_class_means(ours, theirs, _own_network(model, encoder), batch)
+        measured = _by_class_means(_own_network(model, encoder), ours, theirs, batch)
     return dataclasses.replace(score(*measured), categories=tuple(ours.categories))
 
 
@@ -151,31 +151,25 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or value != value else f"{100 * value:.{digits}f} %"
 
 
-def _read(folder: StrPath, resolution: int, n_channels: int) -> ImageSet:
-    return read_images(scan_image_folder(folder, flat_ok=True), resolution, n_channels)
+def _flora_numbers() -> dict[str, int]:
+    return {category.name: label for label, category in enumerate(flora.categories())}
 
 
-def _shipped_oracle() -> Judge:
-    from sage_fast.evaluation.oracle import load_oracle
-
-    return load_oracle()
-
-
-def _by_oracle(
-    oracle: Judge, ours: ImageSet, theirs: ImageSet, numbers: Mapping[str, int], batch: int
-) -> tuple[Measurements, ...]:
+def _by_oracle(oracle: Oracle, ours: ImageFolder, theirs: ImageFolder, batch: int) -> tuple[Measurements, ...]:
     sets = []
-    for part in (ours, theirs):
-        labels = torch.tensor([numbers[name] for name in part.categories])[part.labels]
+    for folder in (ours, theirs):
+        part = read_images(folder, oracle.resolution)
+        labels = torch.tensor([_flora_numbers()[name] for name in part.categories])[part.labels]
         sets.append(measure(part.images, labels, oracle, "oracle", batch))
     return tuple(sets)
 
 
-def _by_class_means(ours: ImageSet, theirs: ImageSet, network: _OwnNetwork, batch: int) -> tuple[Measurements, ...]:
+def _by_class_means(
+    network: _OwnNetwork, ours: ImageFolder, theirs: ImageFolder, batch: int
+) -> tuple[Measurements, ...]:
     """Measurements with labels in the numbering of ``theirs``; no predictions when there is a single category."""
-    number = torch.tensor([theirs.categories.index(name) for name in ours.categories])
-    labels, features = number[ours.labels], network.features(ours.images, batch)
-    real_labels, real_features = theirs.labels, network.features(theirs.images, batch)
+    (labels, features), (real_labels, real_features) = (network.describe(folder, batch) for folder in (ours, theirs))
+    labels = torch.tensor([theirs.categories.index(name) for name in ours.categories])[labels]
     predictions: tuple[Tensor | None, Tensor | None] = (None, None)
     if len(theirs.categories) > 1:
         counts = torch.bincount(real_labels, minlength=len(theirs.categories))
@@ -198,9 +192,11 @@ class _OwnNetwork:
         self.name = "discriminator" if isinstance(network, Discriminator) else "encoder"
 
     @torch.no_grad()
-    def features(self, images: Tensor, batch: int) -> Tensor:
-        """uint8 [N, C, R, R] -> [N, F]."""
-        return torch.cat([self._of_batch(as_written(part)) for part in images.split(batch)])
+    def describe(self, folder: ImageFolder, batch: int) -> tuple[Tensor, Tensor]:
+        """Labels [N] and features [N, F] of the images of a folder."""
+        part = read_images(folder, self.network.resolution, self.network.n_channels)
+        features = [self._of_batch(as_written(images)) for images in part.images.split(batch)]
+        return part.labels, torch.cat(features)
 
     def _of_batch(self, images: Tensor) -> Tensor:
         if isinstance(self.network, Discriminator):
