@@ -72,6 +72,7 @@ class EvaluatePaths:
     real: Path  # real images of the same categories: <category>/<image>.png, ...
     model: Path | None = None  # run folder or bundle; None: the model that comes with the package
     out: Path | None = None  # folder for report.md and report.json; None: the generated folder
+    oracle: Path | None = None  # folder of another oracle of flora, for models of another resolution
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,12 @@ def _evaluate(argv: Sequence[str]) -> None:
     (paths,) = _parse("evaluate", argv, EvaluatePaths)
     from sage_fast.evaluation.report import evaluate_folder, table, write_report
 
-    scores = evaluate_folder(paths.model, paths.generated, paths.real)
+    oracle = None
+    if paths.oracle is not None:
+        from sage_fast.evaluation.oracle import load_oracle
+
+        oracle = load_oracle(paths.oracle)
+    scores = evaluate_folder(paths.model, paths.generated, paths.real, oracle=oracle)
     report = write_report(paths.out or paths.generated, scores)
     print(f"{table({'generated': scores})}\n\nWhat the numbers mean, and the scores of each category: {report}")
 

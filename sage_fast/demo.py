@@ -24,6 +24,7 @@ from sage_fast.data import flora
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import atomic_write, contact_sheet, prepare_output, save_png
 from sage_fast.errors import InputError
+from sage_fast.evaluation.oracle import load_oracle
 from sage_fast.evaluation.report import evaluate_folder, table, write_report
 from sage_fast.generation import GenerateConfig, generate
 from sage_fast.pipeline import FewShotPipeline
@@ -47,6 +48,7 @@ class DemoConfig:
 
     out: Path = Path("demo_out")  # emptied first when an earlier demo made it
     model: Path | None = None  # bundle trained on flora; None: the model that comes with the package
+    oracle: Path | None = None  # folder of another oracle, of the model's resolution
     n_categories: int = 4  # unseen categories
     n_shots: int = 3  # given images of each
     n: int = 64  # generated images of each, of every kind
@@ -75,6 +77,7 @@ def run_demo(config: DemoConfig = DemoConfig()) -> Path:
     start = time.monotonic()
     pipeline = FewShotPipeline.from_bundle(config.model)
     _check_model(pipeline)
+    oracle = load_oracle(config.oracle)
     folder = prepare_output(config.out, overwrite=True)
     resolution = pipeline.generator.resolution
     _draw(folder / "shots", config.n_categories, range(config.n_shots), resolution)
@@ -83,7 +86,7 @@ def run_demo(config: DemoConfig = DemoConfig()) -> Path:
     for kind, options in KINDS.items():
         settings = GenerateConfig(n=config.n, alpha=config.alpha, seed=config.seed, **options)
         generate(pipeline, folder / "shots", folder / kind, settings)
-        rows[kind] = evaluate_folder(config.model, folder / kind, folder / "real")
+        rows[kind] = evaluate_folder(config.model, folder / kind, folder / "real", oracle=oracle)
     report = write_report(folder, rows, "Demo: unseen flora categories")
     _write_sheet(folder, resolution)
     print(table(rows))
