@@ -106,8 +106,8 @@ class CodeMLP(nn.Module):
     Args:
         groups: layers that share a code, as :func:`layer_groups` gives.
         n_latent, style_dim, n_directions: L, D, K.
-        width: of the first two hidden layers, halved in the third; min(1024, 4 K), at least 64, when absent (the
-            released code's 1024, 1024 and 512 for its K = 100 need ``width=1024``).
+        width: of the first two hidden layers; min(1024, 4 K), at least 64, when absent. The third has half of it, the
+            fourth K, at least 64. The released code has 1024, 1024, 512 and K = 100.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class CodeMLP(nn.Module):
 
 
 def _mlp(n_in: int, width: int, n_directions: int, n_out: int) -> nn.Sequential:
-    sizes = (n_in, width, width, max(width // 2, 1), n_directions, n_out)
+    sizes = (n_in, width, width, max(width // 2, 1), max(64, n_directions), n_out)
     layers: list[nn.Module] = []
     for a, b in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(a, b), nn.LeakyReLU(0.2)]

@@ -1,0 +1,248 @@
+"""Learn the dictionary A of category-irrelevant directions from cached codes ([SAGE], Eq. 8-14).
+
+The encoder is frozen in the method, so its codes are a table: it never runs here, and the residual of Eq. 7 is a
+lookup. Only the MLP of Eq. 9 and A learn; the frozen generator runs for the image term of Eq. 11 alone
+(``rec_weight=0`` leaves it out).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sage_fast.errors import InputError
+from sage_fast.factorization.category_irrelevant import (
+    READINGS,
+    CategoryIrrelevantDictionary,
+    CodeMLP,
+    layer_groups,
+    orthogonal_loss,
+    pca_directions,
+    sparse_loss,
+)
+from sage_fast.factorization.class_embeddings import class_embeddings, residuals
+from sage_fast.models.perceptual import FeatureNetwork, perceptual_distance
+from sage_fast.models.stylegan2 import Generator
+from sage_fast.training.losses import pixel_mse
+from sage_fast.training.runtime import Run, draw_batch
+
+__all__ = ["DictionaryConfig", "train_dictionary"]
+
+
+@dataclass(frozen=True)
+class DictionaryConfig:
+    """Settings of :func:`train_dictionary`; :meth:`preset` gives the three readings of METHOD.
+
+    ``reading`` chooses the forms of Eq. 9, 10 and 12-13 and the layers edited: ``"paper"``, ``"released"`` or
+    ``"default"``. The image term is ``mse_weight * MSE + perceptual_weight * perceptual distance``, all times
+    ``rec_weight``.
+    """
+
+    n_directions: int = 100
+    reading: str = "default"
+    total_steps: int = 15_000
+    batch: int = 32
+    lr: float = 0.0001
+    lambda1: float = 0.0005  # of the orthogonality, Eq. 14
+    lambda2: float = 0.005  # of the sparsity
+    theta0: float = 0.5  # Eq. 10
+    theta1: float = -1.0
+    rec_weight: float = 1.0  # Eq. 11; 0: no image is generated
+    perceptual_weight: float = 1.0
+    latent_weight: float = 1.0  # MSE(A n, delta_w), as SAGE-Diffusion adds it; not in [SAGE]
+    init: str = "pca"
+    noise: str = "none"
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 1000
+    grid_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("n_directions", "total_steps", "batch", "lr", "log_every", "save_every", "grid_every"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("lambda1", "lambda2", "rec_weight", "perceptual_weight", "latent_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.reading not in READINGS:
+            raise InputError(f"reading must be one of {', '.join(READINGS)}, got '{self.reading}'.")
+        if self.init not in ("pca", "normal"):
+            raise InputError(f"init must be 'pca' or 'normal', got '{self.init}'.")
+        if self.noise not in ("none", "const"):
+            raise InputError(f"noise must be 'none' or 'const', the encoder's setting, got '{self.noise}'.")
+        if self.rec_weight == 0 and self.latent_weight == 0:
+            raise InputError("rec_weight and latent_weight are both 0; the dictionary needs one of them to learn from.")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> DictionaryConfig:
+        """The settings of one reading: ``"paper"``, ``"released"`` or ``"default"``, with ``changes`` applied.
+
+        Deviation: Adam in all three (the released code uses Ranger, the paper says Adam); images are not mirrored,
+            since the
+        codes of mirrored images are not in the table; ``released`` trains with the noise setting of the encoder, not
+        with random noise, so that the target stays reachable.
+        """
+        if name not in READINGS:
+            raise InputError(f"preset must be one of {', '.join(READINGS)}, got '{name}'.")
+        base = cls(reading=name)
+        if name == "paper":
+            base = replace(base, perceptual_weight=0.0, latent_weight=0.0, init="normal")
+        if name == "released":
+            base = replace(base, latent_weight=0.0, init="normal")
+        if name == "default":
+            base = replace(base, lr=0.001, total_steps=5000)
+        return replace(base, **changes)
+
+
+def train_dictionary(
+    config: DictionaryConfig,
+    w_plus: Tensor,
+    labels: Tensor,
+    images: Tensor | None,
+    generator: Generator | None,
+    perceptual: FeatureNetwork | None,
+    folder: str | Path,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+) -> CategoryIrrelevantDictionary:
+    """Learn A [L, D, K] from offsets ``w_plus`` [N, L, D] with ``labels`` [N] in 0 to S - 1.
+
+    Implements Eq. 14 of [SAGE]. Layers outside the groups of the reading keep the image's own code, and their
+    directions stay as initialised at zero.
+
+    Args:
+        images: uint8 [N, C, R, R], those of ``w_plus``; may be None with ``rec_weight=0``, as may ``generator``.
+        perceptual: feature network of Eq. 11, or None; frozen, as the generator is.
+    Raises:
+        InputError: tensors that do not belong together, a missing network, or a loss that is not finite.
+    """
+    _check(config, w_plus, labels, images, generator)
+    run = Run(folder, "dictionary", config, resume)
+    rng = torch.Generator().manual_seed(config.seed)
+    embeddings = class_embeddings(w_plus, labels).to(device)
+    delta_w = residuals(w_plus, labels, embeddings.cpu()).to(device)
+    groups = [list(group) for group in layer_groups(w_plus.shape[1], config.reading)]
+    edited = torch.zeros(w_plus.shape[1], 1, dtype=torch.bool, device=device)
+    edited[[layer for group in groups for layer in group]] = True
+
+    A = torch.nn.Parameter(_first_directions(config, delta_w, groups, rng))
+    mlp = _new_mlp(config, groups, w_plus).to(device)
+    optim = torch.optim.Adam([A, *mlp.parameters()], lr=config.lr, betas=(0.9, 0.999))
+    rebuild = config.rec_weight > 0
+    G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild else None
+    if perceptual is not None and rebuild:
+        perceptual = perceptual.to(device)
+
+    first = 0
+    if state := run.load():
+        mlp.load_state_dict(state["mlp"])
+        optim.load_state_dict(state["optim"])
+        with torch.no_grad():
+            A.copy_(state["directions"])
+        rng.set_state(state["rng"])
+        first = state["step"]
+
+    for step in run.track(first, config.total_steps):
+        index = draw_batch(len(w_plus), config.batch, rng)
+        target = delta_w[index.to(device)]  # [N, L, D], Eq. 7
+        codes = mlp(target)  # [N, L, K], Eq. 9
+        edits = torch.where(edited, torch.einsum("ldk,nlk->nld", A, codes), target)
+
+        terms = {
+            "orth": orthogonal_loss(A, embeddings, config.reading),  # Eq. 12, 13
+            "sparse": sparse_loss(codes, config.theta0, config.theta1, config.reading),  # Eq. 10
+            "latent": (edits - target).square().mean(),
+        }
+        if G is not None:  # Eq. 11
+            e = embeddings[labels[index].to(device)]
+            rebuilt = G(e + edits + G.latent_avg, noise=config.noise)
+            real = images[index].to(device).float() / 127.5 - 1
+            terms["rec"] = pixel_mse(rebuilt, real)
+            if config.perceptual_weight and perceptual is not None:
+                terms[f"perceptual_{perceptual.name}"] = perceptual_distance(perceptual, rebuilt, real)
+        loss = sum(_weight(config, name) * term for name, term in terms.items())  # Eq. 14
+
+        optim.zero_grad(set_to_none=True)
+        loss.backward()
+        optim.step()
+
+        done = step + 1
+        if done % config.log_every == 0 or done == config.total_steps:
+            run.log(done, loss=loss, **terms)
+        if G is not None and (done % config.grid_every == 0 or done == config.total_steps):
+            run.grid(f"rebuilt_{done:06d}", torch.stack([real, rebuilt], 1).flatten(0, 1)[:64])
+        if done % config.save_every == 0 or done == config.total_steps:
+            state = {"mlp": mlp.state_dict(), "directions": A.detach(), "optim": optim.state_dict()}
+            run.save({**state, "rng": rng.get_state(), "step": done})
+    return CategoryIrrelevantDictionary(A.detach().cpu(), groups)
+
+
+def _weight(config: DictionaryConfig, term: str) -> float:
+    """Weight of a term of Eq. 14."""
+    if term.startswith("perceptual"):
+        return config.rec_weight * config.perceptual_weight
+    names = {"orth": "lambda1", "sparse": "lambda2", "latent": "latent_weight", "rec": "rec_weight"}
+    return getattr(config, names[term])
+
+
+def _first_directions(
+    config: DictionaryConfig, delta_w: Tensor, groups: list[list[int]], rng: torch.Generator
+) -> Tensor:
+    """A [L, D, K] at the start; zero at layers outside the groups.
+
+    ``"normal"``: independent N(0, 1), as released. ``"pca"``: principal directions of each group's layers taken
+    together, since these share one code, plus small noise; directions beyond the rank of the residuals are that noise
+    alone.
+    """
+    _, n_latent, dim = delta_w.shape
+    A = torch.zeros(n_latent, dim, config.n_directions)
+    for group in groups:
+        noise = torch.randn(len(group), dim, config.n_directions, generator=rng)
+        if config.init == "normal":
+            A[group] = noise
+            continue
+        flat = delta_w[:, group].reshape(len(delta_w), 1, -1)  # [N, 1, G D]
+        kept = min(config.n_directions, len(delta_w), flat.shape[2])
+        joint = pca_directions(flat, kept).view(len(group), dim, kept) * len(group) ** 0.5
+        A[group] = noise * (0.01 / dim**0.5)
+        A[group, :, :kept] += joint.cpu().to(A)  # zero beyond the rank
+    return A.to(delta_w.device)
+
+
+def _new_mlp(config: DictionaryConfig, groups: list[list[int]], w_plus: Tensor) -> CodeMLP:
+    """A fresh MLP of Eq. 9; leaves torch's own random state alone."""
+    sizes = {"width": None if config.reading == "default" else 1024, "one_network": config.reading == "paper"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return CodeMLP(groups, w_plus.shape[1], w_plus.shape[2], config.n_directions, **sizes)
+
+
+def _check(
+    config: DictionaryConfig, w_plus: Tensor, labels: Tensor, images: Tensor | None, generator: Generator | None
+) -> None:
+    if w_plus.ndim != 3 or labels.shape != (len(w_plus),):
+        raise InputError(
+            f"w_plus and labels must have shapes [N, L, D] and [N], got {list(w_plus.shape)} and {list(labels.shape)}."
+        )
+    if config.rec_weight == 0:
+        return
+    if generator is None or images is None:
+        raise InputError(
+            "the image term (rec_weight > 0) needs the images and the generator; pass both or set rec_weight=0."
+        )
+    if w_plus.shape[1:] != (generator.n_latent, generator.style_dim):
+        raise InputError(
+            f"w_plus must have shape [N, {generator.n_latent}, {generator.style_dim}] for this generator, got "
+            f"{list(w_plus.shape)}; embed the images with its encoder."
+        )
+    size = generator.resolution
+    if images.dtype != torch.uint8 or tuple(images.shape) != (len(w_plus), generator.n_channels, size, size):
+        raise InputError(
+            f"images must be uint8 [{len(w_plus)}, {generator.n_channels}, {size}, {size}], one for each code, got "
+            f"{images.dtype} {list(images.shape)}."
+        )
