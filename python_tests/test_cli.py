@@ -281,6 +281,50 @@ def test_a_stage_run_twice_asks_for_resume(run, seen, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+# --- the road of images ----------------------------------------------------------------------------------------------
+
+
+def test_generate_then_evaluate(tiny_bundle, tiny_shots, tmp_path, capsys):
+    words = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", f"--out={tmp_path / 'out'}"]
+    assert cli.main([*words, "-n", "3", "--fusion", "both", "--seed", "7"]) == 0
+    said = capsys.readouterr().out
+    assert "6 images of 2 categories" in said and str(tmp_path / "out" / "contact_sheet.png") in said
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == 6
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (settings["n"], settings["fusion"], settings["seed"]) == (3, "both", 7)
+
+    words = ["evaluate", f"--model={tiny_bundle}", f"--generated={tmp_path / 'out'}", f"--real={tiny_shots}"]
+    assert cli.main([*words, f"--out={tmp_path / 'report'}"]) == 0
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["rows"]["generated"]["n_images"] == 6
+    assert "| generated |" in said and str(tmp_path / "report" / "report.md") in said
+    assert not (tmp_path / "out" / "report.md").exists()
+
+
+def test_generate_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):
+    words = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", f"--out={tmp_path / 'out'}"]
+    assert cli.main([*words, "-n", "2"]) == 0
+    assert cli.main([*words, "-n", "5", "--resume"]) == 0
+    assert "6 images" in (said := capsys.readouterr().out.splitlines()[-1]) and "4 were there already" in said
+
+
+def test_flora_is_written(tmp_path):
+    words = ["data", "flora", f"--out={tmp_path / 'flora'}", "--which=unseen", "--n-per-category=2", "--resolution=8"]
+    assert cli.main(words) == 0
+    images = list((tmp_path / "flora").glob("*/*.png"))
+    assert len(images) == 80 and Image.open(images[0]).size == (8, 8)
+    assert (tmp_path / "flora" / "factors.csv").read_text().count("\n") == 81
+
+
+def test_info_is_for_people_or_for_programs(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out
+    assert report and all(f"{key}" in lines for key in report)
+
+
 # --- public names -----------------------------------------------------------------------------------------------------
 
 

@@ -42,19 +42,22 @@ def room_of(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms that a file imports anywhere in it, inside functions too, except under ``if TYPE_CHECKING``."""
+    """Rooms that a file imports anywhere in it, inside functions too.
+
+    Blocks under ``if TYPE_CHECKING`` and ``if __name__ == "__main__"`` do not count: the first are never run, the second
+    only when the file is the program.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    hints = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for node in ast.walk(block)
-    }
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    exempt = [b for b in blocks if ast.unparse(b.test) in ("TYPE_CHECKING", "__name__ == '__main__'")]
+    passed_over = {id(node) for block in exempt for statement in block.body for node in ast.walk(statement)}
     names: list[str] = []
     for node in ast.walk(tree):
+        if id(node) in passed_over:
+            continue
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and id(node) not in hints:
+        elif isinstance(node, ast.ImportFrom):
             package = path.relative_to(PACKAGE.parent).parts[: -node.level] if node.level else ()
             base = ".".join([*package, *([node.module] if node.module else [])])
             names += [f"{base}.{alias.name}" for alias in node.names]
@@ -106,6 +109,9 @@ def test_a_file_imports_only_from_lower_floors_of_its_leg(path):
         ("data", "import sage_fast.ops", False),
         ("training", "import sage_fast.evaluation.fid", False),
         ("training", "if TYPE_CHECKING:\n    from sage_fast.evaluation import fid", True),
+        ("training", "if TYPE_CHECKING:\n    x = 1\nelse:\n    from sage_fast.evaluation import fid", False),
+        ("demo", "if __name__ == '__main__':\n    from sage_fast.cli import main", True),
+        ("demo", "from sage_fast.cli import main", False),
         ("training", "from sage_fast.helpers import x", False),
         ("training", "from ..evaluation.fid import x", False),
         ("training", "from .gan import x", True),
