@@ -44,8 +44,8 @@ def room_of(path: Path) -> str:
 def imported_rooms(path: Path) -> set[str]:
     """Rooms that a file imports anywhere in it, inside functions too.
 
-    Blocks under ``if TYPE_CHECKING`` and ``if __name__ == "__main__"`` do not count: the first are never run, the second
-    only when the file is the program.
+    Blocks under ``if TYPE_CHECKING`` and ``if __name__ == "__main__"`` do not count: the first are never run, the
+    second only when the file is the program.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
