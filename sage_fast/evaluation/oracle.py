@@ -17,7 +17,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,16 @@ from sage_fast.models.classifiers import SmallResNet
 from sage_fast.training.classifier import OptimizerConfig, seeded, train_network
 from sage_fast.training.runtime import Run
 
-__all__ = ["TARGETS", "Oracle", "OracleConfig", "factor_targets", "load_oracle", "measure_oracle", "train_oracle"]
+__all__ = [
+    "TARGETS",
+    "Oracle",
+    "OracleConfig",
+    "factor_targets",
+    "load_oracle",
+    "measure_oracle",
+    "save_oracle",
+    "train_oracle",
+]
 
 _FORMAT = "sage_fast.oracle"
 _SHIPPED = Path(__file__).resolve().parent.parent / "model" / "oracle.safetensors"
@@ -176,7 +185,7 @@ def train_oracle(config: OracleConfig, folder: str | Path, resume: bool = False)
     """
     folder = Path(folder)
     run = Run(folder, "oracle", config, resume)
-    oracle = cast(Oracle, seeded(config.seed, lambda: Oracle(config.resolution, config.width)))
+    oracle = seeded(config.seed, lambda: Oracle(config.resolution, config.width))
     mean, scale = _standard("cpu")
 
     def batch_loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -312,7 +321,7 @@ def _command(out: Path, config: OracleConfig, resume: bool = False, threads: int
 
 if __name__ == "__main__":
     try:
-        tyro.cli(tyro.conf.OmitArgPrefixes[_command])
+        tyro.cli(_command, config=(tyro.conf.OmitArgPrefixes,))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

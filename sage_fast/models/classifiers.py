@@ -18,7 +18,7 @@ class SmallResNet(nn.Module):
 
     Blocks of 2 x 2 pixels are first folded into channels, which loses nothing and spares the costly full-size maps;
     then come three residual blocks at a half, a quarter and an eighth of the size, with batch normalisation. With the
-    default width and 32 px images: 25 million multiplications an image, 0.47 million parameters for 240 classes.
+    default width and 32 px images: 25 million multiplications an image, 0.48 million parameters for 240 classes.
 
     Args:
         n_classes: number of logits.
@@ -61,8 +61,9 @@ class SmallResNet(nn.Module):
                 f"images must have shape [N, {self.n_channels}, H, W] with H and W multiples of {_STRIDE} for this "
                 f"classifier, got {list(images.shape)}; resize them when reading."
             )
-        folded = F.pixel_unshuffle(images, 2).contiguous(memory_format=torch.channels_last)
-        return self.blocks(F.relu(self.stem(folded)))
+        n, c, h, w = images.shape  # F.pixel_unshuffle does the same, but not for an empty batch
+        folded = images.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
+        return self.blocks(F.relu(self.stem(folded.contiguous(memory_format=torch.channels_last))))
 
     def features(self, images: Tensor) -> Tensor:
         """Images [N, C, H, W] in [-1, 1] -> [N, F]: the means of the last maps, which the logits are linear in."""
@@ -74,12 +75,14 @@ class SmallResNet(nn.Module):
 
 
 class _ConvNorm(nn.Sequential):
-    """Convolution without bias, then batch normalisation."""
+    """Convolution without bias, then batch normalisation that starts with the given gain."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, gain: float = 1.0) -> None:
         conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        super().__init__(conv, nn.BatchNorm2d(c_out))
+        norm = nn.BatchNorm2d(c_out)
+        nn.init.constant_(norm.weight, gain)
+        super().__init__(conv, norm)
 
 
 class _ResidualBlock(nn.Module):
@@ -92,9 +95,8 @@ class _ResidualBlock(nn.Module):
         super().__init__()
         self.stride = stride
         self.conv1 = _ConvNorm(c_in, c_out, 3, stride)
-        self.conv2 = _ConvNorm(c_out, c_out, 3)
+        self.conv2 = _ConvNorm(c_out, c_out, 3, gain=0.0)
         self.skip = nn.Identity() if c_in == c_out else _ConvNorm(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2[1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(F.relu(self.conv1(x)))

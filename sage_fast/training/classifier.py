@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from sage_fast.errors import InputError
 from sage_fast.models.classifiers import SmallResNet
 from sage_fast.training.runtime import Run, draw_batch
 
-__all__ = ["ClassifierConfig", "OptimizerConfig", "train_classifier", "train_network"]
+__all__ = ["ClassifierConfig", "OptimizerConfig", "seeded", "train_classifier", "train_network"]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def train_network(
     network.eval()
 
 
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+def seeded(seed: int, build: Callable[[], Network]) -> Network:
     """The network that ``build`` makes from this seed; torch's own random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
