@@ -17,6 +17,7 @@ from sage_fast.evaluation.flora_table import (
     mean_difference,
     measure_rows,
 )
+from sage_fast.evaluation.oracle import Oracle, OracleConfig, save_oracle
 from sage_fast.evaluation.protocol import Scores
 from sage_fast.pipeline import FewShotPipeline
 
@@ -179,3 +180,20 @@ def test_a_missing_model_is_one_sentence_and_exit_code_2(tmp_path, capsys):
     assert main(["--model", str(tmp_path / "none"), "--out", str(tmp_path / "table")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_with_an_oracle_from_a_folder(tiny_bundle, tmp_path, capsys):
+    oracles = {}
+    for resolution in (8, 16):
+        oracles[resolution] = tmp_path / f"oracle{resolution}"
+        oracles[resolution].mkdir()
+        save_oracle(oracles[resolution] / "oracle.safetensors", Oracle(resolution, 4), OracleConfig(), {})
+    words = ["--model", str(tiny_bundle), "--out", str(tmp_path / "table"), "--n", "3", "--n-categories", "1"]
+    words += ["--shots", "1", "--alphas", "2"]
+    assert main([*words, "--oracle", str(oracles[16])]) == 2
+    assert "use an oracle of their resolution" in capsys.readouterr().err
+    assert not (tmp_path / "table.md").exists()
+    assert main([*words, "--oracle", str(oracles[8])]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "table.md") and "1 shot, SAGE + both: " in printed.err
+    assert "petal phase" in (tmp_path / "table.md").read_text(encoding="utf-8")

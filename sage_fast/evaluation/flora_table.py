@@ -50,7 +50,7 @@ class FloraTableConfig:
     oracle: Path | None = None  # folder of an oracle of the model's resolution; None: the one of the package
     n: int = 64  # images of each category in every row
     shots: tuple[int, ...] = (1, 3)  # given images of each category, one table for each number
-    alphas: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # the sweep; the preset's own alpha is added
+    alphas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # the sweep; the preset's own alpha is added
     n_categories: int = flora.N_UNSEEN  # unseen categories; fewer for a quick look
     seed: int = 0
     batch: int = 64  # images in a network at a time
@@ -67,7 +67,7 @@ class FloraTableConfig:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Scores of one way to make images; ``alpha`` is None where it has no meaning, ``preset`` is empty for real ones."""
+    """Scores of one way to make images; ``alpha`` is None and ``preset`` empty where they have no meaning."""
 
     n_shots: int
     method: str
@@ -170,7 +170,9 @@ def measure_rows(
             for (alpha, fusion), measurements in measured.items():
                 rows.append(Row(n_shots, method, preset, alpha, fusion, score(measurements, reference)))
             if progress is not None:
-                progress(f"{n_shots} shots, {rows[-1].series}: {time.monotonic() - start:.1f} s")
+                progress(
+                    f"{n_shots} shot{'s' if n_shots > 1 else ''}, {rows[-1].series}: {time.monotonic() - start:.1f} s"
+                )
     return rows
 
 
@@ -305,9 +307,10 @@ def _setting(pipeline: FewShotPipeline, config: FloraTableConfig, rows: Sequence
     return (
         f"{config.n_categories} categories that the model has not seen, {config.n} images of each in every row, "
         f"{pipeline.generator.resolution} px, model {pipeline.hash[:12] or 'without a hash'}, seed {config.seed}. "
-        f"Every number rests on the oracle, which puts {percent(rows[0].scores.retention_real)} of the real drawings into "
-        "their category; distances and diversity are of its features. *Real drawings* are other drawings of the same "
-        "categories: the best that any row can reach. Diversity and spread in per cent are shares of those of real drawings."
+        f"Every number rests on the oracle, which puts {percent(rows[0].scores.retention_real)} of the real drawings "
+        "into their category; distances and diversity are of its features. *Real drawings* are others of the same "
+        "categories: the best that any row can reach. Diversity and spread in per cent are shares of those of real "
+        "drawings."
     )
 
 

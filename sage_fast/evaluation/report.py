@@ -53,7 +53,8 @@ def evaluate_folder(
     When every category is one of flora's, the oracle that knows all of flora judges, at its own resolution. Otherwise
     the features are those of the model's own discriminator, or of its encoder when it has none, and an image counts as
     of the category whose real images' mean feature is nearest, among all categories of ``real`` (a real image is left
-    out of its own category's mean). Such features come from the model that is judged: they compare settings of one model, not models.
+    out of its own category's mean). Such features come from the model that is judged: they compare settings of one
+    model, not models.
 
     Args:
         model: bundle folder; None: the model that comes with the package.
