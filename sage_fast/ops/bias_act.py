@@ -107,8 +107,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     (y,) = ctx.saved_tensors
     grad_x = torch.ops.sage_fast.bias_act_backward(grad, y, *ctx.settings)
-    grad_b = grad_x.sum(ctx.sum_over) if ctx.has_bias and ctx.needs_input_grad[1] else None
-    return grad_x, grad_b, None, None, None, None
+    if not (ctx.has_bias and ctx.needs_input_grad[1]):
+        return grad_x, *[None] * 5
+    return grad_x, grad_x.sum(ctx.sum_over) if ctx.sum_over else grad_x, *[None] * 4
 
 
 def _setup_context_backward(ctx, inputs, output):

@@ -1,0 +1,58 @@
+// The pybind11 host module: what was built, and with what. No torch header, so it loads whatever torch there is.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+const char* instruction_set() {
+#if defined(__AVX512F__)
+  return "AVX-512";
+#elif defined(__AVX2__)
+  return "AVX2";
+#else
+  return "portable";
+#endif
+}
+
+// What this processor offers, by name; empty where the compiler cannot ask.
+py::list processor_features() {
+  py::list found;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("sse4.2")) found.append("sse4.2");
+  if (__builtin_cpu_supports("avx2")) found.append("avx2");
+  if (__builtin_cpu_supports("fma")) found.append("fma");
+  if (__builtin_cpu_supports("avx512f")) found.append("avx512f");
+#endif
+  return found;
+}
+
+py::dict build_report() {
+  py::dict report;
+  report["compiler"] = compiler();
+  report["standard"] = static_cast<long>(__cplusplus);
+  report["instruction_set"] = instruction_set();
+  report["processor"] = processor_features();
+  return report;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Build report of sage_fast's compiled objects.";
+  m.def("build_report", &build_report,
+        "Compiler, language standard, instruction set built for, features of this processor.");
+}

@@ -1,0 +1,31 @@
+// Pad, upsample, filter, downsample: parameters, contract and output shape, used by both devices.
+#pragma once
+
+#include "contract.h"
+
+namespace sage_fast {
+
+struct UpfirdnParams {
+  int64_t planes, h, w;  // input [planes, h, w]
+  int64_t kh, kw;        // filter [kh, kw]
+  int64_t up, down;
+  int64_t left, right, top, bottom;  // in upsampled pixels; negative: crop
+  bool flip;                         // true: correlate, false: convolve
+  double gain;
+
+  int64_t out_h() const { return (h * up + top + bottom - kh) / down + 1; }
+  int64_t out_w() const { return (w * up + left + right - kw) / down + 1; }
+};
+
+inline void check(const UpfirdnParams& p) {
+  require(p.up >= 1 && p.down >= 1, "upfirdn2d: up and down must be positive");
+  require(p.kh >= 1 && p.kw >= 1 && p.kh <= 32 && p.kw <= 32, "upfirdn2d: f must have sides from 1 to 32");
+  require(p.h >= 1 && p.w >= 1, "upfirdn2d: x must have at least one row and column");
+  require(p.h * p.up + p.top + p.bottom >= p.kh && p.w * p.up + p.left + p.right >= p.kw,
+          "upfirdn2d: padding leaves images smaller than the filter");
+}
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return floor_div(a + b - 1, b); }
+
+}  // namespace sage_fast
