@@ -86,10 +86,11 @@ def run_demo(config: DemoConfig = DemoConfig()) -> Path:
     for kind, options in KINDS.items():
         settings = GenerateConfig(n=config.n, alpha=config.alpha, seed=config.seed, **options)
         generate(pipeline, folder / "shots", folder / kind, settings)
+        print(f"{time.monotonic() - start:5.0f} s  {kind}: {config.n} images of each category drawn", flush=True)
         rows[kind] = evaluate_folder(config.model, folder / kind, folder / "real", oracle=oracle)
     report = write_report(folder, rows, "Demo: unseen flora categories")
-    _write_sheet(folder, resolution)
-    print(table(rows))
+    _write_sheet(folder, resolution, config.n_shots)
+    print(f"\n{table(rows)}")
     print(f"\nGiven images    {folder / 'shots'}")
     print(f"Generated       {config.n} of each of {config.n_categories} categories in each of {', '.join(KINDS)}")
     print(f"Contact sheet   {folder / 'contact_sheet.png'}")
@@ -116,12 +117,13 @@ def _draw(folder: Path, n_categories: int, indices: range, resolution: int) -> N
             save_png(folder / category.name / f"{category.name}_{index:06d}.png", image, durable=False)
 
 
-def _write_sheet(folder: Path, resolution: int) -> None:
-    """One section a category and kind: the given images, then the first generated ones of each kind."""
+def _write_sheet(folder: Path, resolution: int, n_shots: int) -> None:
+    """One section a category and kind: the given images, their inversions, the first generated ones of each kind."""
     images, labels = [], []
     for category in sorted(path.name for path in (folder / "shots").iterdir()):
         for kind in ("shots", *KINDS):
-            files = sorted((folder / kind / category).glob("*.png"))[:_COLUMNS]
+            n_shown = min(n_shots, _COLUMNS) if kind == "inversion" else _COLUMNS  # inversions repeat
+            files = sorted((folder / kind / category).glob("*.png"))[:n_shown]
             images += [load_image(file, resolution) for file in files]
             labels += [f"{category}: {'given' if kind == 'shots' else kind}"] * len(files)
     sheet = contact_sheet(torch.stack(images), _COLUMNS, labels, scale=max(1, 64 // resolution))
