@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -188,10 +186,17 @@ def test_bad_settings_are_refused(change: dict) -> None:
         OracleConfig(**change)
 
 
-def test_the_command_reports_bad_input_in_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sage_fast.evaluation.oracle", "--out", str(tmp_path), "--resolution", "24"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "power of two" in done.stderr
+def test_the_command_trains_and_reports_bad_input_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--out", str(tmp_path / "o"), "--total-steps", "1", "--batch", "4", "--width", "3", "--n-test", "2"]
+    assert module.main([*arguments, "--resolution", "16"]) == 0
+    assert '"top1"' in capsys.readouterr().out and load_oracle(tmp_path / "o").resolution == 16
+    assert module.main([*arguments, "--resolution", "16"]) == 2
+    assert "already holds a checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        module.main([*arguments, "--resolution", "24"])
+    assert stopped.value.code == 2 and "resolution must be a power of two" in capsys.readouterr().err
 
 
 def test_the_shipped_oracle_knows_new_drawings() -> None:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,9 +320,15 @@ def _command(out: Path, config: OracleConfig, resume: bool = False, threads: int
     print(json.dumps(json.loads((out / "oracle.json").read_text())["scores"], indent=2))
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     try:
-        tyro.cli(_command, config=(tyro.conf.OmitArgPrefixes,))
+        tyro.cli(_command, args=argv, prog="python -m sage_fast.evaluation.oracle", config=(tyro.conf.OmitArgPrefixes,))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
