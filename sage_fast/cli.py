@@ -266,12 +266,12 @@ def _parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
     fields: list[Any] = []
     for number, part in enumerate(parts):
         kind = part if isinstance(part, type) else type(part)
-        default = () if isinstance(part, type) else (field(default_factory=lambda part=part: part),)
+        default = () if isinstance(part, type) else (field(default=part),)
         fields.append((f"part_{number}", Annotated[kind, inline], *default))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            filled = tyro.cli(
+            filled: Any = tyro.cli(
                 make_dataclass("Options", fields),
                 prog=f"sage-fast {command}",
                 description=COMMANDS[command.split()[0]][1],

@@ -5,7 +5,7 @@ with the given ones in every way, and an oracle that knows all of flora judges t
 categories.
 
 OUT/shots, OUT/real            the given images, and others of the same categories to compare with
-OUT/<kind>/<category>/         generated images; the kinds are the names of FUSIONS, and inversion
+OUT/<kind>/<category>/         generated images; the kinds are those of KINDS
 OUT/contact_sheet.png          the given images of each category above some of each kind
 OUT/report.md, report.json     the scores
 """
@@ -31,12 +31,13 @@ from sage_fast.pipeline import FewShotPipeline
 
 __all__ = ["KINDS", "DemoConfig", "run_demo"]
 
+#: kind -> method and fusion
 KINDS = {
-    "inversion": {"method": "inversion"},
-    "sage": {"fusion": "none"},
-    "sage_pixel": {"fusion": "pixel"},
-    "sage_frequency": {"fusion": "frequency"},
-    "sage_both": {"fusion": "both"},
+    "inversion": ("inversion", "none"),
+    "sage": ("sage", "none"),
+    "sage_pixel": ("sage", "pixel"),
+    "sage_frequency": ("sage", "frequency"),
+    "sage_both": ("sage", "both"),
 }
 _FIRST_REAL = 1000  # indices of the real images; those of the shots are below
 _COLUMNS = 16
@@ -83,8 +84,9 @@ def run_demo(config: DemoConfig = DemoConfig()) -> Path:
     _draw(folder / "shots", config.n_categories, range(config.n_shots), resolution)
     _draw(folder / "real", config.n_categories, range(_FIRST_REAL, _FIRST_REAL + config.n_real), resolution)
     rows = {}
-    for kind, options in KINDS.items():
-        settings = GenerateConfig(n=config.n, alpha=config.alpha, seed=config.seed, **options)
+    for kind, (method, fusion) in KINDS.items():
+        alpha = None if method == "inversion" else config.alpha
+        settings = GenerateConfig(n=config.n, alpha=alpha, seed=config.seed, method=method, fusion=fusion)
         generate(pipeline, folder / "shots", folder / kind, settings)
         print(f"{time.monotonic() - start:5.0f} s  {kind}: {config.n} images of each category drawn", flush=True)
         rows[kind] = evaluate_folder(config.model, folder / kind, folder / "real", oracle=oracle)
