@@ -231,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.simplefilter("default", SageFastWarning)
         return _run(argv)
 
 
