@@ -1,0 +1,54 @@
+# make demo    set up if needed, then generate, fuse and evaluate with the shipped model
+# make test    the same set-up, then every test
+# An active virtual environment is used as it is; otherwise .venv is made, which sees the torch of the system's Python when there
+# is one. The torch that is there stays; only where there is none, TORCH is installed.
+TORCH ?= torch==2.13.0
+EXTRAS ?= test
+ifdef VIRTUAL_ENV
+PYTHON := $(VIRTUAL_ENV)/bin/python
+else
+PYTHON := .venv/bin/python
+endif
+STAMP := build/set-up$(subst /,_,$(PYTHON))
+SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml sage_fast/_build.py
+
+.PHONY: demo test setup bench lint format cuda-objects clean
+
+demo: setup
+	$(PYTHON) -m sage_fast.demo --out demo_out
+
+test: setup
+	$(PYTHON) -m pytest
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+ifndef VIRTUAL_ENV
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "sage_fast needs Python 3.10 or later, found $$(python3 --version)"; exit 1; }
+	test -x $(PYTHON) || python3 -m venv $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
+endif
+	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet "$(TORCH)"
+	$(PYTHON) -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" ninja
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" "torch==$$($(PYTHON) -c 'import torch; print(torch.__version__)')"
+	$(PYTHON) -m sage_fast.cli info
+	@mkdir -p build && touch $@
+
+bench: setup
+	$(PYTHON) -m pytest benchmarks --benchmark-enable
+
+lint:
+	$(PYTHON) -m pip install --quiet ruff mypy "clang-format>=18"
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m clang_format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
+
+format:
+	$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . ; $(PYTHON) -m clang_format -i csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
+
+# every .cu to an object for sm_80 and sm_90; needs nvcc, no GPU and no CUDA build of torch
+cuda-objects: setup
+	$(PYTHON) -m pytest python_tests/test_build.py -k cuda
+
+clean:
+	rm -rf build sage_fast/*.so sage_fast/_build_info.json

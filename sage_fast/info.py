@@ -1,0 +1,72 @@
+"""What was built, with what, and which op runs natively on which device: the report behind ``sage-fast info``."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+__all__ = ["build_report"]
+
+
+def build_report() -> dict[str, Any]:
+    """A dictionary of plain values.
+
+    ``ops`` maps op and device to ``"native"``, ``"composed"`` (of native ops and PyTorch, no kernel of its own) or
+    ``"reference: <why>"``.
+    """
+    import torch
+
+    import sage_fast
+    from sage_fast import _build, _native
+
+    native = _native.load()
+    folder = native.folder or Path(__file__).parent
+    return {
+        "version": sage_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "build_mode": _native.build_mode(),
+        "built": _build.read_info(folder),
+        "host": _host_report(folder),
+        "ops": {op: {device: _state(native, op, device) for device in ("cpu", "cuda")} for op in _all_ops()},
+    }
+
+
+def _all_ops() -> list[str]:
+    from sage_fast import ops
+
+    return sorted(name for name in ops.__all__ if not name.endswith("_reference"))
+
+
+def _state(native: Any, op: str, device: str) -> str:
+    from sage_fast._native import NATIVE_OPS
+
+    if op not in NATIVE_OPS:
+        return "composed"
+    if device in native.devices:
+        return "native"
+    return f"reference: {native.reasons.get(device, 'no kernel')}"
+
+
+def _host_report(folder: Path) -> dict[str, Any]:
+    """The pybind11 module's own account, read from the same build as the ops."""
+    import importlib.util
+
+    from sage_fast import _build
+
+    path = _build.find(folder, "_host")
+    if path is None:
+        return {}
+    spec = importlib.util.spec_from_file_location("sage_fast._host", path)
+    if spec is None or spec.loader is None:
+        return {}
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        return {"error": str(error)}
+    return dict(module.build_report())
