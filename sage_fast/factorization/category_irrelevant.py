@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sage_fast.errors import InputError
 from sage_fast.factorization.class_embeddings import check_labels, check_w_plus, class_embeddings
+from sage_fast.factorization.singular_vectors import left_singular_vectors
 
 __all__ = [
     "READINGS",
@@ -192,14 +193,10 @@ def pca_directions(delta_w: Tensor, n: int) -> Tensor:
     N, _, D = delta_w.shape
     if not 1 <= n <= min(N, D):
         raise InputError(f"n must be 1 to {min(N, D)}, the smaller of {N} residuals and style_dim {D}, got {n}.")
-    X = delta_w.detach().transpose(0, 1).double()  # [L, N, D]
-    gram = X.mT @ X if D <= N else X @ X.mT
-    values, vectors = torch.linalg.eigh(gram)  # rising
-    values, vectors = values[:, -n:].flip(1), vectors[:, :, -n:].flip(2)
-    vectors = vectors if D <= N else nn.functional.normalize(X.mT @ vectors, dim=1)
+    vectors, values = left_singular_vectors(delta_w.detach().permute(1, 2, 0))
     sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
-    rank = values > 1e-10 * values[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
-    return (vectors * sign * rank.unsqueeze(1)).to(delta_w.dtype)
+    rank = values > 1e-5 * values[:, :1]  # float32's noise is below
+    return (vectors * sign * rank.unsqueeze(1))[:, :, :n]
 
 
 def commonality(codes: Tensor, labels: Tensor, reading: str = "default") -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
 from sage_fast.factorization.class_embeddings import check_w_plus, class_embeddings
+from sage_fast.factorization.singular_vectors import left_singular_vectors
 from sage_fast.ops import project_onto_basis
 
 __all__ = ["CategoryRelevantDictionary"]
@@ -73,7 +73,7 @@ class CategoryRelevantDictionary:
     def _decompose(self, embeddings: Tensor) -> CategoryRelevantDictionary:
         if self.n_components > min(embeddings.shape[0], embeddings.shape[2]):
             raise InputError(self._too_many(self.n_components, embeddings))
-        U, S, _ = torch.linalg.svd(embeddings.permute(1, 2, 0), full_matrices=False)  # B [L, D, S], Eq. 16
+        U, S = left_singular_vectors(embeddings.permute(1, 2, 0))  # of B [L, D, S], Eq. 16
         self.class_embeddings_, self.singular_values_, self._directions = embeddings, S, U
         self.basis_ = U[:, :, : self.n_components].contiguous()
         return self

@@ -134,7 +134,7 @@ def train_dictionary(
     mlp = _new_mlp(config, groups, w_plus).to(device)
     optim = torch.optim.Adam([A, *mlp.parameters()], lr=config.lr, betas=(0.9, 0.999))
     rebuild = config.rec_weight > 0
-    G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild else None
+    G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild and generator is not None else None
     if perceptual is not None and rebuild:
         perceptual = perceptual.to(device)
 
@@ -158,14 +158,14 @@ def train_dictionary(
             "sparse": sparse_loss(codes, config.theta0, config.theta1, config.reading),  # Eq. 10
             "latent": (edits - target).square().mean(),
         }
-        if G is not None:  # Eq. 11
+        if G is not None and images is not None:  # Eq. 11
             e = embeddings[labels[index].to(device)]
             rebuilt = G(e + edits + G.latent_avg, noise=config.noise)
             real = images[index].to(device).float() / 127.5 - 1
             terms["rec"] = pixel_mse(rebuilt, real)
             if config.perceptual_weight and perceptual is not None:
                 terms[f"perceptual_{perceptual.name}"] = perceptual_distance(perceptual, rebuilt, real)
-        loss = sum(_weight(config, name) * term for name, term in terms.items())  # Eq. 14
+        loss = torch.stack([_weight(config, name) * term for name, term in terms.items()]).sum()  # Eq. 14
 
         optim.zero_grad(set_to_none=True)
         loss.backward()
@@ -216,10 +216,11 @@ def _first_directions(
 
 def _new_mlp(config: DictionaryConfig, groups: list[list[int]], w_plus: Tensor) -> CodeMLP:
     """A fresh MLP of Eq. 9; leaves torch's own random state alone."""
-    sizes = {"width": None if config.reading == "default" else 1024, "one_network": config.reading == "paper"}
+    width = None if config.reading == "default" else 1024
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return CodeMLP(groups, w_plus.shape[1], w_plus.shape[2], config.n_directions, **sizes)
+        _, n_latent, dim = w_plus.shape
+        return CodeMLP(groups, n_latent, dim, config.n_directions, width, one_network=config.reading == "paper")
 
 
 def _check(
