@@ -11,8 +11,8 @@ __all__ = ["left_singular_vectors"]
 def left_singular_vectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Left singular vectors and singular values of each matrix, largest first.
 
-    By the eigenvectors of the smaller Gram matrix in float64, which is accurate down to 1e-7 of the largest value, and a
-    QR decomposition, which keeps columns orthonormal beyond the rank too. LAPACK's SVD of such shapes can take a
+    By the eigenvectors of the smaller Gram matrix in float64, which is accurate down to 1e-7 of the largest value, and
+    a QR decomposition, which keeps columns orthonormal beyond the rank too. LAPACK's SVD of such shapes can take a
     hundred times as long on two busy cores as on one.
 
     Args:
