@@ -82,6 +82,7 @@ TARGETS: dict[str, tuple[float, float]] = {
 class OracleConfig(OptimizerConfig):
     """Settings of :func:`train_oracle`."""
 
+    total_steps: int = 6000
     resolution: int = 32
     width: int = 48
     factor_weight: float = 1.0  # of the mean squared error of the standardised factors, beside the cross-entropy
