@@ -57,7 +57,12 @@ def extensions():
 
 
 setup(
-    packages=[*find_packages(include=["sage_fast", "sage_fast.*"]), "sage_fast.csrc", "sage_fast.csrc.cpu", "sage_fast.csrc.cuda"],
+    packages=[
+        *find_packages(include=["sage_fast", "sage_fast.*"]),
+        "sage_fast.csrc",
+        "sage_fast.csrc.cpu",
+        "sage_fast.csrc.cuda",
+    ],
     package_dir={"sage_fast": "sage_fast", "sage_fast.csrc": "csrc"},
     package_data={
         "sage_fast": ["py.typed", "model/*"],

@@ -103,7 +103,7 @@ def _load_from(folder: Path) -> Native:
     for device in ("cpu", "cuda"):
         path = _build.find(folder, f"_ops_{device}")
         reason = _why_not(folder, device, path)
-        if reason is None:
+        if reason is None and path is not None:
             try:
                 torch.ops.load_library(str(path))
             except OSError as error:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "tensor.h"
@@ -79,8 +80,9 @@ struct RowFilter {
   }
 };
 
-// col x row = f when f has rank one (every filter that StyleGAN2 uses); false otherwise.
-bool separate(const std::vector<double>& f, int64_t kh, int64_t kw, std::vector<double>& col,
+// col x row = f to within `tolerance` of its largest tap, when f has rank one (every filter that StyleGAN2 uses); false
+// otherwise.
+bool separate(const std::vector<double>& f, int64_t kh, int64_t kw, double tolerance, std::vector<double>& col,
               std::vector<double>& row) {
   int64_t pivot = 0;
   double largest = 0;
@@ -91,7 +93,7 @@ bool separate(const std::vector<double>& f, int64_t kh, int64_t kw, std::vector<
   for (int64_t i = 0; i < kh; ++i) col[i] = f[i * kw + pivot % kw] / f[pivot];
   for (int64_t j = 0; j < kw; ++j) row[j] = f[(pivot / kw) * kw + j];
   for (int64_t i = 0; i < kh * kw; ++i) {
-    if (!(std::abs(f[i] - col[i / kw] * row[i % kw]) <= 1e-7 * largest)) return false;
+    if (!(std::abs(f[i] - col[i / kw] * row[i % kw]) <= tolerance * largest)) return false;
   }
   return true;
 }
@@ -103,7 +105,8 @@ void run(const T* x, const std::vector<double>& filter, const UpfirdnParams& p, 
   std::vector<double> f(filter), col(p.kh), row(p.kw);
   if (!p.flip) std::reverse(f.begin(), f.end());  // to correlation taps
   for (double& tap : f) tap *= p.gain;
-  const bool separable = p.kh * p.kw > 1 && separate(f, p.kh, p.kw, col, row);
+  const double tolerance = 2 * std::numeric_limits<T>::epsilon();  // an outer product, rounded to T, passes
+  const bool separable = p.kh * p.kw > 1 && separate(f, p.kh, p.kw, tolerance, col, row);
   const std::vector<T> taps(f.begin(), f.end()), col_taps(col.begin(), col.end()), row_taps(row.begin(), row.end());
 
   parallel(p.planes, 1 + 16384 / (out_h * out_w + 1), [&](int64_t first, int64_t last) {

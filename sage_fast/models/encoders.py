@@ -127,6 +127,7 @@ def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
     gain = nn.init.calculate_gain("leaky_relu", _SLOPE) if kernel > 1 else 1.0
     nn.init.normal_(conv.weight, std=gain / math.sqrt(c_in * kernel**2))
+    assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
 

@@ -257,8 +257,9 @@ class Discriminator(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps [N, C_r, r, r] for r = resolution, resolution / 2, ..., 4."""
         self._check_images(images)
-        maps = [self.convs[0](images)]
-        for block in self.convs[1:]:
+        first, *blocks = self.convs
+        maps = [first(images)]
+        for block in blocks:
             maps.append(block(maps[-1]))
         return maps
 

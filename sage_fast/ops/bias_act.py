@@ -26,7 +26,11 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float, float]] =
     "softplus": (lambda x, _: F.softplus(x), 0.0, 1.0),
     "swish": (lambda x, _: F.silu(x), 0.0, math.sqrt(2)),
 }
-_NEGATIVE_SLOPE = {"linear": 1.0, "relu": 0.0, "lrelu": None}  # None: alpha. These have kernels; smooth ones are PyTorch's
+_NEGATIVE_SLOPE = {
+    "linear": 1.0,
+    "relu": 0.0,
+    "lrelu": None,
+}  # None: alpha. These have kernels; smooth ones are PyTorch's
 
 
 def bias_act(
@@ -42,7 +46,7 @@ def bias_act(
 
     Args:
         x: any shape, floating.
-        b: bias [x.shape[dim]] or None.
+        b: bias [x.shape[dim]] or None; taken in the dtype of x.
         act: one of ``ACTIVATIONS``.
         alpha: slope of ``lrelu`` (default 0.2) or scale of ``elu`` (default 1) on the negative side.
         gain: factor; None takes the activation's own (sqrt(2) for relu, lrelu and swish, as [StyleGAN2] does, else 1).
@@ -53,11 +57,14 @@ def bias_act(
         InputError: an unknown activation, a bias of another length, a negative clamp, or alpha for an activation without.
     """
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
-    if act in _NEGATIVE_SLOPE and gain > 0 and x.dtype in (torch.float32, torch.float64):
-        if _native.has_kernel("bias_act", x.device.type) and (b is None or b.dtype == x.dtype):
-            slope = _NEGATIVE_SLOPE[act]
+    # the kernels' derivative reads the sign of x + b off the output, which needs gain > 0 and alpha >= 0
+    if act in _NEGATIVE_SLOPE and gain > 0 and alpha >= 0 and x.dtype in (torch.float32, torch.float64):
+        if _native.has_kernel("bias_act", x.device.type):
+            b, slope = b if b is None else b.to(x.dtype), _NEGATIVE_SLOPE[act]
             limit = -1.0 if clamp is None else float(clamp)
-            return torch.ops.sage_fast.bias_act(x, b, dim % max(1, x.ndim), alpha if slope is None else slope, gain, limit)
+            return torch.ops.sage_fast.bias_act(
+                x, b, dim % max(1, x.ndim), alpha if slope is None else slope, gain, limit
+            )
     return bias_act_reference(x, b, dim, act, alpha if act in ("lrelu", "elu") else None, gain, clamp)
 
 
@@ -73,7 +80,7 @@ def bias_act_reference(
     """The same in plain PyTorch."""
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
     if b is not None:
-        x = x + b.reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
+        x = x + b.to(x.dtype).reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
     x = ACTIVATIONS[act][0](x, alpha)
     if gain != 1:
         x = x * gain
@@ -90,10 +97,14 @@ def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
     if clamp is not None and clamp < 0:
         raise InputError(f"clamp must be None or at least 0, got {clamp}.")
     if b is not None:
+        if b.device != x.device:
+            raise InputError(f"b must be on {x.device}, as x is, got {b.device}.")
         if not -x.ndim <= dim < x.ndim:
             raise InputError(f"dim must be an axis of x, which has {x.ndim}, got {dim}.")
         if b.shape != (x.shape[dim],):
-            raise InputError(f"b must have shape [{x.shape[dim]}], the length of x along dim {dim}, got {list(b.shape)}.")
+            raise InputError(
+                f"b must have shape [{x.shape[dim]}], the length of x along dim {dim}, got {list(b.shape)}."
+            )
     _, default_alpha, default_gain = ACTIVATIONS[act]
     return float(default_alpha if alpha is None else alpha), float(default_gain if gain is None else gain)
 
@@ -125,7 +136,9 @@ def _backward_backward(ctx, grad):
 
 @_native.when_loaded
 def _register() -> None:
-    torch.library.register_fake("sage_fast::bias_act", lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format))
+    torch.library.register_fake(
+        "sage_fast::bias_act", lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
     torch.library.register_fake(
         "sage_fast::bias_act_backward", lambda grad, *_: torch.empty_like(grad, memory_format=torch.contiguous_format)
     )

@@ -74,12 +74,12 @@ def modulated_conv2d_reference(
 def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None) -> Tensor:
     """'Same' convolution with 2-fold up- or downsampling behind or before an FIR filter."""
     k = weight.shape[2]
-    if up == 2:
+    if up == 2 and f is not None:
         # Stride 2 and a k x k kernel give 2 H + k - 2 rows; the filter needs kh - 1 rows around 2 H.
         x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
         pad = [f.shape[1] - k + 1, f.shape[0] - k + 1]  # in all, of columns and rows
         return upfirdn2d(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2], gain=4.0)
-    if down == 2:
+    if down == 2 and f is not None:
         pad = [f.shape[1] + k - 3, f.shape[0] + k - 3]
         x = upfirdn2d(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
         return F.conv2d(x, weight, stride=2)
@@ -94,7 +94,9 @@ def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tens
     if x.shape[1] != weight.shape[1]:
         raise InputError(f"x must have the {weight.shape[1]} channels of weight, got {x.shape[1]}.")
     if style.shape != x.shape[:2]:
-        raise InputError(f"style must have shape {list(x.shape[:2])}, one factor per input channel, got {list(style.shape)}.")
+        raise InputError(
+            f"style must have shape {list(x.shape[:2])}, one factor per input channel, got {list(style.shape)}."
+        )
     if (up, down) not in ((1, 1), (2, 1), (1, 2)):
         raise InputError(f"up and down must be 1 and 1, 2 and 1, or 1 and 2, got {up} and {down}.")
     if (f is None) == (up * down == 2):

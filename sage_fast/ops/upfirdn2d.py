@@ -34,9 +34,9 @@ def upfirdn2d(
 
     Args:
         x: images [N, C, H, W], floating.
-        f: filter [kh, kw], or [k] for the outer product of itself; at most 32 a side.
+        f: filter [kh, kw], or [k] for the outer product of itself; at most 32 a side; taken in the dtype of x.
         up, down: integer factors, the same for rows and columns.
-        padding: one number, or (left, right, top, bottom), counted in upsampled pixels.
+        padding: one integer, or (left, right, top, bottom), counted in upsampled pixels.
         gain: factor on the result; ``up ** 2`` keeps the brightness of a filter that sums to one.
     Returns:
         [N, C, OH, OW] with OH = (H * up + top + bottom - kh) // down + 1.
@@ -67,7 +67,7 @@ def upfirdn2d_reference(
     # 2. pad or crop
     x = F.pad(x, (left, right, top, bottom))
     # 3. convolve: conv2d correlates, so the filter is flipped for a convolution
-    taps = f.to(x) if flip_filter else f.to(x).flip((0, 1))
+    taps = f if flip_filter else f.flip((0, 1))
     height, width = x.shape[2:]
     x = F.conv2d(x.reshape(n * c, 1, height, width), taps[None, None])
     # 4. decimate, 5. scale
@@ -84,9 +84,9 @@ def _tidy(x: Tensor, f: Tensor, up: int, down: int, padding: Padding) -> tuple[T
     for name, factor in (("up", up), ("down", down)):
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
             raise InputError(f"{name} must be a positive integer, got {factor!r}.")
-    pad = (padding,) * 4 if isinstance(padding, int) else tuple(int(p) for p in padding)
-    if len(pad) != 4:
-        raise InputError(f"padding must be one number or (left, right, top, bottom), got {padding!r}.")
+    pad = tuple(padding) if isinstance(padding, Sequence) else (padding,) * 4
+    if len(pad) != 4 or not all(isinstance(p, int) for p in pad):
+        raise InputError(f"padding must be one integer or (left, right, top, bottom), got {padding!r}.")
     f = torch.outer(f, f) if f.ndim == 1 else f
     height, width = x.shape[2] * up + pad[2] + pad[3], x.shape[3] * up + pad[0] + pad[1]
     if min(x.shape[2:]) < 1 or height < f.shape[0] or width < f.shape[1]:
@@ -94,7 +94,7 @@ def _tidy(x: Tensor, f: Tensor, up: int, down: int, padding: Padding) -> tuple[T
             f"padding {list(pad)} leaves images of {height} x {width} px, expected at least the filter's "
             f"{f.shape[0]} x {f.shape[1]}; x is {list(x.shape)}."
         )
-    return f.to(device=x.device), pad  # type: ignore[return-value]
+    return f.to(x), pad  # type: ignore[return-value]
 
 
 def _out_size(height: int, width: int, f: Tensor, down: int) -> tuple[int, int]:

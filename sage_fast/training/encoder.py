@@ -167,7 +167,7 @@ def train_encoder(
         if tuning is not None:
             tuning.average(decay)
         if done % config.log_every == 0 or done == config.total_steps:
-            scalars = {"loss": loss, "mse": mse, "norm": norm, "lr": config.lr * rate}
+            scalars: dict[str, Tensor | float] = {"loss": loss, "mse": mse, "norm": norm, "lr": config.lr * rate}
             if perceptual is not None:
                 scalars[f"perceptual_{perceptual.name}"] = distance
             run.log(done, **scalars, **(tuning.scalars if tuning else {}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def train_gan(
     _check_images(images, config)
     run = Run(folder, "gan", config, resume)
     torch.manual_seed(config.seed)
-    size = dict(channel_base=config.channel_base, channel_max=config.channel_max)
+    size: dict[str, Any] = dict(channel_base=config.channel_base, channel_max=config.channel_max)
     G = Generator(config.resolution, config.style_dim, config.n_mapping, config.n_channels, **size).to(device)
     D = Discriminator(config.resolution, config.n_channels, **size).to(device)
     average = copy.deepcopy(G).eval().requires_grad_(False)
@@ -144,7 +145,7 @@ def train_gan(
             with torch.no_grad():
                 run.grid(f"fakes_{done:06d}", average(average.mapping(z_grid)))
         if done % config.save_every == 0 or done == total:
-            parts = dict(G=G, D=D, average=average, g_optim=g_optim, d_optim=d_optim)
+            parts: dict[str, Any] = dict(G=G, D=D, average=average, g_optim=g_optim, d_optim=d_optim)
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"rng": rng.get_state(), "torch_rng": torch.get_rng_state()}
             run.save({**state, "path_mean": path_mean, "step": done})

@@ -1,0 +1,201 @@
+"""upfirdn2d: kernel against reference, reference against SciPy, derivatives, and what bad input gets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+from torch.nn import functional as F
+
+from sage_fast.errors import InputError
+from sage_fast.ops import upfirdn2d, upfirdn2d_reference
+
+BINOMIAL = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
+RANDOM = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) - 0.3  # of full rank: not separable
+SETTINGS = {
+    "identity": dict(),
+    "blur": dict(padding=(2, 1, 2, 1)),
+    "up 2": dict(up=2, padding=(2, 1, 2, 1), gain=4.0),
+    "up 2, uneven": dict(up=2, padding=(5, 0, 1, 2), flip_filter=True),
+    "down 2": dict(down=2, padding=1),
+    "down 2, uneven": dict(down=2, padding=(0, 3, 2, 5), flip_filter=True),
+    "up 2, down 2": dict(up=2, down=2, padding=3),
+    "up 3": dict(up=3, padding=(1, 2, 3, 0), gain=-0.5),
+    "down 3": dict(down=3, padding=(4, 1, 0, 2)),
+    "up 3, down 2": dict(up=3, down=2, padding=(0, 1, 2, 3)),
+    "crop": dict(padding=(-2, -1, -3, 1), flip_filter=True),
+    "up 2, crop": dict(up=2, padding=(-3, 1, 2, -4)),
+    "down 2, crop": dict(down=2, padding=(-1, 2, -3, 0)),
+    "beyond the edges": dict(up=2, padding=(9, 8, 7, 11)),
+}
+TOLERANCE = {torch.float32: dict(atol=2e-6, rtol=2e-6), torch.float64: dict(atol=1e-14, rtol=1e-14)}
+
+
+def images(*shape: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("f", [BINOMIAL, RANDOM], ids=["separable", "full rank"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_kernel_equals_reference(device, dtype, f, name):
+    x = images(2, 3, 59, 97, dtype=dtype, device=device)
+    expected = upfirdn2d_reference(x, f, **SETTINGS[name])
+    torch.testing.assert_close(upfirdn2d(x, f, **SETTINGS[name]), expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (3, 5), (4, 4), (17, 16)])
+@pytest.mark.parametrize("up, down", [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_kernel_equals_reference_on_tiny_images(device, shape, up, down):
+    x = images(2, 1, *shape, device=device)
+    for f in (BINOMIAL, RANDOM, torch.tensor([[2.0]]), torch.zeros(2, 3), torch.rand(32, 1), torch.rand(7)):
+        options = dict(up=up, down=down, padding=(31, 3, 16, 31))
+        torch.testing.assert_close(
+            upfirdn2d(x, f, **options), upfirdn2d_reference(x, f, **options), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_memory_layouts(device, laid_out):
+    x = laid_out(images(3, 4, 9, 11, device=device))
+    for f in (BINOMIAL, BINOMIAL.t(), laid_out(RANDOM[None])[0]):
+        torch.testing.assert_close(upfirdn2d(x, f, up=2, padding=2), upfirdn2d_reference(x, f, up=2, padding=2))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8)])
+def test_empty(device, shape):
+    x = torch.empty(shape, device=device, requires_grad=True)
+    y = upfirdn2d(x, BINOMIAL, up=2, padding=(2, 1, 2, 1))
+    assert y.shape == (*shape[:2], 16, 16)
+    y.sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_filter_of_float32_in_float64(device):
+    """An outer product rounded to float32 is nearly of rank one: in float64 it must not be treated as such."""
+    side = torch.rand(6, generator=torch.Generator().manual_seed(1))
+    f, x = torch.outer(side, side), images(1, 2, 20, 20, dtype=torch.float64, device=device)
+    torch.testing.assert_close(upfirdn2d(x, f), upfirdn2d_reference(x, f), **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_filter_of_another_dtype(device, dtype):
+    f, x = torch.tensor([1, 3, 3, 1], dtype=dtype), images(1, 2, 9, 9, device=device)
+    assert upfirdn2d(x, f).dtype == torch.float32
+    torch.testing.assert_close(upfirdn2d(x, f), upfirdn2d_reference(x, f.float()))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_reference_equals_scipy(name):
+    """Zeros between pixels and padding in NumPy, the convolution by SciPy."""
+    options = dict(up=1, down=1, padding=0, flip_filter=False, gain=1.0) | SETTINGS[name]
+    x, f = images(1, 1, 13, 16, dtype=torch.float64)[0, 0].numpy(), RANDOM.double().numpy()
+    left, right, top, bottom = np.broadcast_to(options["padding"], 4)
+    wide = np.zeros((13 * options["up"], 16 * options["up"]))
+    wide[:: options["up"], :: options["up"]] = x
+    canvas = np.pad(wide, ((max(top, 0), max(bottom, 0)), (max(left, 0), max(right, 0))))
+    canvas = canvas[max(-top, 0) : canvas.shape[0] - max(-bottom, 0), max(-left, 0) : canvas.shape[1] - max(-right, 0)]
+    filtered = scipy.signal.convolve2d(canvas, f[::-1, ::-1] if options["flip_filter"] else f, mode="valid")
+    expected = filtered[:: options["down"], :: options["down"]] * options["gain"]
+    result = upfirdn2d_reference(torch.from_numpy(x)[None, None], RANDOM, **SETTINGS[name])
+    np.testing.assert_allclose(result[0, 0], expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("op", [upfirdn2d, upfirdn2d_reference])
+def test_equals_scipy_upfirdn_along_both_axes(op):
+    side, x = np.array([0.5, -1.0, 2.0, 0.25, 3.0]), images(2, 3, 10, 7, dtype=torch.float64)
+    expected = x.numpy()
+    for axis in (2, 3):
+        expected = scipy.signal.upfirdn(side, expected, up=3, down=2, axis=axis)
+    result = op(x, torch.from_numpy(side), up=3, down=2, padding=(4, 2, 4, 2))
+    np.testing.assert_allclose(result, expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_gradient_equals_that_of_the_reference(device, name):
+    for f in (BINOMIAL, RANDOM):
+        x = images(2, 2, 12, 15, device=device).requires_grad_()
+        y, expected = upfirdn2d(x, f, **SETTINGS[name]), upfirdn2d_reference(x, f, **SETTINGS[name])
+        grad = torch.randn_like(expected)
+        (ours,), (theirs,) = torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad)
+        torch.testing.assert_close(ours, theirs, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(
+    "name", ["blur", "up 2, uneven", "down 2, uneven", "up 3, down 2", "up 2, crop", "down 2, crop"]
+)
+def test_gradcheck(device, name):
+    x = images(1, 2, 5, 6, dtype=torch.float64, device=device).requires_grad_()
+    for f in (BINOMIAL.double(), RANDOM.double()):
+        assert torch.autograd.gradcheck(lambda x, f=f: upfirdn2d(x, f, **SETTINGS[name]), x)
+        assert torch.autograd.gradgradcheck(lambda x, f=f: upfirdn2d(x, f, **SETTINGS[name]) ** 2, x)
+
+
+def test_opcheck(device):
+    for dtype in (torch.float32, torch.float64):
+        x, f = images(2, 2, 5, 6, dtype=dtype, device=device).requires_grad_(), BINOMIAL.to(device)
+        for layout in (x, x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()):
+            torch.library.opcheck(torch.ops.sage_fast.upfirdn2d.default, (layout, f, 2, 1, 2, 1, 2, 1, False, 4.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(no_worse_than_plain, dtype):
+    x = images(2, 3, 20, 21)
+    half, f = x.to(dtype), BINOMIAL
+    exact = upfirdn2d_reference(half.double(), f.double(), padding=2)
+    plain = F.conv2d(half, f.to(dtype).expand(3, 1, 4, 4), padding=2, groups=3)
+    no_worse_than_plain(upfirdn2d(half, f, padding=2), plain, exact)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["blur", "up 2", "down 2", "up 3, down 2"])
+def test_nan_and_infinity_spread_as_in_the_reference(device, name, value):
+    for f in (BINOMIAL, RANDOM):
+        x = images(1, 2, 9, 9, device=device)
+        x[0, 0, 4, 5] = value
+        y, expected = upfirdn2d(x, f, **SETTINGS[name]), upfirdn2d_reference(x, f, **SETTINGS[name])
+        assert torch.isfinite(y[0, 1]).all()
+        special = ~expected.isfinite()
+        assert special.any()
+        torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+def test_threads(same_bits_for_all_thread_counts):
+    x = images(5, 3, 59, 97)
+    same_bits_for_all_thread_counts(lambda: upfirdn2d(x, BINOMIAL, up=2, padding=(2, 1, 2, 1)))
+
+
+def test_upsampling_keeps_a_constant_image(device):
+    y = upfirdn2d(torch.ones(1, 1, 8, 8, device=device), BINOMIAL, up=2, padding=(2, 1, 2, 1), gain=4.0)
+    torch.testing.assert_close(y[:, :, 2:-2, 2:-2], torch.ones(1, 1, 12, 12, device=device))
+
+
+def test_sizes_follow_the_documented_formula():
+    y = upfirdn2d(torch.zeros(1, 1, 10, 12), torch.ones(3, 5), up=3, down=2, padding=(1, 2, 3, 4))
+    assert y.shape[2:] == ((10 * 3 + 7 - 3) // 2 + 1, (12 * 3 + 3 - 5) // 2 + 1)
+
+
+@pytest.mark.parametrize("op", [upfirdn2d, upfirdn2d_reference])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(3, 8, 8)), r"x must be floating point images \[N, C, H, W\], got torch.float32 \[3, 8, 8\]"),
+        (dict(x=torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), "got torch.uint8"),
+        (dict(f=torch.zeros(33)), r"f must have shape \[k\] or \[kh, kw\] with sides from 1 to 32, got \[33\]"),
+        (dict(f=torch.zeros(1, 4, 4)), r"got \[1, 4, 4\]"),
+        (dict(f=torch.zeros(0)), r"got \[0\]"),
+        (dict(f=torch.ones(4, requires_grad=True)), "f must not require a gradient.*pass f.detach"),
+        (dict(up=0), "up must be a positive integer, got 0"),
+        (dict(down=1.5), "down must be a positive integer, got 1.5"),
+        (dict(up=True), "up must be a positive integer, got True"),
+        (dict(padding=(1, 1)), r"padding must be one number or \(left, right, top, bottom\), got \(1, 1\)"),
+        (dict(padding=1.5), "padding must be .*, got 1.5"),
+        (dict(padding=(1, 1, 0.5, 1)), r"padding must be .*, got \(1, 1, 0.5, 1\)"),
+        (dict(padding=-3), r"padding \[-3, -3, -3, -3\] leaves images of 2 x 2 px, expected at least the filter's 4 x 4"),
+        (dict(x=torch.zeros(1, 3, 0, 8)), r"x is \[1, 3, 0, 8\]"),
+    ],
+)  # fmt: skip
+def test_bad_input(op, change, message):
+    arguments = dict(x=torch.zeros(1, 3, 8, 8), f=BINOMIAL) | change
+    with pytest.raises(InputError, match=message):
+        op(**arguments)

@@ -1,0 +1,156 @@
+"""The build: what the objects depend on, what happens without a compiler, and that the CUDA sources compile without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from sage_fast import _build, _native
+from sage_fast.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc")
+CHECK = """
+import json, warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from sage_fast.ops import bias_act, upfirdn2d
+    for _ in range(2):
+        y = bias_act(torch.tensor([[-1.0, 2.0]]), act="lrelu", gain=1.0)
+        upfirdn2d(torch.ones(1, 1, 4, 4), torch.ones(2))
+from sage_fast import _native
+print(json.dumps({"y": y.tolist(), "devices": _native.load().devices,
+                  "warnings": [str(w.message) for w in caught if "sage_fast" in str(w.message)]}))
+"""
+
+
+def _run(folder: Path, script: str = CHECK, **env: str):
+    import json
+
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **env},
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A copy of the package and its sources as a plain Python install leaves them: nothing compiled."""
+    folder = tmp_path_factory.mktemp("bare")
+    ignore = shutil.ignore_patterns("*.so", _build.INFO, "__pycache__", "model")
+    shutil.copytree(ROOT / "sage_fast", folder / "sage_fast", ignore=ignore)
+    shutil.copytree(ROOT / "csrc", folder / "sage_fast" / "csrc")
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_first_use_builds_once_and_then_reads_the_cache(bare, tmp_path):
+    cache = {"SAGE_FAST_CACHE": str(tmp_path), "SAGE_FAST_BUILD": "auto", "SAGE_FAST_PORTABLE": "1"}
+    got = _run(bare, **cache)
+    assert got["devices"][0] == "cpu" and got["warnings"] == []
+    assert got["y"][0] == pytest.approx([-0.2, 2.0])
+    (built,) = tmp_path.glob("*/sage_fast/_ops_cpu*.so")
+    before = built.stat().st_mtime_ns
+    # a lock file of a killed build is no lock: the lock is the kernel's
+    assert (built.parent.parent / "lock").exists()
+    assert _run(bare, **cache)["devices"][0] == "cpu"
+    assert built.stat().st_mtime_ns == before
+
+
+def test_a_broken_compiler_leaves_a_working_package_and_one_warning(bare, tmp_path):
+    cache = {"SAGE_FAST_CACHE": str(tmp_path), "SAGE_FAST_BUILD": "auto", "CXX": "/nonexistent/c++"}
+    got = _run(bare, **cache)
+    assert got["y"][0] == pytest.approx([-0.2, 2.0]) and got["devices"] == []
+    (warning,) = got["warnings"]
+    assert (
+        "slower PyTorch reference" in warning and "/nonexistent/c++" in warning and "Install a C++ compiler" in warning
+    )
+    log = next(tmp_path.glob("*/build.log"))
+    before = log.stat().st_mtime_ns
+    assert len(_run(bare, **cache)["warnings"]) == 1
+    assert log.stat().st_mtime_ns == before, "a failed build must not be tried again at every start"
+
+
+def test_none_is_silent(bare):
+    got = _run(bare, SAGE_FAST_BUILD="none")
+    assert got["devices"] == [] and got["warnings"] == []
+
+
+def test_an_unwritable_cache_is_named(bare, tmp_path):
+    (tmp_path / "file").write_text("")
+    got = _run(bare, SAGE_FAST_BUILD="auto", SAGE_FAST_CACHE=str(tmp_path / "file"))
+    assert "set SAGE_FAST_CACHE" in got["warnings"][0]
+
+
+def test_import_neither_builds_nor_loads(bare, tmp_path):
+    script = "import sage_fast, sage_fast.ops, json; from sage_fast import _native; print(json.dumps(_native._native is None))"
+    assert _run(bare, script, SAGE_FAST_CACHE=str(tmp_path), SAGE_FAST_BUILD="auto") is True
+    assert not list(tmp_path.iterdir())
+
+
+def test_build_mode_is_checked(monkeypatch):
+    monkeypatch.setenv("SAGE_FAST_BUILD", "later")
+    with pytest.raises(InputError, match="SAGE_FAST_BUILD must be one of auto, aot, jit, none"):
+        _native.build_mode()
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on this machine")
+def test_the_ops_use_the_stable_abi_alone():
+    path = _build.find(_native.load().folder or ROOT / "sage_fast", "_ops_cpu")
+    if path is None:
+        pytest.skip("no compiled object on this machine")
+    names = subprocess.run(["nm", "-DC", "--undefined-only", str(path)], capture_output=True, text=True).stdout
+    assert "aoti_torch" in names or "torch_" in names
+    unstable = [line for line in names.splitlines() if re.search(r"\b(c10|at)::", line)]
+    assert unstable == []
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_a_wheel_holds_objects_and_sources(tmp_path):
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns("*.so", _build.INFO, "__pycache__", "build", ".*", "runs", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    subprocess.run(command, check=True, timeout=500, env={**os.environ, "SAGE_FAST_BUILD": "aot"})
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for pattern in (r"_ops_cpu.*\.so", r"_host.*\.so", r"csrc/library\.cpp", r"csrc/cuda/upfirdn2d\.cu", r"py\.typed"):
+        assert any(re.search(pattern, name) for name in names), pattern
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: the CUDA sources are not compiled here")
+@pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
+def test_cuda_sources_compile_without_spills(source, tmp_path):
+    include = Path(torch.__file__).parent / "include"
+    command = [NVCC, "-c", str(ROOT / "csrc" / "cuda" / source), "-o", str(tmp_path / "out.o"), "-std=c++20", "-O3"]
+    command += ["-Xptxas", "-v", "-DUSE_CUDA", _build.TARGET, f"-I{include}", f"-I{include}/torch/csrc/api/include"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in _build.CUDA_ARCHS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout + done.stderr)
+    assert spills and set(spills) == {("0", "0")}
