@@ -5,58 +5,57 @@
 namespace sage_fast {
 namespace {
 
-// One run of `n` values with one bias. Branch-free, so that the compiler vectorises it.
+// Branch-free, so that the compiler vectorises the loops over it. NaN passes: every comparison with it is false.
 template <class T>
-void forward_run(const T* __restrict x, T b, T slope, T gain, T limit, T* __restrict y, int64_t n) {
-  const T low = slope * gain;
-  for (int64_t i = 0; i < n; ++i) {
-    T v = x[i] + b;
-    v = v * (v > 0 ? gain : low);
-    v = v > limit ? limit : v;  // NaN passes: every comparison with it is false
-    y[i] = v < -limit ? -limit : v;
-  }
-}
+struct Activation {
+  T high, low, floor, limit;
 
+  explicit Activation(const BiasActParams& p)
+      : high(T(p.gain)), low(T(p.slope * p.gain)), floor(T(p.floor())), limit(T(p.upper_limit())) {}
+
+  T operator()(T v) const {
+    v = v < floor ? floor : v;
+    v = v * (v > 0 ? high : low);
+    v = v > limit ? limit : v;
+    return v < -limit ? -limit : v;
+  }
+};
+
+// x [outer, channels, inner], b [channels] -> y
 template <class T>
 void forward(const T* x, const T* b, const BiasActParams& p, T* y) {
-  const T limit = p.clamp < 0 ? std::numeric_limits<T>::infinity() : T(p.clamp);
+  const Activation<T> act(p);
   if (p.inner == 1) {  // bias along the last axis: one row at a time
     parallel(p.outer, 1 + 16384 / (p.channels + 1), [=](int64_t begin, int64_t end) {
-      const T low = T(p.slope * p.gain), gain = T(p.gain);
       for (int64_t row = begin; row < end; ++row) {
-        const T* in = x + row * p.channels;
-        T* out = y + row * p.channels;
-        for (int64_t i = 0; i < p.channels; ++i) {
-          T v = in[i] + (b ? b[i] : T(0));
-          v = v * (v > 0 ? gain : low);
-          v = v > limit ? limit : v;
-          out[i] = v < -limit ? -limit : v;
-        }
+        const T* __restrict in = x + row * p.channels;
+        T* __restrict out = y + row * p.channels;
+        for (int64_t i = 0; i < p.channels; ++i) out[i] = act(in[i] + (b ? b[i] : T(0)));
       }
     });
     return;
   }
   parallel(p.outer * p.channels, 1 + 16384 / (p.inner + 1), [=](int64_t begin, int64_t end) {
-    for (int64_t run = begin; run < end; ++run) {
-      forward_run(x + run * p.inner, b ? b[run % p.channels] : T(0), T(p.slope), T(p.gain), limit, y + run * p.inner,
-                  p.inner);
+    for (int64_t run = begin; run < end; ++run) {  // a run has one bias
+      const T* __restrict in = x + run * p.inner;
+      T* __restrict out = y + run * p.inner;
+      const T bias = b ? b[run % p.channels] : T(0);
+      for (int64_t i = 0; i < p.inner; ++i) out[i] = act(in[i] + bias);
     }
   });
 }
 
-// The sign of x + b is the sign of y, since gain > 0; a clamped value has no slope.
+// The sign of x + b is the sign of y, since gain > 0 and slope >= 0; a clamped value has no slope.
 template <class T>
-void backward(const T* grad, const T* y, int64_t n, double slope, double gain, double clamp, T* out) {
-  const T high = T(gain), low = T(slope * gain);
-  const T limit = clamp < 0 ? std::numeric_limits<T>::infinity() : T(clamp);
+void backward(const T* grad, const T* y, int64_t n, const BiasActParams& p, T* out) {
+  const T high = T(p.gain), low = T(p.slope * p.gain), top = T(p.dead_above()), bottom = T(p.dead_below());
   parallel(n, 16384, [=](int64_t begin, int64_t end) {
     const T* __restrict g = grad;
     const T* __restrict v = y;
     T* __restrict o = out;
     for (int64_t i = begin; i < end; ++i) {
-      T factor = v[i] > 0 ? high : low;
-      factor = (v[i] >= limit || v[i] <= -limit) ? T(0) : factor;
-      o[i] = g[i] * factor;
+      T slope = v[i] > 0 ? high : low;
+      o[i] = (v[i] >= top) | (v[i] <= bottom) ? T(0) : g[i] * slope;
     }
   });
 }
@@ -82,12 +81,14 @@ Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, do
 
 Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, double clamp) {
   require(grad.numel() == y.numel() && grad.scalar_type() == y.scalar_type(), "bias_act_backward: grad must match y");
+  BiasActParams p{1, 1, grad.numel(), slope, gain, clamp};
+  check(p, -1);
   grad = torch::stable::contiguous(grad);
   y = torch::stable::contiguous(y);
   Tensor out = torch::stable::empty_like(grad);
   dispatch(grad, [&](auto zero) {
     using T = decltype(zero);
-    backward<T>(data<T>(grad), data<T>(y), grad.numel(), slope, gain, clamp, mutable_data<T>(out));
+    backward<T>(data<T>(grad), data<T>(y), grad.numel(), p, mutable_data<T>(out));
   });
   return out;
 }

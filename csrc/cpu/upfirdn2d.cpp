@@ -105,7 +105,7 @@ void run(const T* x, const std::vector<double>& filter, const UpfirdnParams& p, 
   std::vector<double> f(filter), col(p.kh), row(p.kw);
   if (!p.flip) std::reverse(f.begin(), f.end());  // to correlation taps
   for (double& tap : f) tap *= p.gain;
-  const double tolerance = 2 * std::numeric_limits<T>::epsilon();  // an outer product, rounded to T, passes
+  const double tolerance = 4 * std::numeric_limits<T>::epsilon();  // an outer product, rounded to T, passes
   const bool separable = p.kh * p.kw > 1 && separate(f, p.kh, p.kw, tolerance, col, row);
   const std::vector<T> taps(f.begin(), f.end()), col_taps(col.begin(), col.end()), row_taps(row.begin(), row.end());
 

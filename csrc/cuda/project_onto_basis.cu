@@ -45,7 +45,7 @@ Tensor project_onto_basis(Tensor w_plus, Tensor basis) {
   require(w_plus.dim() == 3 && basis.dim() == 3, "project_onto_basis: w_plus must be [N, L, D] and basis [L, D, R]");
   ProjectParams p{w_plus.size(0), w_plus.size(1), w_plus.size(2), basis.size(2)};
   require(basis.size(0) == p.layers && basis.size(1) == p.dim, "project_onto_basis: basis must be [L, D, R] of w_plus");
-  require(basis.scalar_type() == w_plus.scalar_type() && basis.is_cuda(),
+  require(basis.scalar_type() == w_plus.scalar_type() && w_plus.is_cuda() && basis.is_cuda(),
           "project_onto_basis: basis must have the dtype and device of w_plus");
   require(p.layers <= 65535 && p.rank <= 512, "project_onto_basis: at most 65535 layers and 512 columns");
   Scope stream(w_plus);

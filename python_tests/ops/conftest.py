@@ -11,6 +11,15 @@ from torch import Tensor
 from sage_fast import _native
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads that wait for each other on a busy machine would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     """A device with kernels; the test is skipped, saying why, where there are none."""

@@ -73,9 +73,10 @@ def test_empty(device, shape):
 
 def test_filter_of_float32_in_float64(device):
     """An outer product rounded to float32 is nearly of rank one: in float64 it must not be treated as such."""
-    side = torch.rand(6, generator=torch.Generator().manual_seed(1))
-    f, x = torch.outer(side, side), images(1, 2, 20, 20, dtype=torch.float64, device=device)
-    torch.testing.assert_close(upfirdn2d(x, f), upfirdn2d_reference(x, f), **TOLERANCE[torch.float64])
+    rng, x = torch.Generator().manual_seed(1), images(1, 1, 9, 9, dtype=torch.float64, device=device)
+    for side in torch.rand(20, 3, generator=rng):
+        f = torch.outer(side, side)
+        torch.testing.assert_close(upfirdn2d(x, f), upfirdn2d_reference(x, f), **TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
@@ -125,17 +126,16 @@ def test_gradient_equals_that_of_the_reference(device, name):
     "name", ["blur", "up 2, uneven", "down 2, uneven", "up 3, down 2", "up 2, crop", "down 2, crop"]
 )
 def test_gradcheck(device, name):
-    x = images(1, 2, 5, 6, dtype=torch.float64, device=device).requires_grad_()
+    x = images(1, 1, 7, 6, dtype=torch.float64, device=device).requires_grad_()
     for f in (BINOMIAL.double(), RANDOM.double()):
         assert torch.autograd.gradcheck(lambda x, f=f: upfirdn2d(x, f, **SETTINGS[name]), x)
         assert torch.autograd.gradgradcheck(lambda x, f=f: upfirdn2d(x, f, **SETTINGS[name]) ** 2, x)
 
 
 def test_opcheck(device):
-    for dtype in (torch.float32, torch.float64):
-        x, f = images(2, 2, 5, 6, dtype=dtype, device=device).requires_grad_(), BINOMIAL.to(device)
-        for layout in (x, x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()):
-            torch.library.opcheck(torch.ops.sage_fast.upfirdn2d.default, (layout, f, 2, 1, 2, 1, 2, 1, False, 4.0))
+    x, f = images(2, 2, 5, 6, device=device), BINOMIAL.to(device)
+    for layout in (x.requires_grad_(), x.detach().movedim(1, -1).contiguous().movedim(-1, 1)):
+        torch.library.opcheck(torch.ops.sage_fast.upfirdn2d.default, (layout, f, 2, 1, 2, 1, 2, 1, False, 4.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -188,7 +188,7 @@ def test_sizes_follow_the_documented_formula():
         (dict(up=0), "up must be a positive integer, got 0"),
         (dict(down=1.5), "down must be a positive integer, got 1.5"),
         (dict(up=True), "up must be a positive integer, got True"),
-        (dict(padding=(1, 1)), r"padding must be one number or \(left, right, top, bottom\), got \(1, 1\)"),
+        (dict(padding=(1, 1)), r"padding must be one integer or \(left, right, top, bottom\), got \(1, 1\)"),
         (dict(padding=1.5), "padding must be .*, got 1.5"),
         (dict(padding=(1, 1, 0.5, 1)), r"padding must be .*, got \(1, 1, 0.5, 1\)"),
         (dict(padding=-3), r"padding \[-3, -3, -3, -3\] leaves images of 2 x 2 px, expected at least the filter's 4 x 4"),
