@@ -1,0 +1,219 @@
+"""bias_act: kernel against reference, reference against NumPy and SciPy, derivatives, and what bad input gets."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from torch.nn import functional as F
+
+from sage_fast.errors import InputError
+from sage_fast.models.stylegan2 import Discriminator
+from sage_fast.ops import bias_act, bias_act_reference
+from sage_fast.ops.bias_act import ACTIVATIONS
+
+WITH_KERNELS = ("linear", "relu", "lrelu")
+OPTIONS = [dict(), dict(clamp=0.8), dict(gain=0.5), dict(gain=3.0, clamp=1.0), dict(gain=-1.0), dict(clamp=0.0)]
+NUMPY = {
+    "linear": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "lrelu": lambda x: np.where(x > 0, x, 0.2 * x),
+    "tanh": np.tanh,
+    "sigmoid": scipy.special.expit,
+    "elu": lambda x: np.where(x > 0, x, np.expm1(x)),
+    "selu": lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(x)),
+    "softplus": lambda x: np.logaddexp(0, x),
+    "swish": lambda x: x * scipy.special.expit(x),
+}
+
+
+def normal(*shape: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype).to(device)
+
+
+def away_from_kinks(x: torch.Tensor) -> torch.Tensor:
+    """Values at least 0.05 from 0 and from 1 in size: where the slope of relu or a clamp at 1 is about to change."""
+    return (x.sign() * (x.abs() + 0.05)) * torch.where((x.abs() > 0.85) & (x.abs() < 1.05), 1.3, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("act", WITH_KERNELS)
+@pytest.mark.parametrize(
+    "shape, dim", [((2, 5, 59, 97), 1), ((59, 97), 1), ((97,), 0), ((3, 7, 5), -1), ((3, 7, 5), 0)]
+)
+def test_kernel_equals_reference(device, shape, dim, act, options, dtype):
+    x, b = normal(*shape, dtype=dtype, device=device), normal(shape[dim], dtype=dtype, device=device)
+    for bias in (b, None):
+        expected = bias_act_reference(x, bias, dim, act, **options)
+        torch.testing.assert_close(bias_act(x, bias, dim, act, **options), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 1.5, -0.3])
+def test_slopes(device, alpha):
+    """A negative slope makes the output's sign say nothing about the input's: value and gradient still hold."""
+    x = normal(5, 4, device=device).requires_grad_()
+    y, expected = (op(x, act="lrelu", alpha=alpha, gain=2.0) for op in (bias_act, bias_act_reference))
+    torch.testing.assert_close(y, expected)
+    (ours,), (theirs,) = torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(y, 2 * torch.where(x > 0, x, alpha * x))
+
+
+def test_memory_layouts(device, laid_out):
+    x, b = laid_out(normal(3, 4, 6, 5, device=device)), laid_out(normal(2, 4, device=device))[0]
+    torch.testing.assert_close(bias_act(x, b, act="lrelu"), bias_act_reference(x, b, act="lrelu"))
+    x.requires_grad_()
+    grad = laid_out(torch.ones_like(x))
+    (ours,), (theirs,) = (torch.autograd.grad(op(x, b, act="lrelu"), x, grad) for op in (bias_act, bias_act_reference))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
+def test_empty(device, shape):
+    x, b = (
+        torch.empty(shape, device=device, requires_grad=True),
+        torch.zeros(shape[1], device=device, requires_grad=True),
+    )
+    y = bias_act(x, b, act="lrelu")
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape and b.grad.tolist() == [0] * shape[1]
+
+
+def test_a_number(device):
+    x = torch.tensor(-2.0, device=device)
+    torch.testing.assert_close(bias_act(x, act="lrelu"), x * 0.2 * math.sqrt(2))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_reference_equals_numpy(act):
+    x, b = normal(3, 4, 5, dtype=torch.float64), normal(4, dtype=torch.float64)
+    expected = np.clip(NUMPY[act](x.numpy() + b.numpy()[None, :, None]) * 1.7, -0.9, 0.9)
+    np.testing.assert_allclose(bias_act_reference(x, b, act=act, gain=1.7, clamp=0.9), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_default_gain(act):
+    gain = math.sqrt(2) if act in ("relu", "lrelu", "swish") else 1.0
+    x = normal(50, 3)
+    torch.testing.assert_close(bias_act(x, act=act), torch.from_numpy(gain * NUMPY[act](x.numpy())).float())
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("act", WITH_KERNELS)
+def test_gradients_equal_those_of_the_reference(device, act, options):
+    x = away_from_kinks(normal(4, 5, 6, 3, device=device)).requires_grad_()
+    b = torch.zeros(5, device=device, requires_grad=True)
+    grad = normal(4, 5, 6, 3, device=device)
+    if options.get("clamp") == 0:
+        pytest.skip("a clamp at 0 has a kink everywhere")
+    ours, theirs = (
+        torch.autograd.grad(op(x, b, 1, act, **options), (x, b), grad) for op in (bias_act, bias_act_reference)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(clamp=1.0, gain=1.0)], ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_gradcheck(device, act, options):
+    x = away_from_kinks(normal(2, 3, 4, dtype=torch.float64, device=device)).requires_grad_()
+    b = torch.full((3,), 0.01, dtype=torch.float64, device=device, requires_grad=True)
+    if act not in WITH_KERNELS and options:
+        options = dict(clamp=50.0)  # where no value comes near
+    assert torch.autograd.gradcheck(lambda x, b: bias_act(x, b, 1, act, **options), (x, b))
+    assert torch.autograd.gradgradcheck(lambda x, b: bias_act(x, b, 1, act, **options) ** 2, (x, b))
+
+
+def test_opcheck(device):
+    x, b = normal(2, 3, 4, device=device).requires_grad_(), normal(3, device=device).requires_grad_()
+    ops = torch.ops.sage_fast
+    torch.library.opcheck(ops.bias_act.default, (x, b, 1, 0.2, 1.4, 0.8))
+    torch.library.opcheck(ops.bias_act.default, (x.detach().transpose(0, 2), None, 0, 0.0, 1.0, -1.0))
+    y = ops.bias_act(x.detach(), None, 0, 0.2, 1.4, 0.8)
+    torch.library.opcheck(ops.bias_act_backward.default, (x, y, 0.2, 1.4, 0.8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("act", ["lrelu", "tanh", "swish"])
+def test_low_precision(no_worse_than_plain, act, dtype):
+    x, b = normal(4, 5, 33).to(dtype), normal(5).to(dtype)
+    plain = {
+        "lrelu": lambda x: F.leaky_relu(x, 0.2) * 2**0.5,
+        "tanh": torch.tanh,
+        "swish": lambda x: F.silu(x) * 2**0.5,
+    }
+    exact = bias_act_reference(x.double(), b.double(), act=act)
+    no_worse_than_plain(bias_act(x, b, act=act), plain[act](x + b[:, None]), exact)
+
+
+@pytest.mark.parametrize("op", [bias_act, bias_act_reference])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_dtype_of_x_stays(op, dtype):
+    """A float32 bias must not lift half-precision activations to float32."""
+    for bias_dtype in (torch.float32, torch.float64):
+        b = torch.ones(3, dtype=bias_dtype, requires_grad=True)
+        y = op(torch.ones(2, 3, dtype=dtype), b, act="lrelu")
+        y.sum().backward()
+        assert y.dtype == dtype and b.grad.dtype == bias_dtype and b.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("options", [dict(), dict(clamp=2.0)], ids=str)
+@pytest.mark.parametrize("act", WITH_KERNELS)
+def test_nan_and_infinity(device, act, options):
+    inf = math.inf
+    x = torch.tensor([math.nan, inf, -inf, 1.0, -1.0], device=device).requires_grad_()
+    y, expected = (op(x, act=act, **options) for op in (bias_act, bias_act_reference))
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    for value in (1.0, inf, math.nan):
+        grad = torch.full_like(x, value)
+        ours, theirs = (torch.autograd.grad(z, x, grad, retain_graph=True)[0] for z in (y, expected))
+        torch.testing.assert_close(ours[1:], theirs[1:], equal_nan=True)
+
+
+def test_threads(same_bits_for_all_thread_counts):
+    x, b = normal(3, 5, 59, 97), normal(5)
+    same_bits_for_all_thread_counts(lambda: bias_act(x, b, act="lrelu", clamp=1.0))
+
+
+def test_r1_through_a_discriminator_equals_that_on_the_reference(device, on_reference):
+    """First and second derivatives of every op of a discriminator at once, as the R1 penalty takes them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Discriminator(16, channel_base=64, channel_max=8).double().to(device)
+        images = torch.randn(4, 3, 16, 16, dtype=torch.float64).to(device).requires_grad_()
+
+    def penalty_and_its_gradients() -> list[torch.Tensor]:
+        logits = network(images)
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        penalty = gradient.square().sum([1, 2, 3]).mean()
+        used = [p for p in network.parameters() if p.ndim > 1]
+        return [logits, gradient, penalty, *torch.autograd.grad(penalty, used, allow_unused=True)]
+
+    native = penalty_and_its_gradients()
+    on_reference()
+    reference = penalty_and_its_gradients()
+    assert native[2] > 0 and all(g is not None and g.abs().max() > 0 for g in native[3:])
+    torch.testing.assert_close(native, reference, atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("op", [bias_act, bias_act_reference])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(act="gelu"), "act must be one of linear, relu, lrelu, .*, got 'gelu'"),
+        (dict(x=torch.zeros(2, 3, dtype=torch.int64)), "x must be floating point, got torch.int64"),
+        (dict(alpha=0.1, act="relu"), "alpha has no meaning for act='relu'; leave it out"),
+        (dict(clamp=-1.0), "clamp must be None or at least 0, got -1.0"),
+        (dict(dim=2), "dim must be an axis of x, which has 2, got 2"),
+        (dict(b=torch.zeros(2)), r"b must have shape \[3\], the length of x along dim 1, got \[2\]"),
+        (dict(b=torch.zeros(3, 1)), r"got \[3, 1\]"),
+        (dict(b=torch.zeros(3, device="meta")), "b must be on cpu, as x is, got meta"),
+    ],
+)
+def test_bad_input(op, change, message):
+    arguments = dict(x=torch.zeros(2, 3), b=torch.zeros(3)) | change
+    with pytest.raises(InputError, match=message):
+        op(**arguments)
