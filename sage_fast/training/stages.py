@@ -57,10 +57,16 @@ class BundleConfig:
 
     ``dtype``: how weights and codes are stored; float16 halves the files.
     ``discriminator``: keep it too, to tune further.
+    ``codes_per_category``: keep the codes of the first images of each seen category only; None keeps all.
     """
 
     dtype: Literal["float32", "float16"] = "float32"
     discriminator: bool = False
+    codes_per_category: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.codes_per_category is not None and self.codes_per_category < 1:
+            raise InputError(f"codes_per_category must be at least 1, got {self.codes_per_category}.")
 
 
 @dataclass(frozen=True)
@@ -219,13 +225,22 @@ def bundle_stage(folder: Path, config: BundleConfig = BundleConfig()) -> Path:
         encoder=trained.encoder,
         directions=state["directions"].float().cpu(),
         groups=groups,
-        codes=table,
+        codes=_first_of_each(table, config.codes_per_category),
         discriminator=trained.discriminator if config.discriminator else None,
         noise=_config(folder, "encoder")["noise"],
         about=_about(folder, table),
         dtype=_STORAGE[config.dtype],
     )
     return folder
+
+
+def _first_of_each(table: LatentTable, n: int | None) -> LatentTable:
+    """The first ``n`` codes of each category, or the table itself."""
+    if n is None:
+        return table
+    one_hot = torch.nn.functional.one_hot(table.labels, len(table.categories))
+    number = one_hot.cumsum(0).gather(1, table.labels.unsqueeze(1)).squeeze(1)  # 1, 2, ... within the category
+    return table.subset((number <= n).nonzero().flatten())
 
 
 def _check_noise(config: DictionaryConfig, noise: str) -> None:

@@ -1,0 +1,31 @@
+"""Settings are compared on held-out seen categories: who is held out, and what the page shows."""
+
+from __future__ import annotations
+
+import torch
+
+from sage_fast.data.latent_table import LatentTable
+from sage_fast.evaluation import flora_validation
+from sage_fast.evaluation.flora_validation import FloraValidationConfig, hold_out
+
+
+def test_held_out_categories_leave_no_code_behind():
+    labels = torch.arange(5).repeat_interleave(3)
+    table = LatentTable(labels.view(-1, 1, 1).float(), labels, list("abcde"))
+    kept, names = hold_out(table, 2, seed=3)
+    assert len(names) == 2 and sorted(names + kept.categories) == list("abcde")
+    for row, label in zip(kept.w_plus.flatten().tolist(), kept.labels.tolist(), strict=True):
+        assert "abcde"[int(row)] == kept.categories[label]
+    assert len(kept) == 9 and kept.labels.unique().tolist() == [0, 1, 2]
+    assert hold_out(table, 2, seed=3)[1] == names
+
+
+def test_one_setting_changes_at_a_time():
+    config = FloraValidationConfig(n_components=(3, 2), n_similar=(4, 2), n_directions=(5,))
+    settings = flora_validation._settings(config)
+    base = {"n_components": 3, "n_similar": 4, "n_directions": 5}
+    assert ("sage", "sage", base) in settings and ("age", "age", base) in settings
+    for name, method, options in settings:
+        if method == "sage":
+            changed = {key for key, value in options.items() if base.get(key) != value}
+            assert len(changed) == (name != "sage"), name
