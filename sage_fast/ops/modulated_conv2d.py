@@ -42,12 +42,21 @@ def modulated_conv2d(
         InputError: shapes that do not fit, or a resample filter that is missing or without use.
     """
     _check(x, weight, style, up, down, resample_filter)
+    style, factor = _demodulation(x, weight, style, eps) if demodulate else (style, None)
     x = x * style[:, :, None, None].to(x.dtype)
     x = _convolve(x, weight.to(x.dtype), up, down, resample_filter)
-    if demodulate:
-        norm = style.square() @ weight.square().sum((2, 3)).t()  # [N, C_out]
-        x = x * torch.rsqrt(norm + eps)[:, :, None, None].to(x.dtype)
-    return x
+    return x if factor is None else x * factor[:, :, None, None].to(x.dtype)
+
+
+def _demodulation(x: Tensor, weight: Tensor, style: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The style [N, C_in] and the factor [N, C_out] that scales the outputs to unit norm; at least in float32."""
+    style = style.float() if style.dtype in (torch.float16, torch.bfloat16) else style
+    norm = style.square() @ weight.to(style.dtype).square().sum((2, 3)).t()
+    factor = torch.rsqrt(norm + eps)
+    if x.dtype == torch.float16:  # a large style would leave float16 before the factor brings it back
+        size = style.detach().abs().amax(1, keepdim=True).clamp_min(1e-12)
+        style, factor = style / size, factor * size
+    return style, factor
 
 
 def modulated_conv2d_reference(

@@ -1,0 +1,105 @@
+"""edit_latents (Eq. 15, 20): against the printed form and NumPy, derivatives, and bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sage_fast.errors import InputError
+from sage_fast.ops import edit_latents, edit_latents_reference
+
+
+def arguments(n=5, n_latent=3, dim=59, k=7, dtype=torch.float32, rows=None) -> list[torch.Tensor]:
+    """class_embedding [rows, L, D], codes [N, L, K], directions [L, D, K], mask [L, K]."""
+    rng = torch.Generator().manual_seed(n + k)
+    shapes = (n if rows is None else rows, n_latent, dim), (n, n_latent, k), (n_latent, dim, k)
+    tensors = [torch.randn(shape, generator=rng, dtype=dtype) for shape in shapes]
+    return [*tensors, (torch.rand(n_latent, k, generator=rng) < 0.5).to(dtype)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n, k, rows", [(5, 7, 5), (5, 7, 1), (1, 1, 1), (97, 33, 1), (0, 4, 1), (0, 4, 0), (3, 0, 3)])
+def test_equals_reference(n, k, rows, dtype):
+    e, codes, directions, mask = arguments(n=n, k=k, rows=rows, dtype=dtype)
+    for chosen in (None, mask, mask.bool()):
+        expected = edit_latents_reference(e, codes, directions, 1.7, chosen)
+        torch.testing.assert_close(edit_latents(e, codes, directions, 1.7, chosen), expected, atol=1e-5, rtol=1e-5)
+        assert expected.shape == (n, 3, 59)
+
+
+@pytest.mark.parametrize("op", [edit_latents, edit_latents_reference])
+def test_equals_numpy(op):
+    e, codes, directions, mask = (t.numpy() for t in arguments(dtype=torch.float64))
+    expected = np.empty_like(e)
+    for j, layer in np.ndindex(*e.shape[:2]):
+        expected[j, layer] = e[j, layer] - 0.5 * directions[layer] @ (mask[layer] * codes[j, layer])
+    np.testing.assert_allclose(
+        op(*arguments(dtype=torch.float64)[:3], -0.5, torch.from_numpy(mask)), expected, atol=1e-13
+    )
+
+
+def test_memory_layouts(laid_out):
+    tensors = [laid_out(t) for t in arguments()]
+    e, codes, directions, mask = tensors
+    expected = edit_latents_reference(e, codes, directions, 2.0, mask)
+    torch.testing.assert_close(edit_latents(e, codes, directions, 2.0, mask), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_strength_or_directions_the_embedding_stays():
+    e, codes, directions, mask = arguments()
+    assert torch.equal(edit_latents(e, codes, directions, alpha=0.0), e)
+    assert torch.equal(edit_latents(e, codes, directions, mask=torch.zeros_like(mask)), e)
+
+
+def test_masked_directions_leave_no_trace():
+    e, codes, directions, mask = arguments()
+    changed = torch.where(mask.bool(), codes, codes + 100)
+    torch.testing.assert_close(
+        edit_latents(e, changed, directions, mask=mask), edit_latents(e, codes, directions, mask=mask)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("masked", [True, False])
+def test_gradcheck(rows, masked):
+    *tensors, mask = arguments(n=2, n_latent=2, dim=3, k=3, rows=rows, dtype=torch.float64)
+    tensors = [t.requires_grad_() for t in tensors]
+    op = lambda *t: edit_latents(*t, 1.3, mask if masked else None)  # noqa: E731
+    assert torch.autograd.gradcheck(op, tensors)
+    assert torch.autograd.gradgradcheck(op, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(no_worse_than_plain, dtype):
+    e, codes, directions, mask = (t.to(dtype) for t in arguments(n=33, k=40))
+    exact = edit_latents_reference(e.double(), codes.double(), directions.double(), 1.5, mask)
+    plain = edit_latents_reference(e, codes, directions, 1.5, mask)
+    no_worse_than_plain(edit_latents(e, codes, directions, 1.5, mask), plain, exact)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay_in_their_sample_and_layer(value):
+    e, codes, directions, mask = arguments()
+    codes[2, 1, 3], mask[1, 3] = value, 1
+    y, expected = (op(e, codes, directions, 1.0, mask) for op in (edit_latents, edit_latents_reference))
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert not y[2, 1].isfinite().any() and y.isfinite().sum() == y.numel() - 59
+
+
+@pytest.mark.parametrize("op", [edit_latents, edit_latents_reference])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(directions=torch.zeros(8, 5)), r"directions must have shape \[L, D, K\], got \[8, 5\]"),
+        (dict(codes=torch.zeros(4, 3, 6)), r"codes must have shape \[N, 3, 5\], as directions have, got \[4, 3, 6\]"),
+        (dict(codes=torch.zeros(3, 5)), r"got \[3, 5\]"),
+        (dict(class_embedding=torch.zeros(4, 3, 9)), r"class_embedding must have shape \[N, 3, 8\].* got \[4, 3, 9\]"),
+        (dict(class_embedding=torch.zeros(2, 3, 8)), "class_embedding must hold 1 or 4 rows, as codes do, got 2"),
+        (dict(mask=torch.zeros(5)), r"mask must have shape \[3, 5\], got \[5\]"),
+    ],
+)
+def test_bad_input(op, change, message):
+    given = dict(class_embedding=torch.zeros(4, 3, 8), codes=torch.zeros(4, 3, 5), directions=torch.zeros(3, 8, 5))
+    with pytest.raises(InputError, match=message):
+        op(**given | change)
