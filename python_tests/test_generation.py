@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RESOLUTION
 from PIL import Image
+from tiny_model import RESOLUTION
 
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import MARKER, read_manifest, save_png, to_uint8

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import RESOLUTION, tiny_networks
 from scipy import stats
+from tiny_model import RESOLUTION, tiny_networks
 
 from sage_fast.data.folders import read_images, scan_image_folder
 from sage_fast.data.writers import to_uint8

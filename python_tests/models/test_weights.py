@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_codes, tiny_networks
 from safetensors.torch import load_file, save_file
+from tiny_model import tiny_codes, tiny_networks
 
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.errors import InputError

@@ -1,0 +1,41 @@
+"""A model small enough to run everywhere: 8 px, six seen categories, random weights."""
+
+from __future__ import annotations
+
+import torch
+
+from sage_fast.data.latent_table import LatentTable
+from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.stylegan2 import Discriminator, Generator
+
+RESOLUTION, STYLE_DIM, N_SEEN, N_EACH, N_DIRECTIONS = 8, 16, 6, 8, 5
+
+
+def tiny_networks() -> tuple[Generator, PyramidEncoder, Discriminator]:
+    """Networks with random weights whose outputs do depend on their inputs."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        generator = Generator(RESOLUTION, STYLE_DIM, n_mapping=2, channel_base=64, channel_max=8)
+        encoder = PyramidEncoder(
+            RESOLUTION, generator.n_latent, STYLE_DIM, channel_base=64, channel_max=8, head_width=4
+        )
+        discriminator = Discriminator(RESOLUTION, channel_base=64, channel_max=8)
+        generator.latent_avg.copy_(generator.mean_latent(1000))
+        with torch.no_grad():
+            for heads in encoder.heads:
+                heads.weight.mul_(30)  # starts near zero, which would make all codes alike
+            for layer in (generator.to_rgb1, *generator.to_rgbs):
+                layer.conv.weight.mul_(0.2)  # colours well inside [-1, 1]
+    return generator.eval(), encoder.eval(), discriminator.eval()
+
+
+def tiny_codes(n_latent: int) -> tuple[LatentTable, torch.Tensor]:
+    """Codes e + A n + a little, and A [L, D, K]."""
+    rng = torch.Generator().manual_seed(4)
+    embeddings = torch.randn(N_SEEN, n_latent, STYLE_DIM, generator=rng)
+    directions = torch.randn(n_latent, STYLE_DIM, N_DIRECTIONS, generator=rng)
+    labels = torch.arange(N_SEEN).repeat_interleave(N_EACH)
+    n = 0.1 * torch.randn(len(labels), n_latent, N_DIRECTIONS, generator=rng)
+    w_plus = embeddings[labels] + torch.einsum("ldk,nlk->nld", directions, n)
+    w_plus += 0.02 * torch.randn(w_plus.shape, generator=rng)
+    return LatentTable(w_plus, labels, [f"seen_{i}" for i in range(N_SEEN)]), directions
