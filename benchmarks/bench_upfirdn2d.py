@@ -1,0 +1,117 @@
+"""upfirdn2d on the layers of 32 px and 256 px StyleGAN2 networks.
+
+The floor is memory: each pixel is read once and written once; sixteen taps a pixel (eight, separated) are little work.
+Rivals: depthwise convolutions of PyTorch in both layouts, separated in rows and columns, transposed for upsampling.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sage_fast.ops import upfirdn2d
+
+SIDE = torch.tensor([1.0, 3, 3, 1]) / 8
+FIR = torch.outer(SIDE, SIDE)
+
+BLURS = {  # behind an up-convolution (pad 1, gain 4) or in front of a down-convolution (pad 2)
+    "32 px generator 8->16, N 16": (16, 64, 17, 1),
+    "32 px generator 16->32, N 16": (16, 32, 33, 1),
+    "32 px generator 16->32, N 1": (1, 32, 33, 1),
+    "32 px discriminator 32->16, N 16": (16, 32, 32, 2),
+    "256 px generator 8->16, N 1": (1, 512, 17, 1),
+    "256 px generator 32->64, N 1": (1, 512, 65, 1),
+    "256 px generator 128->256, N 1": (1, 128, 257, 1),
+    "256 px discriminator 256->128, N 4": (4, 128, 256, 2),
+}
+UPSAMPLINGS = {"32 px image 16->32, N 16": (16, 3, 16), "256 px image 128->256, N 4": (4, 3, 128)}
+DOWNSAMPLINGS = {"32 px skip 32->16, N 16": (16, 32, 32), "256 px skip 256->128, N 4": (4, 128, 256)}
+
+
+def moved(x: torch.Tensor, out: int) -> int:
+    return 4 * (x.numel() + x.shape[0] * x.shape[1] * out * out)
+
+
+@pytest.mark.parametrize("case", BLURS)
+def test_blur(compare, case):
+    n, c, size, pad = BLURS[case]
+    x, gain = torch.randn(n, c, size, size), 4.0 if pad == 1 else 1.0
+    depthwise, one = (FIR * gain).expand(c, 1, 4, 4).contiguous(), (FIR * gain)[None, None]
+    row, column = (SIDE * math.sqrt(gain)).view(1, 1, 1, 4), (SIDE * math.sqrt(gain)).view(1, 1, 4, 1)
+
+    def separated():
+        y = F.conv2d(x.view(n * c, 1, size, size), row, padding=(0, pad))
+        return F.conv2d(y, column, padding=(pad, 0)).view(n, c, *[size + 2 * pad - 3] * 2)
+
+    rivals = {
+        "depthwise": lambda: F.conv2d(x, depthwise, padding=pad, groups=c),
+        "one channel": lambda: F.conv2d(x.view(n * c, 1, size, size), one, padding=pad).view(
+            n, c, *[size + 2 * pad - 3] * 2
+        ),
+        "separated": separated,
+    } | others(x, pad, gain)
+    ours = lambda: upfirdn2d(x, FIR, padding=pad, gain=gain)  # noqa: E731
+    compare(f"blur, {case}", ours, rivals, moved(x, size + 2 * pad - 3))
+
+
+def others(x: torch.Tensor, pad: int, gain: float) -> dict:
+    """OpenCV, where it is installed: one image after the other."""
+    try:
+        import cv2
+    except ImportError:
+        return {}
+    cv2.setNumThreads(torch.get_num_threads())
+    planes, side = x.numpy().reshape(-1, *x.shape[2:]), SIDE.numpy() * np.sqrt(gain, dtype=np.float32)
+
+    def opencv():
+        wide = [cv2.copyMakeBorder(p, pad, pad, pad, pad, cv2.BORDER_CONSTANT) for p in planes]
+        y = np.stack([cv2.sepFilter2D(p, -1, side, side, anchor=(0, 0))[:-3, :-3] for p in wide])
+        return torch.from_numpy(y).view(*x.shape[:2], *y.shape[1:])
+
+    return {"OpenCV": opencv}
+
+
+@pytest.mark.parametrize("case", UPSAMPLINGS)
+def test_upsampling(compare, case):
+    n, c, size = UPSAMPLINGS[case]
+    x = torch.randn(n, c, size, size)
+    depthwise, one = (4 * FIR).expand(c, 1, 4, 4).contiguous(), (4 * FIR)[None, None]
+    rivals = {
+        "depthwise transposed": lambda: F.conv_transpose2d(x, depthwise, stride=2, padding=1, groups=c),
+        "one channel transposed": lambda: F.conv_transpose2d(
+            x.view(n * c, 1, size, size), one, stride=2, padding=1
+        ).view(n, c, 2 * size, 2 * size),
+    }
+    ours = lambda: upfirdn2d(x, FIR, up=2, padding=(2, 1, 2, 1), gain=4.0)  # noqa: E731
+    compare(f"up 2, {case}", ours, rivals, moved(x, 2 * size))
+
+
+@pytest.mark.parametrize("case", DOWNSAMPLINGS)
+def test_downsampling(compare, case):
+    n, c, size = DOWNSAMPLINGS[case]
+    x = torch.randn(n, c, size, size)
+    depthwise, one = FIR.expand(c, 1, 4, 4).contiguous(), FIR[None, None]
+    rivals = {
+        "depthwise": lambda: F.conv2d(x, depthwise, stride=2, padding=1, groups=c),
+        "one channel": lambda: F.conv2d(x.view(n * c, 1, size, size), one, stride=2, padding=1).view(
+            n, c, size // 2, size // 2
+        ),
+    }
+    ours = lambda: upfirdn2d(x, FIR, down=2, padding=1)  # noqa: E731
+    compare(f"down 2, {case}", ours, rivals, moved(x, size // 2))
+
+
+@pytest.mark.parametrize("case", ["32 px discriminator 32->16, N 16", "256 px generator 32->64, N 1"])
+def test_gradient(compare, case):
+    """Forward and backward, as training has it."""
+    n, c, size, pad = BLURS[case]
+    x = torch.randn(n, c, size, size, requires_grad=True)
+    depthwise = FIR.expand(c, 1, 4, 4).contiguous()
+    grad = torch.randn(n, c, *[size + 2 * pad - 3] * 2)
+    rival = lambda: torch.autograd.grad(F.conv2d(x, depthwise, padding=pad, groups=c), x, grad)[0]  # noqa: E731
+    ours = lambda: torch.autograd.grad(upfirdn2d(x, FIR, padding=pad), x, grad)[0]  # noqa: E731
+    compare(f"blur and gradient, {case}", ours, {"depthwise": rival})

@@ -1,0 +1,124 @@
+"""What the benchmarks share: parity first, then interleaved medians against rivals, a table and one JSON line a file.
+
+Every row compares one op with the best forms that others offer, in one process and on the same tensors. The calls are
+interleaved, so that a change of clock or load meets all of them. On one thread (the default) the time is the thread's
+own, which other programs on the machine do not lengthen. A ratio is the rival's time over ours: above 1 we are ahead.
+
+    make bench                                  all files
+    pytest benchmarks/bench_upfirdn2d.py --benchmark-enable --bench-threads 2
+
+Without ``--benchmark-enable`` only the parity is checked. Where an op has no kernel, its benchmark refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from torch import Tensor
+
+from sage_fast import _native
+
+ROUNDS, ROUND_SECONDS = 11, 0.006
+_ROWS: pytest.StashKey[dict[str, list[dict]]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bench-threads", type=int, default=1, help="threads of torch in benchmarks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ROWS] = {}
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """bench_<op>.py, also when only the folder is named; files named themselves are collected by pytest."""
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    threads = config.getoption("--bench-threads")
+    for name, rows in config.stash[_ROWS].items():
+        terminalreporter.section(f"{name}: ours, and how many times as long the others take")
+        for row in rows:
+            rivals = "   ".join(f"{rival} {ratio:.2f}" for rival, ratio in row["ratios"].items())
+            extra = f"{row['gb_per_s']:6.1f} GB/s   " if row["gb_per_s"] else ""
+            terminalreporter.write_line(f"{row['case']:<44} {row['ms']:9.3f} ms   {extra}{rivals}")
+        lowest = min((min(row["ratios"].values()) for row in rows), default=None)
+        line = dict(bench=name, threads=threads, torch=torch.__version__, lowest_ratio=lowest, rows=rows)
+        terminalreporter.write_line(json.dumps(line))
+
+
+@dataclass
+class Comparison:
+    """Collects the rows of one benchmark file."""
+
+    rows: list[dict]
+    benchmark: object
+    one_thread: bool
+    tolerance: float = 2e-5
+    clock: Callable[[], float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = time.thread_time if self.one_thread else time.perf_counter
+
+    def __call__(
+        self, case: str, ours: Callable[[], Tensor], rivals: Mapping[str, Callable[[], Tensor]], moved: int = 0
+    ) -> None:
+        """Check that all give what ours gives; then time them. ``moved``: bytes that must at least be read and written."""
+        expected = ours()
+        scale = expected.abs().max().item()
+        for name, rival in rivals.items():
+            error = (rival() - expected).abs().max().item()
+            assert error <= self.tolerance * max(scale, 1), f"{name} differs by {error:.2e}"
+        if self.benchmark.disabled:
+            self.benchmark(ours)
+            return
+        seconds = self._medians({"ours": ours, **rivals})
+        mine = seconds.pop("ours")
+        ratios = {name: round(value / mine, 3) for name, value in seconds.items()}
+        row = dict(case=case, ms=round(mine * 1e3, 4), gb_per_s=round(moved / mine / 1e9, 2), ratios=ratios)
+        self.rows.append(row)
+        self.benchmark.extra_info.update(row)
+        self.benchmark.pedantic(ours, rounds=5, iterations=max(1, int(0.002 / mine)), warmup_rounds=1)
+
+    def _medians(self, calls: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+        repeats = {name: max(1, int(ROUND_SECONDS / self._time(call, 3))) for name, call in calls.items()}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for i in range(ROUNDS):
+            for name in list(calls)[:: 1 if i % 2 else -1]:  # there and back, so that nobody always comes first
+                times[name].append(self._time(calls[name], repeats[name]))
+        return {name: median(values) for name, values in times.items()}
+
+    def _time(self, call: Callable[[], Tensor], repeats: int) -> float:
+        start = self.clock()
+        for _ in range(repeats):
+            call()
+        return max((self.clock() - start) / repeats, 1e-9)
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, benchmark) -> Comparison:
+    """A :class:`Comparison` for the file of the test."""
+    name = request.path.stem.removeprefix("bench_")
+    needed = [op for op in _native.NATIVE_OPS if not _native.has_kernel(op, "cpu")]
+    if needed:
+        pytest.fail(f"no kernels of {', '.join(needed)}: {_native.load().reasons['cpu']}; there is nothing to measure")
+    rows = request.config.stash[_ROWS].setdefault(name, []) if not benchmark.disabled else []
+    return Comparison(rows, benchmark, request.config.getoption("--bench-threads") == 1)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.config.getoption("--bench-threads"))
+    yield
+    torch.set_num_threads(before)
