@@ -17,8 +17,9 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.to
 demo: setup
 	$(PYTHON) -m sage_fast.demo --out demo_out
 
+# a process a core with one thread each: the tests' tensors are too small for two
 test: setup
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 setup: $(STAMP)
 
