@@ -6,8 +6,6 @@ convolutions of PyTorch, SciPy's blur, and OpenCV and kornia where they are inst
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch

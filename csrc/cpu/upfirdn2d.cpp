@@ -6,78 +6,117 @@
 #include <vector>
 
 #include "tensor.h"
+#include "vector.h"
 
 namespace sage_fast {
 namespace {
 
-// y[i] += t * x[i], the one loop that all the time goes into.
-template <class T>
-inline void axpy(T t, const T* __restrict x, T* __restrict y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += t * x[i];
+// out[i] (+)= sum_k taps[k] * rows[k][i], the one loop that all the time goes into: `Wide` vectors at a time, whose sums
+// stay in registers over all taps.
+template <class T, int64_t Wide>
+int64_t weighted_sum_from(int64_t i, const T* const* rows, const T* taps, int64_t count, bool add, T* out, int64_t n) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  for (; i + Wide * lanes <= n; i += Wide * lanes) {
+    typename Vector<T>::type sum[Wide] = {};
+    for (int64_t v = 0; add && v < Wide; ++v) sum[v] = load(out + i + v * lanes);
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t v = 0; v < Wide; ++v) sum[v] += taps[k] * load(rows[k] + i + v * lanes);
+    }
+    for (int64_t v = 0; v < Wide; ++v) store<T>(sum[v], out + i + v * lanes);
+  }
+  return i;
 }
 
-// Filters one row: out[o] += sum_k taps[k] * upsampled(in)[o * down + k - left]. Correlation taps.
-// Up 2 goes through one buffer per phase, down 2 through one per input phase, so that axpy always runs over neighbours.
 template <class T>
-struct RowFilter {
-  int64_t w, out_w, k, up, down, left;
-  mutable std::vector<T> even, odd;
+void weighted_sum(const T* const* rows, const T* taps, int64_t count, bool add, T* out, int64_t n) {
+  int64_t i = weighted_sum_from<T, 4>(0, rows, taps, count, add, out, n);
+  i = weighted_sum_from<T, 2>(i, rows, taps, count, add, out, n);
+  i = weighted_sum_from<T, 1>(i, rows, taps, count, add, out, n);
+  for (; i < n; ++i) {
+    T sum = add ? out[i] : T(0);
+    for (int64_t k = 0; k < count; ++k) sum += taps[k] * rows[k][i];
+    out[i] = sum;
+  }
+}
 
-  void operator()(const T* in, const T* taps, T* out) const {
-    if (up == 1 && down == 1) return plain(in, w, taps, 1, 0, out, out_w);
-    if (up == 2 && down == 1) return up2(in, taps, out);
-    if (up == 1 && down == 2) return down2(in, taps, out);
-    for (int64_t o = 0; o < out_w; ++o) {
-      for (int64_t j = 0; j < k; ++j) {
-        int64_t at = o * down + j - left;
-        if (at >= 0 && at % up == 0 && at / up < w) out[o] += taps[j] * in[at / up];
-      }
+// Filters one row: out[o] (+)= sum_j taps[j] * upsampled(in)[o * down + j - left]. Correlation taps.
+// The row is copied between zeros, with down 2 its even and odd pixels apart, so that each tap meets neighbours; with up 2
+// the even and odd outputs are made apart, from every second tap each.
+template <class T>
+class RowFilter {
+ public:
+  RowFilter(const UpfirdnParams& p)
+      : w_(p.w), out_w_(p.out_w()), k_(p.kw), up_(p.up), down_(p.down), left_(p.left), half_((p.out_w() + 1) / 2) {
+    if (up_ > 2 || down_ > 2 || up_ * down_ > 2) return;
+    const int64_t step = up_ * down_;  // taps and pixels per neighbour
+    before_ = std::max<int64_t>(0, left_ / step + 1);
+    const int64_t length = ceil_div(w_, down_), last = (up_ == 2 ? half_ : out_w_) - 1 + (k_ - left_) / step + 1;
+    for (int64_t part = 0; part < down_; ++part) line_[part].assign(before_ + std::max(length, last + 1), T(0));
+    for (int64_t phase = 0; up_ == 2 && phase < 2; ++phase) sums_[phase].resize(half_);
+    // where each tap starts to read; divisions cost more than the sums of a short row, so they are made once
+    for (int64_t j = 0; j < k_; ++j) {
+      const int64_t shift = up_ == 2 ? ceil_div(j - left_, 2) : floor_div(j - left_, down_);
+      tap_reads_[j] = line_[down_ == 2 ? j - left_ - shift * 2 : 0].data() + before_ + shift;
     }
+  }
+
+  RowFilter(const RowFilter&) = delete;  // tap_reads_ points into line_
+  RowFilter& operator=(const RowFilter&) = delete;
+
+  void operator()(const T* in, const T* taps, bool add, T* out) {
+    if (line_[0].empty()) return any(in, taps, add, out);
+    copy(in);
+    if (up_ == 2) return up2(taps, add, out);
+    weighted_sum(tap_reads_, taps, k_, add, out, out_w_);  // output o meets pixel down * o + j - left
   }
 
  private:
-  // out[o] += taps[j] * in[o + shift(j)] for every stride-th tap from `first`
-  void plain(const T* in, int64_t n, const T* taps, int64_t stride, int64_t first, T* out, int64_t n_out) const {
-    for (int64_t j = first; j < k; j += stride) {
-      int64_t shift = floor_div(j - left, stride);
-      int64_t begin = std::max<int64_t>(0, -shift), end = std::min(n_out, n - shift);
-      if (begin < end) axpy(taps[j], in + begin + shift, out + begin, end - begin);
+  void copy(const T* in) {
+    T *even = line_[0].data() + before_, *odd = line_[1].data() + before_;
+    if (down_ == 1) {
+      std::copy_n(in, w_, even);
+      return;
     }
-  }
-
-  void up2(const T* in, const T* taps, T* out) const {
-    int64_t n_even = (out_w + 1) / 2, n_odd = out_w / 2;
-    even.assign(n_even, T(0));
-    odd.assign(n_odd, T(0));
-    for (int64_t j = 0; j < k; ++j) {  // output o sees input (o + j - left) / 2 where that is whole
-      int64_t phase = ((left - j) % 2 + 2) % 2, shift = (phase + j - left) / 2;
-      std::vector<T>& part = phase ? odd : even;
-      int64_t begin = std::max<int64_t>(0, -shift), end = std::min<int64_t>(part.size(), w - shift);
-      if (begin < end) axpy(taps[j], in + begin + shift, part.data() + begin, end - begin);
-    }
-    for (int64_t i = 0; i < n_odd; ++i) {
-      out[2 * i] += even[i];
-      out[2 * i + 1] += odd[i];
-    }
-    if (n_even > n_odd) out[2 * n_odd] += even[n_odd];
-  }
-
-  void down2(const T* in, const T* taps, T* out) const {
-    int64_t n_even = (w + 1) / 2, n_odd = w / 2;
-    even.resize(n_even);
-    odd.resize(n_odd);
-    for (int64_t i = 0; i < n_odd; ++i) {
+    for (int64_t i = 0; i < w_ / 2; ++i) {
       even[i] = in[2 * i];
       odd[i] = in[2 * i + 1];
     }
-    if (n_even > n_odd) even[n_odd] = in[2 * n_odd];
-    for (int64_t j = 0; j < k; ++j) {  // output o sees input 2 o + j - left
-      int64_t phase = ((j - left) % 2 + 2) % 2, shift = (j - left - phase) / 2;
-      const std::vector<T>& part = phase ? odd : even;
-      int64_t begin = std::max<int64_t>(0, -shift), end = std::min<int64_t>(out_w, int64_t(part.size()) - shift);
-      if (begin < end) axpy(taps[j], part.data() + begin + shift, out + begin, end - begin);
+    if (w_ % 2) even[w_ / 2] = in[w_ - 1];
+  }
+
+  void up2(const T* taps, bool add, T* out) {
+    for (int64_t phase = 0; phase < 2; ++phase) {
+      int64_t count = 0;
+      for (int64_t j = ((left_ - phase) % 2 + 2) % 2; j < k_; j += 2) {  // output o meets pixel (o + j - left) / 2
+        phase_reads_[count] = tap_reads_[j];
+        phase_taps_[count++] = taps[j];
+      }
+      weighted_sum(phase_reads_, phase_taps_, count, false, sums_[phase].data(), half_);
+    }
+    const T *even = sums_[0].data(), *odd = sums_[1].data();
+    if (!add) std::fill_n(out, out_w_, T(0));
+    for (int64_t i = 0; i < out_w_ / 2; ++i) {
+      out[2 * i] += even[i];
+      out[2 * i + 1] += odd[i];
+    }
+    if (out_w_ % 2) out[out_w_ - 1] += even[half_ - 1];
+  }
+
+  void any(const T* in, const T* taps, bool add, T* out) const {
+    for (int64_t o = 0; o < out_w_; ++o) {
+      T sum = add ? out[o] : T(0);
+      for (int64_t j = 0; j < k_; ++j) {
+        const int64_t at = o * down_ + j - left_;
+        if (at >= 0 && at % up_ == 0 && at / up_ < w_) sum += taps[j] * in[at / up_];
+      }
+      out[o] = sum;
     }
   }
+
+  int64_t w_, out_w_, k_, up_, down_, left_, half_, before_ = 0;
+  std::vector<T> line_[2], sums_[2];
+  const T *tap_reads_[32], *phase_reads_[32];
+  T phase_taps_[32];
 };
 
 // col x row = f to within `tolerance` of its largest tap, when f has rank one (every filter that StyleGAN2 uses); false
@@ -109,27 +148,50 @@ void run(const T* x, const std::vector<double>& filter, const UpfirdnParams& p, 
   const bool separable = p.kh * p.kw > 1 && separate(f, p.kh, p.kw, tolerance, col, row);
   const std::vector<T> taps(f.begin(), f.end()), col_taps(col.begin(), col.end()), row_taps(row.begin(), row.end());
 
+  struct Meeting {
+    int64_t tap, row;
+  };
+  std::vector<Meeting> meetings;  // of all output rows; those of row o lie from first_of[o] to first_of[o + 1]
+  std::vector<int64_t> first_of(1, 0);
+  for (int64_t o = 0; o < out_h; ++o) {
+    for (int64_t j = 0; j < p.kh; ++j) {
+      const int64_t at = o * p.down + j - p.top;
+      if (at >= 0 && at % p.up == 0 && at / p.up < p.h) meetings.push_back({j, at / p.up});
+    }
+    first_of.push_back(int64_t(meetings.size()));
+  }
+
   parallel(p.planes, 1 + 16384 / (out_h * out_w + 1), [&](int64_t first, int64_t last) {
-    RowFilter<T> filter_row{p.w, out_w, p.kw, p.up, p.down, p.left, {}, {}};
-    std::vector<T> rows(separable ? p.h * out_w : 0);
+    RowFilter<T> filter_row(p);
+    // rows filtered along themselves, between rows of zeros that stand for the padding
+    const int64_t above = std::max<int64_t>(0, p.top), rows_needed = above + std::max(p.h, out_h + p.kh - 1 - p.top);
+    std::vector<T> rows(separable ? rows_needed * out_w : 0);
+    T* const top_row = rows.data() + above * out_w;
+    const T* near[32];
+    T near_taps[32];
     for (int64_t plane = first; plane < last; ++plane) {
       const T* in = x + plane * p.h * p.w;
-      T* out = y + plane * out_h * out_w;
-      if (separable) {
-        std::fill(rows.begin(), rows.end(), T(0));
-        for (int64_t i = 0; i < p.h; ++i) filter_row(in + i * p.w, row_taps.data(), rows.data() + i * out_w);
+      for (int64_t i = 0; separable && i < p.h; ++i) {
+        filter_row(in + i * p.w, row_taps.data(), false, top_row + i * out_w);
+      }
+      if (separable && p.up == 1 && p.down == 1) {  // neighbours in a column lie at one distance: the plane is one sum
+        for (int64_t j = 0; j < p.kh; ++j) near[j] = top_row + (j - p.top) * out_w;
+        weighted_sum(near, col_taps.data(), p.kh, false, y + plane * out_h * out_w, out_h * out_w);
+        continue;
       }
       for (int64_t o = 0; o < out_h; ++o) {
-        std::fill(out + o * out_w, out + (o + 1) * out_w, T(0));
-        for (int64_t j = 0; j < p.kh; ++j) {
-          int64_t at = o * p.down + j - p.top;
-          if (at < 0 || at % p.up || at / p.up >= p.h) continue;
+        T* out = y + (plane * out_h + o) * out_w;
+        int64_t count = 0;
+        for (int64_t m = first_of[o]; m < first_of[o + 1]; ++m, ++count) {
+          const auto [tap, row_met] = meetings[m];
           if (separable) {
-            axpy(col_taps[j], rows.data() + at / p.up * out_w, out + o * out_w, out_w);
+            near[count] = top_row + row_met * out_w;
+            near_taps[count] = col_taps[tap];
           } else {
-            filter_row(in + at / p.up * p.w, taps.data() + j * p.kw, out + o * out_w);
+            filter_row(in + row_met * p.w, taps.data() + tap * p.kw, count > 0, out);
           }
         }
+        if (separable || count == 0) weighted_sum(near, near_taps, count, false, out, out_w);
       }
     }
   });

@@ -27,6 +27,8 @@ def test_kernel_equals_reference(device, size, sigma, dtype):
     x = images(2, 3, *size, dtype=dtype, device=device)
     tolerance = 2e-6 if dtype == torch.float32 else 1e-13
     expected = gaussian_low_pass_reference(x, sigma)
+    kernel = torch.ops.sage_fast.gaussian_low_pass(x, sigma)
+    torch.testing.assert_close(kernel, expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(gaussian_low_pass(x, sigma), expected, atol=tolerance, rtol=tolerance)
 
 
