@@ -125,14 +125,15 @@ def test_uint8_and_float_shots_are_the_same(pipeline, shots):
 
 
 def test_alpha_zero_gives_the_bases_and_alpha_scales_the_edit(pipeline, shots):
-    base = pipeline.adapt(shots).bases[0]
-    edits = [pipeline(shots, n=4, alpha=alpha).w_plus - base for alpha in (0.0, 1.0, 2.0)]
+    bases = pipeline.adapt(shots).bases
+    bases = bases[torch.arange(4) % len(bases)]
+    edits = [pipeline(shots, n=4, alpha=alpha).w_plus - bases for alpha in (0.0, 1.0, 2.0)]
     assert edits[0].abs().max() < 1e-6
     assert torch.allclose(2 * edits[1], edits[2], atol=1e-5) and edits[1].abs().max() > 1e-2
 
 
 def test_alpha_is_the_presets_unless_given(tiny_bundle, shots):
-    for preset, alpha in (("paper", 2.0), ("released", 1.0), ("default", 2.0)):
+    for preset, alpha in (("paper", 2.0), ("released", 1.0), ("default", 1.0)):
         p = FewShotPipeline.from_bundle(tiny_bundle, preset=preset)
         assert torch.equal(p(shots, n=3).w_plus, p(shots, n=3, alpha=alpha).w_plus)
 

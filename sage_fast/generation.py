@@ -52,13 +52,13 @@ class GenerateConfig:
     """
 
     n: int = 128  # images per category
-    alpha: float | None = None  # strength of the edit, Eq. 20; None: the preset's, 2 (released: 1)
+    alpha: float | None = None  # strength of the edit, Eq. 20; None: the preset's, 1 (paper: 2)
     method: str = "sage"
     fusion: str = "none"
     seed: int = 0
     preset: str = "default"
     n_shots: int | None = None  # images of each category to use, chosen by the seed; None: all
-    n_components: int | None = None  # t_B; None: 10, or all that the model has
+    n_components: int | None = None  # t_B; None: the preset's, or all that the model has
     n_similar: int | None = None  # t_C; None: the preset's
     n_directions: int | None = None  # t_A; None: the preset's
     batch: int = 64  # images the generator draws at a time

@@ -37,8 +37,8 @@ METHODS = (*EDITOR_METHODS, "inversion")
 FUSIONS = ("none", "pixel", "frequency", "both")
 """What generated images are fused with their shot by; ``"both"`` is frequencies first, then pixels."""
 
-_N_COMPONENTS = 10  # t_B of every preset
 _LARGEST = 4.0  # float images above it were not scaled to [-1, 1]
+_N_COMPONENTS = max(settings["n_components"] for settings in PRESETS.values())
 _PIXEL: dict[str, dict[str, Any]] = {
     "paper": {"blend": "printed"},
     "released": {"blend": "convex"},
@@ -212,7 +212,7 @@ class FewShotPipeline:
         Args:
             shots: [K, C, R, R], uint8 or float in [-1, 1].
             n: how many, at least 1.
-            alpha: strength of the edit (Eq. 20); the preset's when absent (2, or 1 for ``"released"``). Inversion has
+            alpha: strength of the edit (Eq. 20); the preset's when absent (1, or 2 for ``"paper"``). Inversion has
                 none.
             method: ``"age"``, ``"sage-q"``, ``"sage-i"``, ``"sage"``, or ``"inversion"``: the shots' reconstructions.
             fusion: ``"none"``, ``"pixel"``, ``"frequency"``, ``"both"``, or several of them; sample j is fused with

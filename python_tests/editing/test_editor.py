@@ -177,14 +177,31 @@ def test_settings_above_what_there_is_are_clipped(seen, dictionaries, shots):
     assert len(distribution.similar_categories) == S and distribution.direction_mask.all()
 
 
+def test_each_shot_is_edited_from_its_own_projection(seen, dictionaries, shots):
+    relevant = dictionaries[0]
+    of_each = _adapt(seen, dictionaries, shots, each_shot=True, n_components=(2, 5))
+    expected = torch.cat([relevant.project(shots, 2), relevant.project(shots, 5)])
+    torch.testing.assert_close(of_each.bases, expected)
+    of_mean = _adapt(seen, dictionaries, shots, n_components=(2, 5))
+    torch.testing.assert_close(of_each.class_embedding, of_mean.class_embedding)
+    torch.testing.assert_close(of_each.bases.view(2, 3, L, D).mean(1), of_mean.bases)
+    one = [_adapt(seen, dictionaries, shots[:1], each_shot=each).bases for each in (True, False)]
+    torch.testing.assert_close(*one)
+    fine = _adapt(seen, dictionaries, shots, each_shot=True, keep_fine_residual=True)
+    assert torch.equal(fine.bases[:, 7:], shots[:, 7:])
+    torch.testing.assert_close(fine.bases[:, :7], relevant.project(shots)[:, :7])
+
+
 def test_presets():
     relevant = CategoryRelevantDictionary.from_class_embeddings(_random(40, 2, 30), 10)
     irrelevant = CategoryIrrelevantDictionary(_random(2, 30, 8))
-    expected = {"paper": ("joint", 2.0), "released": ("per_layer", 1.0), "default": ("joint", 2.0)}
+    expected = {"paper": ("joint", 2.0), "released": ("per_layer", 1.0), "default": ("joint", 1.0)}
     for name, (covariance, alpha) in expected.items():
         editor = FewShotEditor.preset(name, relevant, irrelevant)
         assert (editor.reading, editor.covariance, editor.alpha) == (name, covariance, alpha)
-        assert (editor.n_similar, editor.n_directions, editor.n_components) == (20, 50, (10,))
+        t_b = 30 if name == "default" else 10  # 40, of which D = 30 allows 30
+        assert (editor.n_similar, editor.n_directions, editor.n_components) == (20, 50, (t_b,))
+        assert editor.each_shot == (name == "default")
         assert FewShotEditor.preset(name, relevant, irrelevant, n_shots=1).n_similar == 30
         w_plus = _random(80, 2, 30)
         made = editor.fit(w_plus, torch.arange(80) % 40).adapt(w_plus[:1])
@@ -214,6 +231,7 @@ def test_distributions_of_one_editor_are_independent(seen, dictionaries, shots):
         ({"shrinkage": 1.5}, "shrinkage must be 0 to 1"),
         ({"shrinkage": 0.5, "covariance": "diagonal"}, "with 'diagonal'"),
         ({"keep_fine_residual": True, "class_embedding_mapping": False}, "no effect without class_embedding_mapping"),
+        ({"each_shot": True, "class_embedding_mapping": False}, "each_shot has no effect without"),
         ({"beta": -1.0}, "beta must not be negative"),
     ],
 )

@@ -76,7 +76,7 @@ class ClassDistribution:
 
         Args:
             n: how many, 0 or more.
-            alpha: strength of the edit; the distribution's own (2 unless its preset says otherwise) when absent.
+            alpha: strength of the edit; the distribution's own when absent.
             rng: source of the random numbers; torch's own when absent.
             first: number of the first sample; sample j edits base j mod B.
         Returns:
