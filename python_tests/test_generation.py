@@ -62,7 +62,7 @@ def test_the_folder_holds_images_manifest_config_and_sheet(tiny_bundle, tiny_sho
     hash = FewShotPipeline.from_bundle(tiny_bundle).hash
     assert lines[4] == {
         "category": "lily", "file": names[4], "number": 4, "sources": ["lily/0.png", "lily/1.png", "lily/2.png"],
-        "source": "lily/1.png", "seed": 2, "method": "sage", "alpha": 2.0, "fusion": "pixel", "preset": "default",
+        "source": "lily/1.png", "seed": 2, "method": "sage", "alpha": 1.0, "fusion": "pixel", "preset": "default",
         "model": hash,
     }  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -210,7 +210,7 @@ def test_an_image_without_a_manifest_line_is_drawn_again(pipeline, tiny_shots, t
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"alpha": 1.0}, {"method": "age"}, {"fusion": "both"}, {"n_similar": 2}, {"n": 2}]
+    "change", [{"seed": 1}, {"alpha": 2.0}, {"method": "age"}, {"fusion": "both"}, {"n_similar": 2}, {"n": 2}]
 )
 def test_resuming_with_other_settings_is_refused(pipeline, tiny_shots, tmp_path, change):
     out = tmp_path / "out"

@@ -114,10 +114,10 @@ def test_the_table_has_every_row_it_promises(small):
     _, _, content, said = small
     for n_shots in (1, 2):
         names = [row["name"] for row in content["rows"] if row["n_shots"] == n_shots]
-        sweeps = [f"{m}, α = {a}" for m in ("AGE", "SAGE-Q", "SAGE-I", "SAGE") for a in ("0.5", "2")]
+        sweeps = [f"{m}, α = {a}" for m in ("AGE", "SAGE-Q", "SAGE-I", "SAGE") for a in ("0.5", "1", "2")]
         presets = ["SAGE (paper), α = 0.5", "SAGE (paper), α = 2"]
         presets += [f"SAGE (released), α = {a}" for a in ("0.5", "1", "2")]  # its own alpha is added
-        fused = [f"SAGE + {fusion}, α = 2" for fusion in ("pixel", "frequency", "both")]
+        fused = [f"SAGE + {fusion}, α = 1" for fusion in ("pixel", "frequency", "both")]
         assert sorted(names) == sorted(["real drawings", "inversion", *sweeps, *presets, *fused])
     assert len(said) == 2 * 8
     assert {(m["n_shots"], m["method"]) for m in content["at_equal_diversity_to_age"]} == {
@@ -133,14 +133,14 @@ def test_rows_say_what_they_must_of_a_model_that_never_saw_the_categories(small)
     assert rows[1, "AGE, α = 2"]["diversity"] > rows[1, "AGE, α = 0.5"]["diversity"] > 0
     # with six seen categories every one is similar and every direction is used: SAGE-I is AGE, SAGE-Q is SAGE
     names = ("SAGE", "SAGE (released)", "AGE", "SAGE + pixel", "SAGE + frequency", "SAGE + both")
-    assert len({rows[1, f"{name}, α = 2"]["frechet"] for name in names}) == len(names)
+    assert len({rows[1, f"{name}, α = 1"]["frechet"] for name in names}) == len(names)
 
 
 def test_the_page_shows_every_main_row_and_no_path(small, tmp_path_factory):
     config, path, content, _ = small
     page = path.read_text(encoding="utf-8")
     assert path.name == "flora.md" and "## 1 given image\n" in page and "## 2 given images\n" in page
-    for name in ("real drawings", "SAGE (released), α = 1", "SAGE + pixel, α = 2"):
+    for name in ("real drawings", "SAGE (released), α = 1", "SAGE + pixel, α = 1"):
         assert page.count(f"| {name} |") == 4  # scores and factors, for one and for two shots
     assert content["model"][:12] in page and str(config.model) not in page + json.dumps(content)
 
