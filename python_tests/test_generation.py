@@ -66,7 +66,7 @@ def test_the_folder_holds_images_manifest_config_and_sheet(tiny_bundle, tiny_sho
         "model": hash,
     }  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["n"], config["alpha"], config["model"]) == (5, 2.0, hash)
+    assert (config["n"], config["alpha"], config["model"]) == (5, 1.0, hash)
     assert config["shots"] == {"lily": lines[0]["sources"], "rose": ["rose/0.png", "rose/1.png"]}
     assert not list((tmp_path / "out").rglob("*.tmp"))
 

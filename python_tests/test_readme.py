@@ -62,12 +62,12 @@ def test_step_by_step_is_what_the_pipeline_does(namespace):
 
     pipeline, shots, generator = namespace["pipeline"], namespace["shots"], namespace["generator"]
     n_similar = namespace["editor"].n_similar
-    editor = FewShotEditor(pipeline.relevant, pipeline.irrelevant, n_similar=n_similar)
+    editor = FewShotEditor(pipeline.relevant, pipeline.irrelevant, n_similar=n_similar, each_shot=True)
     editor.fit(namespace["w_plus"], namespace["labels"])
     with torch.no_grad():
         distribution = editor.adapt(pipeline.embed(shots))
         noise = torch.stack([normals(0, "lily", j, distribution.n_random) for j in range(16)])
-        w_plus = distribution.sample_with(noise, alpha=2.0)
+        w_plus = distribution.sample_with(noise, alpha=1.0)
         images = generator(w_plus + generator.latent_avg, noise=namespace["bundle"].noise).clamp(-1, 1)
     torch.testing.assert_close(images, namespace["result"].images, rtol=0, atol=1e-4)
 
