@@ -35,6 +35,7 @@ endif
 	@mkdir -p build && touch $@
 
 bench: setup
+	$(PYTHON) benchmarks/bench_dictionary.py
 	$(PYTHON) -m pytest benchmarks --benchmark-enable
 
 lint:

@@ -47,6 +47,9 @@ def extensions():
                 self.extensions = []
             folder = ROOT / "sage_fast" if self.inplace else Path(self.build_lib) / "sage_fast"
             folder.mkdir(parents=True, exist_ok=True)
+            if reason is not None:  # objects of an earlier build would not be those of these sources
+                for stale in (*folder.glob("_ops_*.so"), *folder.glob("_host*.so")):
+                    stale.unlink()
             (folder / build["INFO"]).write_text(json.dumps(build["describe"](reason), indent=2))
 
         def copy_extensions_to_source(self):

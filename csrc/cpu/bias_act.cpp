@@ -1,6 +1,6 @@
 #include "../bias_act.h"
 
-#include "tensor.h"
+#include "parallel.h"
 
 namespace sage_fast {
 namespace {

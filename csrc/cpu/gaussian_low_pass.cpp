@@ -1,13 +1,13 @@
 #include "../gaussian_low_pass.h"
 
-#include "tensor.h"
+#include "parallel.h"
 #include "vector.h"
 
 namespace sage_fast {
 namespace {
 
-// out[i] = taps[0] * rows[0][i] + sum_k taps[k] * (rows[2 k - 1][i] + rows[2 k][i]): pixels at the same distance share a
-// tap. `Wide` neighbours at a time, whose sums stay in registers over all taps.
+// out[i] = taps[0] * rows[0][i] + sum_k taps[k] * (rows[2 k - 1][i] + rows[2 k][i]): pixels at the same distance share
+// a tap. `Wide` neighbours at a time, whose sums stay in registers over all taps.
 template <class T, int64_t Wide>
 int64_t combine_from(int64_t i, const std::vector<T>& taps, const T* const* rows, T* out, int64_t n) {
   constexpr int64_t lanes = Vector<T>::lanes;

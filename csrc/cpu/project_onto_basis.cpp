@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "tensor.h"
+#include "parallel.h"
 
 namespace sage_fast {
 namespace {

@@ -5,14 +5,14 @@
 #include <limits>
 #include <vector>
 
-#include "tensor.h"
+#include "parallel.h"
 #include "vector.h"
 
 namespace sage_fast {
 namespace {
 
-// out[i] (+)= sum_k taps[k] * rows[k][i], the one loop that all the time goes into: `Wide` vectors at a time, whose sums
-// stay in registers over all taps.
+// out[i] (+)= sum_k taps[k] * rows[k][i], the one loop that all the time goes into: `Wide` vectors at a time, whose
+// sums stay in registers over all taps.
 template <class T, int64_t Wide>
 int64_t weighted_sum_from(int64_t i, const T* const* rows, const T* taps, int64_t count, bool add, T* out, int64_t n) {
   constexpr int64_t lanes = Vector<T>::lanes;
@@ -40,8 +40,8 @@ void weighted_sum(const T* const* rows, const T* taps, int64_t count, bool add, 
 }
 
 // Filters one row: out[o] (+)= sum_j taps[j] * upsampled(in)[o * down + j - left]. Correlation taps.
-// The row is copied between zeros, with down 2 its even and odd pixels apart, so that each tap meets neighbours; with up 2
-// the even and odd outputs are made apart, from every second tap each.
+// The row is copied between zeros, with down 2 its even and odd pixels apart, so that each tap meets neighbours; with
+// up 2 the even and odd outputs are made apart, from every second tap each.
 template <class T>
 class RowFilter {
  public:

@@ -4,21 +4,13 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <optional>
 
-#include "../contract.h"
+#include "../tensor.h"
 
 namespace sage_fast {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Makes the tensor's device current for this scope and gives torch's current stream on it.
 class Scope {
@@ -34,25 +26,6 @@ class Scope {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
-
-template <class F>
-void dispatch(const Tensor& x, F&& f) {
-  if (x.scalar_type() == ScalarType::Float) {
-    f(float{});
-  } else {
-    require(x.scalar_type() == ScalarType::Double, "the kernels take float32 and float64");
-    f(double{});
-  }
-}
-
-template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
 
 // Blocks of a grid-stride loop over n items.
 inline unsigned blocks_for(int64_t n, int threads) {

@@ -34,7 +34,8 @@ __global__ void run(const T* __restrict__ x, const T* __restrict__ f, UpfirdnPar
 
 Tensor upfirdn2d(Tensor x, Tensor f, int64_t up, int64_t down, int64_t left, int64_t right, int64_t top, int64_t bottom,
                  bool flip_filter, double gain) {
-  require(x.dim() == 4 && f.dim() == 2 && x.is_cuda() && f.is_cuda(), "upfirdn2d: x must be [N, C, H, W] and f [kh, kw] beside it");
+  require(x.dim() == 4 && f.dim() == 2 && x.is_cuda() && f.is_cuda(),
+          "upfirdn2d: x must be [N, C, H, W] and f [kh, kw] beside it");
   UpfirdnParams p{x.size(0) * x.size(1), x.size(2), x.size(3), f.size(0), f.size(1), up, down, left, right, top, bottom,
                   flip_filter,           gain};
   check(p);

@@ -1,4 +1,4 @@
-// The little of the stable ABI that the CPU launches share.
+// The little of the stable ABI that the launches of both devices share.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,7 +8,7 @@
 
 #include <optional>
 
-#include "../contract.h"
+#include "contract.h"
 
 namespace sage_fast {
 
@@ -33,13 +33,6 @@ const T* data(const Tensor& x) {
 template <class T>
 T* mutable_data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
-}
-
-// torch's own thread pool; body(begin, end). At least `grain` items a task.
-template <class F>
-void parallel(int64_t n, int64_t grain, F&& body) {
-  if (n <= 0) return;
-  torch::stable::parallel_for(0, n, grain > 0 ? grain : 1, body);
 }
 
 }  // namespace sage_fast
