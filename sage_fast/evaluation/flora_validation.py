@@ -47,10 +47,10 @@ class FloraValidationConfig:
     n_shots: int = 3
     n: int = 32  # images of each category and setting
     alphas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    methods: tuple[str, ...] = ("sage", "age")
-    n_components: tuple[int, ...] = (10, 5, 20, 40)  # t_B; the first is the one that is compared with
+    methods: tuple[str, ...] = ("sage", "age", "sage-q", "sage-i")  # the first is compared with
+    n_components: tuple[int, ...] = (40, 10, 20, 64)  # t_B; the first value of each is the base
     n_similar: tuple[int, ...] = (20, 5, 10, 50)  # t_C
-    n_directions: tuple[int, ...] = (50, 10, 20)  # t_A
+    n_directions: tuple[int, ...] = (50, 8)  # t_A
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,6 +124,7 @@ def _settings(config: FloraValidationConfig) -> list[tuple[str, str, dict[str, A
     for key in base:
         values: Sequence[int] = getattr(config, key)
         found += [(f"sage, {key} {value}", "sage", {**base, key: value}) for value in values[1:]]
+    found += [("sage, mean of the shots", "sage", {**base, "each_shot": False})]
     found += [("sage, keep_fine_residual", "sage", {**base, "keep_fine_residual": True})]
     found += [(f"sage, {kind}", "sage", {**base, "covariance": kind}) for kind in ("per_layer", "diagonal")]
     return found
