@@ -28,7 +28,7 @@ ifndef VIRTUAL_ENV
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "sage_fast needs Python 3.10 or later, found $$(python3 --version)"; exit 1; }
 	test -x $(PYTHON) || python3 -m venv $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
 endif
-	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet "$(TORCH)"
+	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet "$(TORCH)" numpy
 	$(PYTHON) -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" ninja
 	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" "torch==$$($(PYTHON) -c 'import torch; print(torch.__version__)')"
 	$(PYTHON) -m sage_fast.cli info
