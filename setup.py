@@ -36,16 +36,16 @@ def extensions():
         """Leaves ``_build_info.json`` beside the objects, with the reason when the compiler fails."""
 
         def run(self):
-            reason = None
+            reason, inplace = None, self.inplace  # setuptools forgets inplace when the build fails
             try:
                 super().run()
             except Exception as error:
                 if MODE == "aot":
                     raise
-                reason = build["complaint"](str(error))
+                reason = build["no_compiler"]() or build["complaint"](str(error))
                 print(f"sage_fast: no kernels, the PyTorch reference will run: {reason}", file=sys.stderr)
                 self.extensions = []
-            folder = ROOT / "sage_fast" if self.inplace else Path(self.build_lib) / "sage_fast"
+            folder = ROOT / "sage_fast" if inplace else Path(self.build_lib) / "sage_fast"
             folder.mkdir(parents=True, exist_ok=True)
             if reason is not None:  # objects of an earlier build would not be those of these sources
                 for stale in (*folder.glob("_ops_*.so"), *folder.glob("_host*.so")):

@@ -85,6 +85,25 @@ def test_a_broken_compiler_leaves_a_working_package_and_one_warning(bare, tmp_pa
     assert log.stat().st_mtime_ns == before, "a failed build must not be tried again at every start"
 
 
+def test_an_install_without_a_compiler_leaves_the_reason_and_nothing_else(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    ignore = shutil.ignore_patterns("*.so", _build.INFO, "__pycache__", "model")
+    shutil.copytree(ROOT / "sage_fast", tmp_path / "sage_fast", ignore=ignore)
+    (tmp_path / "sage_fast" / "_ops_cpu.abi3.so").write_bytes(b"of an earlier build")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    env = {**os.environ, "CXX": "/nonexistent/c++", "SAGE_FAST_BUILD": "auto"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "'/nonexistent/c++' was not found" in done.stderr
+    got = _run(tmp_path, SAGE_FAST_BUILD="auto", SAGE_FAST_CACHE=str(tmp_path / "cache"))
+    (warning,) = got["warnings"]
+    assert got["devices"] == [] and "'/nonexistent/c++' was not found" in warning
+    assert not (tmp_path / "cache").exists(), "a failed installation is not tried again at first use"
+    env["SAGE_FAST_BUILD"] = "aot"
+    assert subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300).returncode != 0
+
+
 def test_none_is_silent(bare):
     got = _run(bare, SAGE_FAST_BUILD="none")
     assert got["devices"] == [] and got["warnings"] == []

@@ -187,7 +187,15 @@ def _run_build(folder: Path) -> str | None:
     command = [sys.executable, "-c", script, __file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     (folder / "build.log").write_text(done.stdout + done.stderr)
-    return None if done.returncode == 0 else complaint(done.stdout + done.stderr) + f" (log: {folder / 'build.log'})"
+    if done.returncode == 0:
+        return None
+    return no_compiler() or complaint(done.stdout + done.stderr) + f" (log: {folder / 'build.log'})"
+
+
+def no_compiler() -> str | None:
+    """The reason when there is no C++ compiler to call."""
+    name = os.environ.get("CXX", "c++")
+    return None if _version_of(name) else f"the C++ compiler {name!r} was not found"
 
 
 def complaint(log: str) -> str:
