@@ -134,6 +134,14 @@ def test_generator_and_features_stay_frozen(tmp_path, images):
     assert all(p.requires_grad and p.grad is None for p in G.parameters())
 
 
+@pytest.mark.parametrize(("dim", "expected"), [(8, 2), (64, 16), (512, 100), (2, 1)])
+def test_directions_are_far_fewer_than_dimensions_unless_given(tmp_path, dim, expected):
+    w_plus, labels = _codes(n=20, n_latent=1, dim=dim)
+    config = dataclasses.replace(LATENT, n_directions=None, total_steps=1, reading="paper")
+    assert train_dictionary(config, w_plus, labels, None, None, None, tmp_path).n_directions == expected
+    assert DictionaryConfig.preset("default").n_directions is None
+
+
 def test_presets():
     paper, released, default = (DictionaryConfig.preset(name) for name in ("paper", "released", "default"))
     for config in (paper, released):

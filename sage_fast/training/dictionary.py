@@ -40,10 +40,11 @@ class DictionaryConfig:
 
     ``reading`` chooses the forms of Eq. 9, 10 and 12-13 and the layers edited: ``"paper"``, ``"released"`` or
     ``"default"``. The image term is ``mse_weight * MSE + perceptual_weight * perceptual distance``, all times
-    ``rec_weight``.
+    ``rec_weight``. ``n_directions`` is K; None takes the published 100, or a quarter of D when that is less: with K near
+    D the directions are nearly dependent, and codes of which some are masked (Eq. 19) explode.
     """
 
-    n_directions: int = 100
+    n_directions: int | None = None
     reading: str = "default"
     total_steps: int = 15_000
     batch: int = 32
@@ -63,7 +64,9 @@ class DictionaryConfig:
     grid_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("n_directions", "total_steps", "batch", "lr", "log_every", "save_every", "grid_every"):
+        if self.n_directions is not None and self.n_directions < 1:
+            raise InputError(f"n_directions must be positive, got {self.n_directions}.")
+        for name in ("total_steps", "batch", "lr", "log_every", "save_every", "grid_every"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("lambda1", "lambda2", "rec_weight", "perceptual_weight", "latent_weight"):
@@ -91,9 +94,9 @@ class DictionaryConfig:
             raise InputError(f"preset must be one of {', '.join(READINGS)}, got '{name}'.")
         base = cls(reading=name)
         if name == "paper":
-            base = replace(base, perceptual_weight=0.0, latent_weight=0.0, init="normal")
+            base = replace(base, n_directions=100, perceptual_weight=0.0, latent_weight=0.0, init="normal")
         if name == "released":
-            base = replace(base, latent_weight=0.0, init="normal")
+            base = replace(base, n_directions=100, latent_weight=0.0, init="normal")
         if name == "default":
             base = replace(base, lr=0.001, total_steps=5000)
         return replace(base, **changes)
@@ -190,6 +193,11 @@ def _weight(config: DictionaryConfig, term: str) -> float:
     return getattr(config, names[term])
 
 
+def _n_directions(config: DictionaryConfig, dim: int) -> int:
+    """K: as given, else 100 or a quarter of D."""
+    return min(100, max(1, dim // 4)) if config.n_directions is None else config.n_directions
+
+
 def _first_directions(
     config: DictionaryConfig, delta_w: Tensor, groups: list[list[int]], rng: torch.Generator
 ) -> Tensor:
@@ -200,14 +208,14 @@ def _first_directions(
     alone.
     """
     _, n_latent, dim = delta_w.shape
-    A = torch.zeros(n_latent, dim, config.n_directions)
+    A = torch.zeros(n_latent, dim, _n_directions(config, dim))
     for group in groups:
-        noise = torch.randn(len(group), dim, config.n_directions, generator=rng)
+        noise = torch.randn(len(group), dim, _n_directions(config, dim), generator=rng)
         if config.init == "normal":
             A[group] = noise
             continue
         flat = delta_w[:, group].reshape(len(delta_w), 1, -1)  # [N, 1, G D]
-        kept = min(config.n_directions, len(delta_w), flat.shape[2])
+        kept = min(_n_directions(config, dim), len(delta_w), flat.shape[2])
         joint = pca_directions(flat, kept).view(len(group), dim, kept) * len(group) ** 0.5
         A[group] = noise * (0.01 / dim**0.5)
         A[group, :, :kept] += joint.cpu().to(A)  # zero beyond the rank
@@ -220,7 +228,7 @@ def _new_mlp(config: DictionaryConfig, groups: list[list[int]], w_plus: Tensor) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         _, n_latent, dim = w_plus.shape
-        return CodeMLP(groups, n_latent, dim, config.n_directions, width, one_network=config.reading == "paper")
+        return CodeMLP(groups, n_latent, dim, _n_directions(config, dim), width, one_network=config.reading == "paper")
 
 
 def _check(
