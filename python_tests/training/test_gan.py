@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from sage_fast.errors import InputError
 from sage_fast.training.gan import GANConfig, train_gan
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "gan.json"
 TINY = GANConfig(
     resolution=8,
     style_dim=8,
@@ -39,6 +41,15 @@ def test_resume_continues_bit_for_bit(tmp_path, images):
     resumed, _ = train_gan(TINY, images, tmp_path / "b", resume=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_golden_run(tmp_path, images):
+    """The first losses are those of the recorded run: a change of the arithmetic shows here."""
+    config = dataclasses.replace(TINY, total_kimg=0.024, log_every=1)
+    train_gan(config, images, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "logs/gan.jsonl").read_text().splitlines()]
+    for key, values in json.loads(GOLDEN.read_text()).items():
+        assert [line[key] for line in lines] == pytest.approx(values, rel=1e-3, abs=1e-5), key
 
 
 def test_run_folder(tmp_path, images):
