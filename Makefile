@@ -4,6 +4,8 @@
 # is one. The torch that is there stays; only where there is none, TORCH is installed.
 TORCH ?= torch==2.13.0
 EXTRAS ?= test
+# exact versions: what they ask for differs from one to the next
+LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 ifdef VIRTUAL_ENV
 PYTHON := $(VIRTUAL_ENV)/bin/python
 else
@@ -38,15 +40,15 @@ bench: setup
 	$(PYTHON) benchmarks/bench_dictionary.py
 	$(PYTHON) -m pytest benchmarks --benchmark-enable
 
-lint:
-	$(PYTHON) -m pip install --quiet ruff mypy "clang-format>=18"
+lint: setup
+	$(PYTHON) -m pip install --quiet $(LINTERS)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m clang_format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
+	$(dir $(PYTHON))clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
 
 format:
-	$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . ; $(PYTHON) -m clang_format -i csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
+	$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . ; $(dir $(PYTHON))clang-format -i csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
 
 # every .cu to an object for sm_80 and sm_90; needs nvcc, no GPU and no CUDA build of torch
 cuda-objects: setup
