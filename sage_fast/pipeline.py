@@ -234,8 +234,10 @@ class FewShotPipeline:
     def render(self, w_plus: Tensor, batch: int = 64) -> Tensor:
         """Offsets [N, L, D] to images [N, C, R, R] in [-1, 1] on the CPU."""
         G = self.generator
-        parts = [G(part.to(G.latent_avg) + G.latent_avg, noise=self.noise) for part in w_plus.split(batch)]
-        return torch.cat([part.float().clamp_(-1, 1).cpu() for part in parts])
+        with torch.inference_mode():  # spares each op its way through autograd: a tenth of the time of small batches
+            parts = [G(part.to(G.latent_avg) + G.latent_avg, noise=self.noise) for part in w_plus.split(batch)]
+            parts = [part.float().clamp_(-1, 1).cpu() for part in parts]
+        return torch.cat(parts)  # out here, so that the images are ordinary tensors
 
     def _latents(
         self, novel: NovelCategory, numbers: Sequence[int], alpha: float | None, seed: int, category: str
