@@ -39,7 +39,7 @@ class DictionaryConfig:
     """Settings of :func:`train_dictionary`; :meth:`preset` gives the three readings of METHOD.
 
     ``reading`` chooses the forms of Eq. 9, 10 and 12-13 and the layers edited: ``"paper"``, ``"released"`` or
-    ``"default"``. The image term is ``mse_weight * MSE + perceptual_weight * perceptual distance``, all times
+    ``"default"``. The image term is ``MSE + perceptual_weight * perceptual distance``, all times
     ``rec_weight``. ``n_directions`` is K; None takes the published 100, or a quarter of D when that is less: with K near
     D the directions are nearly dependent, and codes of which some are masked (Eq. 19) explode.
     """
