@@ -221,3 +221,20 @@ def test_refuses_what_does_not_fit(tmp_path, images):
         train_encoder(TINY, images, G, D, tmp_path / "run")
     with pytest.raises(InputError, match="other settings"):
         train_encoder(dataclasses.replace(TINY, lr=0.1), images, G, D, tmp_path / "run", resume=True)
+
+
+def test_bfloat16_steps_follow_float32(tmp_path, images):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        config = dataclasses.replace(TUNED, precision=precision)
+        encoder = train_encoder(config, images, *_networks(), tmp_path / precision)
+        lines = [json.loads(line) for line in (tmp_path / precision / "logs/encoder.jsonl").read_text().splitlines()]
+        losses[precision] = [line["mse"] for line in lines if "mse" in line]
+        assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_unknown_precision():
+    with pytest.raises(InputError, match="precision must be float32 or bfloat16, got 'half'"):
+        dataclasses.replace(TINY, precision="half")

@@ -103,3 +103,21 @@ def test_bad_images(tmp_path, images):
         train_gan(TINY, images.float(), tmp_path)
     with pytest.raises(InputError, match="at least one batch of 4 images, got 2"):
         train_gan(TINY, images[:2], tmp_path)
+
+
+def test_bfloat16_steps_follow_float32(tmp_path, images):
+    """The same first losses to bfloat16's three digits, weights in float32 all along."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        config = dataclasses.replace(TINY, precision=precision, total_kimg=0.016, log_every=1)
+        generator, _ = train_gan(config, images, tmp_path / precision)
+        lines = (tmp_path / precision / "logs/gan.jsonl").read_text().splitlines()
+        losses[precision] = [json.loads(line)["d_loss"] for line in lines]
+        assert {p.dtype for p in generator.parameters()} == {torch.float32}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
+def test_unknown_precision():
+    with pytest.raises(InputError, match="precision must be float32 or bfloat16, got 'half'"):
+        dataclasses.replace(TINY, precision="half")

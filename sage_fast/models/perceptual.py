@@ -154,7 +154,8 @@ def perceptual_distance(network: FeatureNetwork, a: Tensor, b: Tensor | Sequence
 
 def normalised_features(network: FeatureNetwork, images: Tensor) -> list[Tensor]:
     """Feature maps [N, C_i, h_i, w_i] of unit length over channels (positions without any response stay zero)."""
-    return [x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-8) for x in network(images)]
+    maps = [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in network(images)]
+    return [x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-8) for x in maps]
 
 
 def load_perceptual(spec: str | Path, discriminator: Discriminator | None = None) -> FeatureNetwork | None:

@@ -57,6 +57,9 @@ def bias_act(
         InputError: an unknown activation, a bias of another length, a negative clamp, or alpha for an activation without.
     """
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
+    if x.dtype == torch.bfloat16 and _native.has_kernel("bias_act", x.device.type):
+        alpha_given = alpha if act in ("lrelu", "elu") else None
+        return bias_act(x.float(), b, dim, act, alpha_given, gain, clamp).to(x.dtype)
     # the kernels' derivative reads the sign of x + b off the output, which needs gain > 0 and alpha >= 0
     if act in _NEGATIVE_SLOPE and gain > 0 and alpha >= 0 and x.dtype in (torch.float32, torch.float64):
         if _native.has_kernel("bias_act", x.device.type):

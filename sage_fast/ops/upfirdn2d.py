@@ -44,6 +44,8 @@ def upfirdn2d(
         InputError: a shape, factor or padding that leaves no output.
     """
     f, pad = _tidy(x, f, up, down, padding)
+    if x.dtype == torch.bfloat16 and _native.has_kernel("upfirdn2d", x.device.type):
+        return upfirdn2d(x.float(), f.float(), up, down, pad, flip_filter, gain).to(x.dtype)
     if _native.has_kernel("upfirdn2d", x.device.type) and x.dtype in (torch.float32, torch.float64):
         return torch.ops.sage_fast.upfirdn2d(x, f, up, down, *pad, flip_filter, float(gain))
     return upfirdn2d_reference(x, f, up, down, pad, flip_filter, gain)

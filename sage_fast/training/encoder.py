@@ -19,7 +19,7 @@ from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.perceptual import load_perceptual, perceptual_distance
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.training.losses import code_norm, pixel_mse
-from sage_fast.training.runtime import Run, draw_batch, ema_update
+from sage_fast.training.runtime import PRECISIONS, Run, autocast, draw_batch, ema_update
 from sage_fast.training.tuning import GeneratorTuning
 
 __all__ = ["EncoderConfig", "train_encoder"]
@@ -49,6 +49,7 @@ class EncoderConfig:
     norm_weight: float = 0.0005
     noise: str = "none"
     flip: bool = True
+    precision: str = "float32"  # or "bfloat16": see sage_fast.training.runtime.autocast
     ema_kimg: float = 5.0
     n_validation: int = 128  # images held out to measure val_mse; at most a twentieth of all
     seed: int = 0
@@ -70,6 +71,8 @@ class EncoderConfig:
         for name in ("mse_weight", "perceptual_weight", "norm_weight", "adversarial_weight", "warmup", "n_validation"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got '{self.precision}'.")
         if self.noise not in ("none", "const"):
             raise InputError(
                 f"noise must be 'none' or 'const' so that a code stands for one image, got '{self.noise}'."
@@ -139,16 +142,17 @@ def train_encoder(
         real = _batch(images, train[draw_batch(len(train), config.batch, rng)], config.flip, rng, device)
 
         # reconstruction
-        offsets = E(real)
-        if tuning is None:
-            rebuilt = G(offsets + G.latent_avg, noise=config.noise)
-            adversarial = real.new_zeros(())
-        else:
-            rebuilt, adversarial = tuning.generate(offsets + G.latent_avg, rng)
-        mse, norm = pixel_mse(rebuilt, real), code_norm(offsets)
-        distance = real.new_zeros(())
-        if perceptual is not None:
-            distance = perceptual_distance(perceptual, rebuilt[:n_perceptual], real[:n_perceptual])
+        with autocast(config.precision, device):
+            offsets = E(real).float()
+            if tuning is None:
+                rebuilt = G(offsets + G.latent_avg, noise=config.noise)
+                adversarial = real.new_zeros(())
+            else:
+                rebuilt, adversarial = tuning.generate(offsets + G.latent_avg, rng)
+            mse, norm = pixel_mse(rebuilt, real), code_norm(offsets)
+            distance = real.new_zeros(())
+            if perceptual is not None:
+                distance = perceptual_distance(perceptual, rebuilt[:n_perceptual], real[:n_perceptual])
         loss = config.mse_weight * mse + config.perceptual_weight * distance + config.norm_weight * norm
         loss = loss + config.adversarial_weight * adversarial
 

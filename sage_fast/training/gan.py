@@ -17,7 +17,7 @@ from torch import Tensor
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.training.losses import logistic_d, nonsaturating_g, path_length_penalty, r1_penalty
-from sage_fast.training.runtime import Run, draw_batch, ema_update
+from sage_fast.training.runtime import PRECISIONS, Run, autocast, draw_batch, ema_update
 
 __all__ = ["GANConfig", "train_gan"]
 
@@ -45,6 +45,7 @@ class GANConfig:
     ema_rampup: float | None = 0.05
     latent_avg_decay: float = 0.998
     flip: bool = True
+    precision: str = "float32"  # or "bfloat16": see sage_fast.training.runtime.autocast
     seed: int = 0
     log_every: int = 50
     save_every: int = 1000
@@ -56,6 +57,8 @@ class GANConfig:
         for name in ("total_kimg", "lr", "r1_every", "pl_every", "log_every", "save_every", "grid_every", "ema_kimg"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got '{self.precision}'.")
         if not 0 <= self.style_mixing <= 1:
             raise InputError(f"style_mixing is a probability, expected 0 to 1, got {self.style_mixing}.")
 
@@ -105,8 +108,9 @@ def train_gan(
         # generator: non-saturating logistic loss
         D.requires_grad_(False)
         w_plus = _mixed_w_plus(G, config, rng, device)
-        fake = G(w_plus, noise="random", rng=rng if torch.device(device).type == "cpu" else None)
-        g_loss = nonsaturating_g(D(fake))
+        with autocast(config.precision, device):
+            fake = G(w_plus, noise="random", rng=rng if torch.device(device).type == "cpu" else None)
+            g_loss = nonsaturating_g(D(fake))
         g_optim.zero_grad(set_to_none=True)
         g_loss.backward()
         g_optim.step()
@@ -114,15 +118,17 @@ def train_gan(
         # generator: path length (lazy)
         if config.pl_weight and step % config.pl_every == 0:
             w_plus = _mixed_w_plus(G, config, rng, device, batch=max(1, config.batch // 2))
-            penalty, path_mean = path_length_penalty(G(w_plus), w_plus, path_mean, config.pl_decay)
+            with autocast(config.precision, device):
+                penalty, path_mean = path_length_penalty(G(w_plus), w_plus, path_mean, config.pl_decay)
             g_optim.zero_grad(set_to_none=True)
             (penalty * config.pl_weight * config.pl_every).backward()
             g_optim.step()
 
         # discriminator: logistic loss on the same fakes
         D.requires_grad_(True)
-        real_logits, fake_logits = D(real), D(fake.detach())
-        d_loss = logistic_d(real_logits, fake_logits)
+        with autocast(config.precision, device):
+            real_logits, fake_logits = D(real), D(fake.detach())
+            d_loss = logistic_d(real_logits, fake_logits)
         d_optim.zero_grad(set_to_none=True)
         d_loss.backward()
         d_optim.step()
@@ -130,7 +136,8 @@ def train_gan(
         # discriminator: R1 (lazy)
         if step % config.r1_every == 0:
             real.requires_grad_(True)
-            r1 = r1_penalty(D(real), real)
+            with autocast(config.precision, device):
+                r1 = r1_penalty(D(real), real)
             d_optim.zero_grad(set_to_none=True)
             (r1 * (config.gamma / 2 * config.r1_every)).backward()
             d_optim.step()

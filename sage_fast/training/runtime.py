@@ -23,7 +23,10 @@ from torch import Tensor
 from sage_fast.data.writers import atomic_write, contact_sheet, to_uint8
 from sage_fast.errors import InputError
 
-__all__ = ["Run", "draw_batch", "ema_update"]
+__all__ = ["PRECISIONS", "Run", "autocast", "draw_batch", "ema_update"]
+
+#: arithmetic of the convolutions and products in a training step; weights, optimizers and averages are always float32
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Run:
@@ -127,6 +130,11 @@ class Run:
             for step in range(start, total):
                 yield step
                 bar.update(task, completed=step + 1, description=self._status)
+
+
+def autocast(precision: str, device: str | torch.device) -> torch.autocast:
+    """``torch.autocast`` for a training step: off for ``"float32"``; ``"bfloat16"`` halves the time of the convolutions."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def draw_batch(n_images: int, batch: int, rng: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
-from sage_fast.training.runtime import ema_update
+from sage_fast.training.runtime import autocast, ema_update
 
 if TYPE_CHECKING:
     from sage_fast.training.encoder import EncoderConfig
@@ -87,14 +87,16 @@ class GeneratorTuning:
         c = self.config.r1_every / (self.config.r1_every + 1)
         self.d_optim.param_groups[0]["lr"] = self.config.tune_lr * c * rate
         self.D.requires_grad_(True)
-        loss = logistic_d(self.D(real), self.D(self.fakes))
+        with autocast(self.config.precision, self.device):
+            loss = logistic_d(self.D(real), self.D(self.fakes))
         self.d_optim.zero_grad(set_to_none=True)
         loss.backward()
         self.d_optim.step()
         self.scalars["d_loss"] = loss.detach()
         if step % self.config.r1_every == 0:
             real = real.detach().requires_grad_(True)
-            r1 = r1_penalty(self.D(real), real)
+            with autocast(self.config.precision, self.device):
+                r1 = r1_penalty(self.D(real), real)
             self.d_optim.zero_grad(set_to_none=True)
             (r1 * self.r1_weight).backward()
             self.d_optim.step()
