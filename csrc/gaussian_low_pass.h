@@ -14,9 +14,16 @@
 
 namespace sage_fast {
 
+struct Taps {  // of a symmetric kernel
+  int64_t radius;
+  const double* taps;  // [radius + 1], taps[|x|]
+};
+
 struct LowPassKernel {
   int64_t radius;
   std::vector<double> taps;  // [radius + 1], taps[|x|]; the full circle counts each pixel once
+
+  Taps view() const { return {radius, taps.data()}; }
 };
 
 inline LowPassKernel low_pass_kernel(int64_t n, double sigma, double tolerance) {

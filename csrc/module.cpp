@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "cpu/isa.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -14,16 +16,6 @@ std::string compiler() {
   return "gcc " __VERSION__;
 #else
   return "unknown";
-#endif
-}
-
-const char* instruction_set() {
-#if defined(__AVX512F__)
-  return "AVX-512";
-#elif defined(__AVX2__)
-  return "AVX2";
-#else
-  return "portable";
 #endif
 }
 
@@ -44,7 +36,7 @@ py::dict build_report() {
   py::dict report;
   report["compiler"] = compiler();
   report["standard"] = static_cast<long>(__cplusplus);
-  report["instruction_set"] = instruction_set();
+  report["instruction_set"] = sage_fast::isa_name();
   report["processor"] = processor_features();
   return report;
 }
@@ -54,5 +46,5 @@ py::dict build_report() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Build report of sage_fast's compiled objects.";
   m.def("build_report", &build_report,
-        "Compiler, language standard, instruction set built for, features of this processor.");
+        "Compiler, language standard, instruction set that the kernels use here, features of this processor.");
 }

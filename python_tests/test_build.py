@@ -59,7 +59,7 @@ def bare(tmp_path_factory):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_first_use_builds_once_and_then_reads_the_cache(bare, tmp_path):
-    cache = {"SAGE_FAST_CACHE": str(tmp_path), "SAGE_FAST_BUILD": "auto", "SAGE_FAST_PORTABLE": "1"}
+    cache = {"SAGE_FAST_CACHE": str(tmp_path), "SAGE_FAST_BUILD": "auto"}
     got = _run(bare, **cache)
     assert got["devices"][0] == "cpu" and got["warnings"] == []
     assert got["y"][0] == pytest.approx([-0.2, 2.0])

@@ -54,22 +54,6 @@ def failure(folder: Path) -> str | None:
     return read_info(folder).get("failure")
 
 
-def needs_avx2(folder: Path) -> bool:
-    """Whether a folder's objects use AVX2."""
-    return "-mavx2" in read_info(folder).get("cpu_flags", [])
-
-
-def cpu_flags() -> list[str]:
-    """AVX2 and FMA where the building machine has them (``SAGE_FAST_PORTABLE=1`` leaves them out)."""
-    if os.environ.get("SAGE_FAST_PORTABLE") == "1" or platform.machine() not in ("x86_64", "AMD64"):
-        return []
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return []
-    return ["-mavx2", "-mfma"] if {"avx2", "fma"} <= set(words) else []
-
-
 def has_cuda() -> str | None:
     """None when CUDA kernels can be built, else the reason. A visible GPU plays no part."""
     import torch
@@ -94,20 +78,19 @@ def extensions(root: Path) -> list[Any]:
 
     include = [str(csrc().resolve())]
     common = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-    cpu = [*common, *cpu_flags(), TARGET]
     found = [
         CppExtension(
             "sage_fast._ops_cpu",
             sources("library.cpp", "cpu/*.cpp"),
             include_dirs=include,
-            extra_compile_args={"cxx": cpu},
+            extra_compile_args={"cxx": [*common, TARGET]},
             py_limited_api=True,
         ),
         Extension(
             "sage_fast._host",
-            sources("module.cpp"),
+            sources("module.cpp", "cpu/isa.cpp"),
             include_dirs=[*include, pybind11.get_include()],
-            extra_compile_args={"cxx": [*common, *cpu_flags()]},
+            extra_compile_args={"cxx": common},
             language="c++",
         ),
     ]
@@ -138,7 +121,6 @@ def describe(failure: str | None = None) -> dict[str, Any]:
         "compiler": _version_of(os.environ.get("CXX", "c++")),
         "nvcc": _version_of("nvcc") if has_cuda() is None else None,
         "no_cuda_because": has_cuda(),
-        "cpu_flags": cpu_flags(),
         "failure": failure,
     }
 
@@ -215,7 +197,7 @@ def _cache() -> Path:
     for path in sorted(csrc().rglob("*.*")):
         key.update(path.name.encode() + path.read_bytes())
     compiler = _version_of(os.environ.get("CXX", "c++"))
-    key.update(json.dumps([torch.__version__, sys.version, compiler, cpu_flags(), has_cuda()]).encode())
+    key.update(json.dumps([torch.__version__, sys.version, compiler, has_cuda()]).encode())
     folder = Path(root) / key.hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ reference ops working, with one :class:`~sage_fast.errors.SageFastWarning` that 
 from __future__ import annotations
 
 import os
-import platform
 import threading
 import warnings
 from collections.abc import Callable
@@ -131,9 +130,6 @@ def _why_not(folder: Path, device: str, path: Path | None) -> str | None:
         )
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if device == "cpu" and _build.needs_avx2(folder) and platform.machine() in ("x86_64", "AMD64"):
-        if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-            return "it was built for a processor with AVX2, which this one lacks"
     return None
 
 

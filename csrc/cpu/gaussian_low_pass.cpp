@@ -1,73 +1,13 @@
 #include "../gaussian_low_pass.h"
 
-#include "parallel.h"
-#include "vector.h"
+#include "../tensor.h"
+#include "isa.h"
+
+SAGE_DECLARE(template <class T>
+             void gaussian_low_pass(const T* x, int64_t planes, int64_t h, int64_t w, Taps rows, Taps cols, T* y))
 
 namespace sage_fast {
 namespace {
-
-// out[i] = taps[0] * rows[0][i] + sum_k taps[k] * (rows[2 k - 1][i] + rows[2 k][i]): pixels at the same distance share
-// a tap. `Wide` neighbours at a time, whose sums stay in registers over all taps.
-template <class T, int64_t Wide>
-int64_t combine_from(int64_t i, const std::vector<T>& taps, const T* const* rows, T* out, int64_t n) {
-  constexpr int64_t lanes = Vector<T>::lanes;
-  const int64_t radius = int64_t(taps.size()) - 1;
-  for (; i + Wide * lanes <= n; i += Wide * lanes) {
-    typename Vector<T>::type sum[Wide];
-    for (int64_t v = 0; v < Wide; ++v) sum[v] = taps[0] * load(rows[0] + i + v * lanes);
-    for (int64_t k = 1; k <= radius; ++k) {
-      const T *a = rows[2 * k - 1] + i, *b = rows[2 * k] + i;
-      for (int64_t v = 0; v < Wide; ++v) sum[v] += taps[k] * (load(a + v * lanes) + load(b + v * lanes));
-    }
-    for (int64_t v = 0; v < Wide; ++v) store<T>(sum[v], out + i + v * lanes);
-  }
-  return i;
-}
-
-template <class T>
-void combine(const std::vector<T>& taps, const T* const* rows, T* out, int64_t n) {
-  int64_t i = combine_from<T, 8>(0, taps, rows, out, n);
-  i = combine_from<T, 4>(i, taps, rows, out, n);
-  i = combine_from<T, 1>(i, taps, rows, out, n);
-  for (; i < n; ++i) {
-    T sum = taps[0] * rows[0][i];
-    for (size_t k = 1; k < taps.size(); ++k) sum += taps[k] * (rows[2 * k - 1][i] + rows[2 * k][i]);
-    out[i] = sum;
-  }
-}
-
-// x [planes, h, w] -> y: columns first, whole rows at a time, then each row behind and before a copy of its ends.
-template <class T>
-void run(const T* x, int64_t planes, int64_t h, int64_t w, const LowPassKernel& rows, const LowPassKernel& cols, T* y) {
-  const std::vector<T> row_taps(rows.taps.begin(), rows.taps.end()), col_taps(cols.taps.begin(), cols.taps.end());
-  parallel(planes, 1 + 16384 / (h * w + 1), [&](int64_t begin, int64_t end) {
-    const int64_t reach = cols.radius;
-    std::vector<T> wide(w + 2 * reach);
-    T* middle = wide.data() + reach;
-    std::vector<const T*> near(2 * rows.radius + 1), beside(2 * reach + 1, middle);
-    for (int64_t k = 1; k <= reach; ++k) {
-      beside[2 * k - 1] = middle - k;
-      beside[2 * k] = middle + k;
-    }
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const T* in = x + plane * h * w;
-      T* out = y + plane * h * w;
-      for (int64_t i = 0; i < h; ++i) {
-        near[0] = in + i * w;
-        for (int64_t k = 1; k <= rows.radius; ++k) {
-          near[2 * k - 1] = in + (i < k ? i + h - k : i - k) * w;
-          near[2 * k] = in + (i + k < h ? i + k : i + k - h) * w;
-        }
-        combine(row_taps, near.data(), middle, w);
-        for (int64_t k = 0; k < reach; ++k) {
-          middle[-1 - k] = middle[w - 1 - k];
-          middle[w + k] = middle[k];
-        }
-        combine(col_taps, beside.data(), out + i * w, w);
-      }
-    }
-  });
-}
 
 Tensor gaussian_low_pass(Tensor images, double sigma) {
   require(images.dim() == 4, "gaussian_low_pass: images must be [N, C, H, W]");
@@ -78,8 +18,9 @@ Tensor gaussian_low_pass(Tensor images, double sigma) {
     using T = decltype(zero);
     const double tolerance = sizeof(T) == 4 ? 1e-9 : 1e-18;
     const int64_t h = images.size(2), w = images.size(3);
-    run<T>(data<T>(images), images.size(0) * images.size(1), h, w, low_pass_kernel(h, sigma, tolerance),
-           low_pass_kernel(w, sigma, tolerance), mutable_data<T>(out));
+    const LowPassKernel rows = low_pass_kernel(h, sigma, tolerance), cols = low_pass_kernel(w, sigma, tolerance);
+    SAGE_CALL(gaussian_low_pass<T>)
+    (data<T>(images), images.size(0) * images.size(1), h, w, rows.view(), cols.view(), mutable_data<T>(out));
   });
   return out;
 }

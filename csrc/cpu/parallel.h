@@ -1,15 +1,21 @@
-// torch's own thread pool, handed to the CPU kernels.
+// The thread pool that is handed to the CPU kernels: torch's own for the ops (parallel.cpp).
 #pragma once
 
-#include "../tensor.h"
+#include <cstdint>
+#include <type_traits>
 
 namespace sage_fast {
 
-// body(begin, end) over 0 to n; at least `grain` items a task.
+// body(context, begin, end) over 0 to n in runs of at least `grain`, on several threads at once.
+void parallel_for(int64_t n, int64_t grain, void* context, void (*body)(void* context, int64_t begin, int64_t end));
+
+// The same for a lambda body(begin, end).
 template <class F>
-void parallel(int64_t n, int64_t grain, F&& body) {
+inline void parallel(int64_t n, int64_t grain, F&& body) {
   if (n <= 0) return;
-  torch::stable::parallel_for(0, n, grain > 0 ? grain : 1, body);
+  parallel_for(n, grain > 0 ? grain : 1, &body, [](void* context, int64_t begin, int64_t end) {
+    (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
+  });
 }
 
 }  // namespace sage_fast

@@ -1,0 +1,15 @@
+#include "isa.h"
+#ifdef SAGE_X86
+#include "kernels_std.h"  // before the pragma: what std defines stays portable
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define SAGE_ISA avx2
+#define SAGE_VECTOR_BYTES 32
+#include "kernels.inl"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,4 @@
+// The kernels for any processor: the compiler splits vectors where registers are shorter.
+#define SAGE_ISA portable
+#define SAGE_VECTOR_BYTES 32
+#include "kernels.inl"

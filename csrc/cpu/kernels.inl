@@ -1,0 +1,11 @@
+// Every kernel, for the instruction set of the file that includes this.
+#include "kernels_std.h"
+// what they know of the world
+#include "isa.h"
+#include "parallel.h"
+#include "simd.inl"
+// the kernels
+#include "bias_act.inl"
+#include "gaussian_low_pass.inl"
+#include "project_onto_basis.inl"
+#include "upfirdn2d.inl"
