@@ -10,4 +10,9 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
       "float gain) -> Tensor");
   m.def("project_onto_basis(Tensor w_plus, Tensor basis) -> Tensor");
   m.def("gaussian_low_pass(Tensor images, float sigma) -> Tensor");
+  m.def(
+      "synthesis(Tensor w_plus, Tensor input, Tensor[] layers, Tensor[] images, float[] strengths, float slope, "
+      "float gain, float clamp, bool bf16) -> Tensor");
+  m.def("synthesis_pack(Tensor weight, bool up, bool bf16) -> Tensor");
+  m.def("synthesis_has_bf16(Tensor any) -> bool");
 }

@@ -8,4 +8,5 @@
 #include "bias_act.inl"
 #include "gaussian_low_pass.inl"
 #include "project_onto_basis.inl"
+#include "synthesis.inl"
 #include "upfirdn2d.inl"

@@ -5,6 +5,7 @@ from sage_fast.ops.edit_latents import edit_latents, edit_latents_reference
 from sage_fast.ops.gaussian_low_pass import gaussian_low_pass, gaussian_low_pass_reference
 from sage_fast.ops.modulated_conv2d import modulated_conv2d, modulated_conv2d_reference
 from sage_fast.ops.project_onto_basis import project_onto_basis, project_onto_basis_reference
+from sage_fast.ops.synthesis import synthesis, synthesis_reference
 from sage_fast.ops.upfirdn2d import upfirdn2d, upfirdn2d_reference
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "modulated_conv2d_reference",
     "project_onto_basis",
     "project_onto_basis_reference",
+    "synthesis",
+    "synthesis_reference",
     "upfirdn2d",
     "upfirdn2d_reference",
 ]

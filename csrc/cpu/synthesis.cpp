@@ -1,0 +1,163 @@
+#include "../synthesis.h"
+
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "../tensor.h"
+#include "isa.h"
+#include "workspace.h"
+
+SAGE_DECLARE(void synthesis(const SynthesisNetwork& net, Workspace& workspace))
+SAGE_DECLARE(int64_t synthesis_packed_size(const PackShape& shape))
+SAGE_DECLARE(void synthesis_pack(const float* weight, const PackShape& shape, void* out))
+#ifdef SAGE_X86
+namespace sage_fast::avx512bf16 {
+void synthesis(const SynthesisNetwork& net, Workspace& workspace);
+int64_t synthesis_packed_size(const PackShape& shape);
+void synthesis_pack(const float* weight, const PackShape& shape, void* out);
+}  // namespace sage_fast::avx512bf16
+#define SAGE_CALL_BF16(bf16, function) (bf16 ? &::sage_fast::avx512bf16::function : SAGE_CALL(function))
+#else
+#define SAGE_CALL_BF16(bf16, function) SAGE_CALL(function)
+#endif
+
+namespace sage_fast {
+
+Workspace::~Workspace() {
+  for (float* block : data_) std::free(block);
+}
+
+float* Workspace::get(Slot slot, int64_t floats) {
+  if (size_[slot] < floats) {
+    std::free(data_[slot]);
+    size_[slot] = 0;
+    data_[slot] = static_cast<float*>(std::aligned_alloc(64, (floats / 16 + 1) * 64));
+    if (data_[slot] == nullptr) throw std::bad_alloc();
+    size_[slot] = floats;
+  }
+  return data_[slot];
+}
+
+namespace {
+
+bool has_bf16() {
+#ifdef SAGE_X86
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// One workspace serves call after call; a call that finds it taken brings its own.
+std::mutex workspace_taken;
+Workspace workspace_kept;
+
+const float* floats(const Tensor& x, std::vector<int64_t> shape, const char* message) {
+  require(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == int64_t(shape.size()), message);
+  for (size_t i = 0; i < shape.size(); ++i) require(x.size(i) == shape[i], message);
+  return data<float>(x);
+}
+
+constexpr int64_t kPerLayer = 6, kPerImage = 4;
+
+// layers: for each styled layer packed, squares, affine, affine bias, bias, noise (empty: none).
+// images: for each size weight, affine, affine bias, bias.
+Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
+                 std::vector<double> strengths, double slope, double gain, double clamp, bool bf16) {
+  const int64_t n_layers = int64_t(layers.size()) / kPerLayer, n_images = int64_t(images.size()) / kPerImage;
+  require(n_layers >= 1 && n_layers * kPerLayer == int64_t(layers.size()),
+          "synthesis: layers must hold 6 tensors each");
+  require(n_images * kPerImage == int64_t(images.size()) && n_layers == 2 * n_images - 1,
+          "synthesis: images must hold 4 tensors for each of (layers + 1) / 2 sizes");
+  require(int64_t(strengths.size()) == n_layers, "synthesis: strengths must hold one number a layer");
+  require(slope >= 0 && slope <= 1 && gain > 0, "synthesis: slope must be 0 to 1 and gain positive");
+  require(!bf16 || has_bf16(), "synthesis: this processor has no bfloat16 products");
+  require(w_plus.dim() == 3 && w_plus.size(1) >= n_layers + 1, "synthesis: w_plus must be [N, L, D]");
+  w_plus = torch::stable::contiguous(w_plus);
+  const int64_t n = w_plus.size(0), dim = w_plus.size(2);
+  const char* bad = "synthesis: a tensor of the network has another shape or is not contiguous float32";
+  std::vector<StyledLayer> styled(n_layers);
+  std::vector<ImageLayer> to_image(n_images);
+  int64_t c_in = input.size(1);
+  for (int64_t i = 0; i < n_layers; ++i) {
+    const Tensor* t = &layers[i * kPerLayer];
+    const bool up = i % 2 == 1;
+    const int64_t c_out = t[1].size(0), size = int64_t{4} << ((i + 1) / 2);
+    const PackShape shape{c_out, c_in, up};
+    require(c_in <= 4096, "synthesis: at most 4096 channels");
+    require(t[0].scalar_type() == ScalarType::Byte && t[0].is_contiguous() &&
+                t[0].numel() == SAGE_CALL_BF16(bf16, synthesis_packed_size)(shape),
+            "synthesis: packed weights of another layer, precision or processor; pack them again");
+    const Tensor& noise = t[5];
+    const bool has_noise = noise.numel() > 0, per_sample = has_noise && noise.size(0) != 1;
+    styled[i] = {c_in,
+                 c_out,
+                 size,
+                 up,
+                 t[0].const_data_ptr(),
+                 floats(t[1], {c_out, c_in}, bad),
+                 floats(t[2], {c_in, dim}, bad),
+                 floats(t[3], {c_in}, bad),
+                 floats(t[4], {c_out}, bad),
+                 has_noise ? floats(noise, {per_sample ? n : 1, 1, size, size}, bad) : nullptr,
+                 per_sample,
+                 float(strengths[i])};
+    c_in = c_out;
+  }
+  const int64_t n_channels = images[0].size(0);
+  require(n_channels >= 1 && n_channels <= kMaxImageChannels, "synthesis: images must have 1 to 4 channels");
+  for (int64_t i = 0; i < n_images; ++i) {
+    const Tensor* t = &images[i * kPerImage];
+    const int64_t c = styled[2 * i].c_out;
+    to_image[i] = {c, floats(t[0], {n_channels, c}, bad), floats(t[1], {c, dim}, bad), floats(t[2], {c}, bad),
+                   floats(t[3], {n_channels}, bad)};
+  }
+  const int64_t size = styled.back().size;
+  Tensor out = torch::stable::new_empty(w_plus, {n, n_channels, size, size});
+  if (n == 0) return out;
+  const SynthesisNetwork net{n,
+                             dim,
+                             w_plus.size(1),
+                             n_channels,
+                             n_layers,
+                             n_images,
+                             floats(input, {1, styled[0].c_in, 4, 4}, bad),
+                             styled.data(),
+                             to_image.data(),
+                             floats(w_plus, {n, w_plus.size(1), dim}, bad),
+                             float(slope),
+                             float(gain),
+                             float(clamp),
+                             mutable_data<float>(out)};
+  std::unique_lock lock(workspace_taken, std::try_to_lock);
+  Workspace own;
+  SAGE_CALL_BF16(bf16, synthesis)(net, lock ? workspace_kept : own);
+  return out;
+}
+
+Tensor synthesis_pack(Tensor weight, bool up, bool bf16) {
+  require(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == ScalarType::Float,
+          "synthesis_pack: weight must be float32 [C_out, C_in, 3, 3]");
+  require(!bf16 || has_bf16(), "synthesis_pack: this processor has no bfloat16 products");
+  weight = torch::stable::contiguous(weight);
+  const PackShape shape{weight.size(0), weight.size(1), up};
+  Tensor out = torch::stable::new_empty(weight, {SAGE_CALL_BF16(bf16, synthesis_packed_size)(shape)}, ScalarType::Byte);
+  SAGE_CALL_BF16(bf16, synthesis_pack)(data<float>(weight), shape, out.mutable_data_ptr());
+  return out;
+}
+
+// Whether bf16=True is possible here; a tensor only carries the question to the device's kernels.
+bool synthesis_has_bf16(Tensor) { return has_bf16(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sage_fast, CPU, m) {
+  m.impl("synthesis", TORCH_BOX(&synthesis));
+  m.impl("synthesis_pack", TORCH_BOX(&synthesis_pack));
+  m.impl("synthesis_has_bf16", TORCH_BOX(&synthesis_has_bf16));
+}
+
+}  // namespace sage_fast

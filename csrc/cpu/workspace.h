@@ -1,0 +1,24 @@
+// Memory that outlives a call: activations above 32 MB would otherwise be mapped and unmapped at every layer.
+#pragma once
+
+#include <cstdint>
+
+namespace sage_fast {
+
+// Numbered blocks of floats that grow and stay, aligned to a cache line, contents undefined.
+class Workspace {
+ public:
+  enum Slot { transformed, products, before_blur, activations_a, activations_b, image_a, image_b, vectors, n_slots };
+
+  Workspace() = default;
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  float* get(Slot slot, int64_t floats);
+
+ private:
+  float* data_[n_slots] = {};
+  int64_t size_[n_slots] = {};
+};
+
+}  // namespace sage_fast

@@ -1,0 +1,234 @@
+"""The fused synthesis: against its reference, against the network layer by layer, and what bad input gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sage_fast.errors import InputError
+from sage_fast.models.inference import choose_road, fused_network
+from sage_fast.models.stylegan2 import Generator
+from sage_fast.ops.synthesis import has_bf16, synthesis, synthesis_reference
+
+# every size from 4 px; channels that fill no vector, more than a panel, and one
+CHANNELS = {
+    "4 px": [7],
+    "8 px": [16, 5],
+    "odd": [33, 1, 48, 17],
+    "32 px": [96, 64, 48, 32],
+    "64 px": [24, 24, 16, 9, 6],
+}
+
+
+def generator(channels: list[int], n_channels: int = 3, style_dim: int = 19) -> Generator:
+    with torch.random.fork_rng():
+        torch.manual_seed(len(channels))
+        G = Generator(4 << (len(channels) - 1), style_dim, 1, n_channels, channels=channels)
+        for layer in (G.conv1, *G.convs):
+            torch.nn.init.normal_(layer.noise.weight, std=0.2)
+            torch.nn.init.normal_(layer.activate.bias, std=0.2)
+        for to_rgb in (G.to_rgb1, *G.to_rgbs):
+            torch.nn.init.normal_(to_rgb.bias, std=0.2)
+    return G.eval().requires_grad_(False)
+
+
+def latents(G: Generator, n: int) -> torch.Tensor:
+    return torch.randn(n, G.n_latent, G.style_dim, generator=torch.Generator().manual_seed(n))
+
+
+def maps(G: Generator) -> list[torch.Tensor]:
+    return [getattr(G.noises, f"noise_{i}") for i in range(G.n_latent - 1)]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+@pytest.mark.parametrize("n_channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", CHANNELS)
+def test_equals_the_reference_in_float64(device, name, n_channels):
+    """Transforms cost a digit at most: within 4e-6 of float64, where plain float32 is within 2e-6."""
+    G = generator(CHANNELS[name], n_channels).to(device)
+    w_plus, network = latents(G, 3).to(device), fused_network(G)
+    ours, plain = synthesis(network, w_plus, maps(G)), synthesis_reference(network, w_plus, maps(G))
+    exact = generator(CHANNELS[name], n_channels).double()
+    exact.load_state_dict(G.state_dict())
+    expected = exact.synthesis(w_plus.double())
+    assert relative(plain, expected) < 3e-6
+    assert relative(ours, expected) < 4e-6
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_bfloat16_follows_the_rule_for_low_precision(device, name):
+    """At most twice the error of plain PyTorch with bfloat16 products."""
+    if not has_bf16(torch.device(device)):
+        pytest.skip("this processor has no bfloat16 products")
+    G = generator(CHANNELS[name]).to(device)
+    w_plus, network = latents(G, 8).to(device), fused_network(G)
+    exact = synthesis_reference(network, w_plus, maps(G)).double()
+    ours = synthesis(network, w_plus, maps(G), bf16=True).double()
+    with torch.autocast(device, torch.bfloat16):
+        plain = synthesis_reference(network, w_plus, maps(G)).double()
+    error, allowed = (float((x - exact).square().mean().sqrt()) for x in (ours, plain))
+    assert 0 < error <= 2 * allowed
+
+
+def test_the_generator_takes_it_and_gets_the_same_images(device, monkeypatch):
+    G = generator(CHANNELS["32 px"]).to(device)
+    w_plus = latents(G, 2).to(device)
+    assert choose_road(G, w_plus) == ("fused", "no gradients, float32")
+    for noise in ("const", "none", maps(G)):
+        fused = G.synthesis(w_plus, noise=noise)
+        with monkeypatch.context() as patch:
+            patch.setattr("sage_fast.models.stylegan2.choose_road", lambda *_: ("differentiable", "for this test"))
+            layered = G.synthesis(w_plus, noise=noise)
+        assert not torch.equal(fused, layered), "the fused road was not taken"
+        assert relative(fused, layered) < 4e-6
+
+
+def test_random_noise_is_a_map_for_each_sample(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus = latents(G, 1).to(device).expand(2, -1, -1)
+    noise = [torch.randn(2, 1, *m.shape[2:], generator=torch.Generator().manual_seed(0)).to(device) for m in maps(G)]
+    images = G.synthesis(w_plus, noise=noise)
+    assert not torch.equal(images[0], images[1])
+    expected = synthesis_reference(fused_network(G), w_plus, noise)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_changed_weight_is_noticed(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus = latents(G, 1).to(device)
+    before = G.synthesis(w_plus)
+    G.convs[0].conv.weight.mul_(1.5)
+    G.to_rgb1.bias.add_(1)
+    after = G.synthesis(w_plus)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, synthesis_reference(fused_network(G), w_plus, maps(G)), atol=1e-5, rtol=1e-5)
+
+
+def test_the_road_and_its_reason(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus = latents(G, 1).to(device)
+    assert choose_road(G, w_plus.clone().requires_grad_())[1] == "gradients are recorded"
+    with torch.no_grad():
+        assert choose_road(G, w_plus.clone().requires_grad_())[0] == "fused"
+    G.requires_grad_(True)
+    assert choose_road(G, w_plus)[0] == "differentiable"
+    assert G.synthesis(w_plus).requires_grad
+    assert choose_road(G.double(), w_plus.double())[0] == "differentiable"
+    with torch.inference_mode():
+        H = generator(CHANNELS["8 px"]).to(device)
+        assert "inference mode" in choose_road(H, w_plus)[1]
+        H.synthesis(w_plus)
+
+
+def test_without_kernels_the_reference_runs(on_reference):
+    G = generator(CHANNELS["8 px"])
+    w_plus = latents(G, 2)
+    fused = G.synthesis(w_plus)
+    on_reference()
+    assert choose_road(G, w_plus)[0] == "reference"
+    torch.testing.assert_close(G.synthesis(w_plus), fused, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(synthesis(fused_network(G), w_plus, maps(G)), fused, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_sample_does_not_depend_on_the_batch(device, bf16):
+    """The same bits alone and among others: 65 images are several bands, 1 is a part of one."""
+    if bf16 and not has_bf16(torch.device(device)):
+        pytest.skip("this processor has no bfloat16 products")
+    G = generator(CHANNELS["32 px"]).to(device)
+    w_plus, network = latents(G, 65).to(device), fused_network(G)
+    together = synthesis(network, w_plus, maps(G), bf16)
+    for i in (0, 7, 64):
+        assert torch.equal(synthesis(network, w_plus[i : i + 1], maps(G), bf16)[0], together[i])
+
+
+def test_same_bits_for_all_thread_counts(same_bits_for_all_thread_counts):
+    G = generator(CHANNELS["64 px"])
+    w_plus = latents(G, 3)
+    same_bits_for_all_thread_counts(lambda: G.synthesis(w_plus))
+
+
+def test_layouts_and_empty_batches(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus = latents(G, 3).to(device)
+    spread = torch.stack([w_plus, w_plus * 0], dim=-1)[..., 0]
+    assert torch.equal(G.synthesis(spread), G.synthesis(w_plus))
+    assert G.synthesis(w_plus[:0]).shape == (0, 3, 8, 8)
+
+
+def test_clamp_and_slope(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus, network = latents(G, 2).to(device), dataclasses.replace(fused_network(G), clamp=0.5, slope=0.0, gain=1.0)
+    ours, plain = (f(network, w_plus, maps(G)) for f in (synthesis, synthesis_reference))
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay_in_their_image(device, value):
+    G = generator(CHANNELS["32 px"]).to(device)
+    w_plus = latents(G, 3).to(device)
+    clean = G.synthesis(w_plus)
+    w_plus[1, 2, 3] = value
+    images = G.synthesis(w_plus)
+    assert not images[1].isfinite().all()
+    assert torch.equal(images[::2], clean[::2])
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_instruction_sets(isa):
+    """In a process of its own: the instruction set is chosen once."""
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from ops.test_synthesis import CHANNELS, generator, latents, maps, relative
+from sage_fast.models.inference import fused_network
+from sage_fast.ops.synthesis import has_bf16, synthesis, synthesis_reference
+assert not has_bf16(torch.device("cpu"))
+for name in ("4 px", "odd", "32 px"):
+    G = generator(CHANNELS[name])
+    w = latents(G, 2)
+    assert relative(synthesis(fused_network(G), w, maps(G)), synthesis_reference(fused_network(G), w, maps(G))) < 4e-6
+"""
+    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    env = {**os.environ, "SAGE_FAST_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", script, tests], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_fake_kernel(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    network, w_plus = fused_network(G), latents(G, 2).to(device)
+    packed, empty = network.packed(False), w_plus.new_empty(0)
+    layers = [t for i in range(3) for t in (*packed[5 * i : 5 * i + 5], empty)]
+    images = [t for m in network.images for t in (m.weight, m.affine, m.affine_bias, m.bias)]
+    args = (w_plus, network.input, layers, images, [0.0] * 3, 0.2, 1.0, -1.0, False)
+    torch.library.opcheck(torch.ops.sage_fast.synthesis, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_bad_input(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    network, w_plus = fused_network(G), latents(G, 2).to(device)
+    for bad in (w_plus[:, :3], w_plus[..., :5], w_plus.double(), w_plus[0]):
+        with pytest.raises(InputError, match=r"w_plus must be float32 \[N, 4, 19\]"):
+            synthesis(network, bad, maps(G))
+    with pytest.raises(InputError, match="noise must hold 3 maps"):
+        synthesis(network, w_plus, maps(G)[:2])
+    with pytest.raises(InputError, match=r"noise map 1 must have shape \[1 or 2, 1, 8, 8\]"):
+        synthesis(network, w_plus, [maps(G)[0]] * 3)
+    layers = [w_plus.new_empty(0)] * 6
+    with pytest.raises(ValueError, match="layers must hold 6"):
+        torch.ops.sage_fast.synthesis(w_plus, network.input, layers[:5], layers[:4], [0.0], 0.2, 1.0, -1.0, False)
+    with pytest.raises(ValueError, match="pack them again"):
+        wrong = [w_plus.new_empty(8, dtype=torch.uint8), *network.packed(False)[1:5], w_plus.new_empty(0)]
+        images = list(vars(network.images[0]).values())
+        torch.ops.sage_fast.synthesis(w_plus, network.input, wrong, images, [0.0], 0.2, 1.0, -1.0, False)
+    with pytest.raises(ValueError, match=r"float32 \[C_out, C_in, 3, 3\]"):
+        torch.ops.sage_fast.synthesis_pack(w_plus, False, False)

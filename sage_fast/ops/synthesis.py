@@ -1,0 +1,172 @@
+"""A whole StyleGAN2 synthesis network in one call, for inference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sage_fast import _native
+from sage_fast.errors import InputError
+
+__all__ = ["ImageLayer", "StyledLayer", "SynthesisNetwork", "has_bf16", "synthesis", "synthesis_reference"]
+
+
+@dataclass(frozen=True)
+class StyledLayer:
+    """Modulated 3 x 3 convolution, noise, bias and leaky ReLU times sqrt(2); every second layer doubles the size first.
+
+    ``weight`` [C_out, C_in, 3, 3], ``affine`` [C_in, D] and ``affine_bias`` [C_in] from w to the style, ``bias`` [C_out],
+    ``strength`` of the noise. Weights as they act: run-time scales are multiplied in.
+    """
+
+    weight: Tensor
+    affine: Tensor
+    affine_bias: Tensor
+    bias: Tensor
+    strength: float
+
+
+@dataclass(frozen=True)
+class ImageLayer:
+    """Modulated 1 x 1 convolution to the image: ``weight`` [C, C_in], ``affine``, ``affine_bias``, ``bias`` [C]."""
+
+    weight: Tensor
+    affine: Tensor
+    affine_bias: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class SynthesisNetwork:
+    """The numbers of a synthesis network with skip connections ([StyleGAN2], Fig. 7), float32, without gradients.
+
+    ``input`` [1, C, 4, 4]; ``layers``: one at 4 px, then two for each doubling; ``images``: one for each size. The resampling
+    filter is [1, 3, 3, 1]. Packed weights are made once for each precision and kept.
+    """
+
+    input: Tensor
+    layers: Sequence[StyledLayer]
+    images: Sequence[ImageLayer]
+    slope: float = 0.2
+    gain: float = math.sqrt(2)
+    clamp: float | None = None
+    _packed: dict[bool, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    def packed(self, bf16: bool) -> list[Tensor]:
+        """The native op's form: for each layer the transformed weights, their squares, affine map and biases."""
+        if bf16 not in self._packed:
+            tensors = []
+            for i, layer in enumerate(self.layers):
+                u = torch.ops.sage_fast.synthesis_pack(layer.weight, i % 2 == 1, bf16)
+                squares = layer.weight.square().sum((2, 3))
+                rows = (u, squares, layer.affine, layer.affine_bias, layer.bias)
+                tensors += [row.contiguous() for row in rows]
+            self._packed[bf16] = tensors
+        return self._packed[bf16]
+
+
+def synthesis(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], bf16: bool = False) -> Tensor:
+    """Draw images from one absolute latent per layer; no derivatives.
+
+    Implements the generator of Karras et al. 2020 [StyleGAN2] with one weight for the whole batch: the style scales
+    activations, demodulation scales outputs. On the CPU the 3 x 3 convolutions take 2.25 (plain, float32) multiplications a
+    pixel instead of 9, by Winograd's and Toom and Cook's transforms, and each layer's epilogue is part of the way back from
+    them; see ``csrc/cpu/styled_conv.inl``.
+
+    Args:
+        network: weights, on the device of ``w_plus``.
+        w_plus: [N, L, D] float32, L = 2 x the number of sizes.
+        noise: one map [1 or N, 1, h, w] a styled layer, or None.
+        bf16: products in bfloat16 with float32 sums, where :func:`has_bf16`.
+    Returns:
+        [N, C, R, R] float32. The same bits for every batch size and number of threads.
+    Raises:
+        InputError: latents or noise that do not fit the network.
+    """
+    _check(network, w_plus, noise)
+    if not _native.has_kernel("synthesis", w_plus.device.type):
+        return synthesis_reference(network, w_plus, noise)
+    empty = w_plus.new_empty(0)
+    layers: list[Tensor] = []
+    packed = network.packed(bf16)
+    for i, map_ in enumerate(noise):
+        layers += packed[5 * i : 5 * i + 5]
+        layers.append(empty if map_ is None else map_.to(w_plus).contiguous())
+    images = [t for image in network.images for t in (image.weight, image.affine, image.affine_bias, image.bias)]
+    strengths = [layer.strength for layer in network.layers]
+    clamp = -1.0 if network.clamp is None else network.clamp
+    return torch.ops.sage_fast.synthesis(
+        w_plus, network.input, layers, images, strengths, network.slope, network.gain, clamp, bf16
+    )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the kernels of a device multiply bfloat16 faster than float32."""
+    return _native.has_kernel("synthesis", device.type) and bool(
+        torch.ops.sage_fast.synthesis_has_bf16(torch.empty(0, device=device))
+    )
+
+
+def synthesis_reference(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
+    """The same in plain PyTorch, layer by layer: shared weights, scaled activations."""
+    _check(network, w_plus, noise)
+    taps = torch.tensor([0.25, 0.75, 0.75, 0.25], dtype=w_plus.dtype, device=w_plus.device)
+    fir = torch.outer(taps, taps)
+    x = network.input.expand(len(w_plus), -1, -1, -1)
+    image: Tensor | None = None
+    for i, layer in enumerate(network.layers):
+        style = F.linear(w_plus[:, i], layer.affine, layer.affine_bias)
+        factor = torch.rsqrt(style.square() @ layer.weight.square().sum((2, 3)).t() + 1e-8)
+        x = x * style[:, :, None, None]
+        if i % 2 == 1:
+            x = F.conv_transpose2d(x, layer.weight.transpose(0, 1), stride=2)
+            x = F.conv2d(x, fir.expand(x.shape[1], 1, 4, 4), padding=1, groups=x.shape[1])
+        else:
+            x = F.conv2d(x, layer.weight, padding=1)
+        x = x * factor[:, :, None, None]
+        map_ = noise[i]
+        if map_ is not None:
+            x = x + layer.strength * map_
+        x = F.leaky_relu(x + layer.bias.view(1, -1, 1, 1), network.slope) * network.gain
+        x = x if network.clamp is None else x.clamp(-network.clamp, network.clamp)
+        if i % 2 == 0:
+            to_image = network.images[i // 2]
+            style = F.linear(w_plus[:, i + 1], to_image.affine, to_image.affine_bias)
+            new = F.conv2d(x * style[:, :, None, None], to_image.weight[:, :, None, None], to_image.bias)
+            if image is not None:
+                new = new + F.conv_transpose2d(
+                    image, fir.expand(image.shape[1], 1, 4, 4), stride=2, padding=1, groups=image.shape[1]
+                )
+            image = new
+    assert image is not None
+    return image
+
+
+def _check(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None]) -> None:
+    expected = (2 * len(network.images), network.layers[0].affine.shape[1])
+    if w_plus.ndim != 3 or w_plus.shape[1:] != expected or w_plus.dtype != torch.float32:
+        raise InputError(
+            f"w_plus must be float32 [N, {expected[0]}, {expected[1]}] for this network, got {w_plus.dtype} {list(w_plus.shape)}."
+        )
+    if len(noise) != len(network.layers):
+        raise InputError(f"noise must hold {len(network.layers)} maps, one a styled layer, got {len(noise)}.")
+    for i, map_ in enumerate(noise):
+        size = 4 << ((i + 1) // 2)
+        if map_ is not None and map_.shape not in ((1, 1, size, size), (len(w_plus), 1, size, size)):
+            raise InputError(
+                f"noise map {i} must have shape [1 or {len(w_plus)}, 1, {size}, {size}], got {list(map_.shape)}."
+            )
+
+
+@_native.when_loaded
+def _register() -> None:
+    def fake(w_plus, input, layers, images, *_):
+        size = 4 << (len(images) // 4 - 1)
+        return w_plus.new_empty(len(w_plus), len(images[0]), size, size)
+
+    torch.library.register_fake("sage_fast::synthesis", fake)
