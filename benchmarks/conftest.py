@@ -31,6 +31,8 @@ _ROWS: pytest.StashKey[dict[str, list[dict]]] = pytest.StashKey()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-threads", type=int, default=1, help="threads of torch in benchmarks")
+    parser.addoption("--bench-compile", action="store_true", help="torch.compile among the rivals (minutes to compile)")
+    parser.addoption("--peer-path", action="append", default=[], help="a clone of other people's StyleGAN2; repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +53,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for row in rows:
             rivals = "   ".join(f"{rival} {ratio:.2f}" for rival, ratio in row["ratios"].items())
             extra = f"{row['gb_per_s']:6.1f} GB/s   " if row["gb_per_s"] else ""
+            if row["gflop_per_s"]:
+                extra = f"{row['gflop_per_s']:6.0f} GFLOP/s ({row['of_peak']:.2f} of peak)   "
             terminalreporter.write_line(f"{row['case']:<44} {row['ms']:9.3f} ms   {extra}{rivals}")
         lowest = min((min(row["ratios"].values()) for row in rows), default=None)
         line = dict(bench=name, threads=threads, torch=torch.__version__, lowest_ratio=lowest, rows=rows)
@@ -65,15 +69,26 @@ class Comparison:
     benchmark: object
     one_thread: bool
     tolerance: float = 2e-5
+    rounds: int = ROUNDS
     clock: Callable[[], float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.clock = time.thread_time if self.one_thread else time.perf_counter
 
     def __call__(
-        self, case: str, ours: Callable[[], Tensor], rivals: Mapping[str, Callable[[], Tensor]], moved: int = 0
+        self,
+        case: str,
+        ours: Callable[[], Tensor],
+        rivals: Mapping[str, Callable[[], Tensor]],
+        moved: int = 0,
+        flops: float = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Check that all give what ours gives; then time them. ``moved``: bytes that must at least be read and written."""
+        """Check that all give what ours gives; then time them.
+
+        ``moved``: bytes that must at least be read and written. ``flops``: of the direct algorithm; set against what a
+        large convolution of ``dtype`` reaches here, so fewer multiplications may go beyond 1.
+        """
         expected = ours()
         scale = expected.abs().max().item()
         for name, rival in rivals.items():
@@ -86,14 +101,25 @@ class Comparison:
         mine = seconds.pop("ours")
         ratios = {name: round(value / mine, 3) for name, value in seconds.items()}
         row = dict(case=case, ms=round(mine * 1e3, 4), gb_per_s=round(moved / mine / 1e9, 2), ratios=ratios)
+        row |= dict(gflop_per_s=round(flops / mine / 1e9, 1), of_peak=0.0)
+        if flops:
+            row["of_peak"] = round(flops / mine / self._peak(dtype), 3)
         self.rows.append(row)
         self.benchmark.extra_info.update(row)
         self.benchmark.pedantic(ours, rounds=5, iterations=max(1, int(0.002 / mine)), warmup_rounds=1)
 
+    def _peak(self, dtype: torch.dtype) -> float:
+        """FLOP/s of a 3 x 3 convolution of 512 to 512 channels, measured now: the best of five."""
+        x, w = torch.randn(2, 512, 32, 32).to(dtype), torch.randn(512, 512, 3, 3).to(dtype)
+        x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+        with torch.inference_mode():
+            seconds = min(self._time(lambda: torch.nn.functional.conv2d(x, w, padding=1), 1) for _ in range(5))
+        return 2 * 9 * 512 * 512 * 2 * 32 * 32 / seconds
+
     def _medians(self, calls: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
         repeats = {name: max(1, int(ROUND_SECONDS / self._time(call, 3))) for name, call in calls.items()}
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for i in range(ROUNDS):
+        for i in range(self.rounds):
             for name in list(calls)[:: 1 if i % 2 else -1]:  # there and back, so that nobody always comes first
                 times[name].append(self._time(calls[name], repeats[name]))
         return {name: median(values) for name, values in times.items()}

@@ -42,6 +42,7 @@ struct SynthesisNetwork {
   const float* w_plus;         // [n, n_latent, style_dim]
   float slope, gain, clamp;    // of the activation; clamp < 0: none
   float* images;               // [n, n_channels, size, size] // output
+  double* seconds;             // [n_layers + n_images], what each layer took, or null // output
 };
 
 struct PackShape {

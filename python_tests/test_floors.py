@@ -21,6 +21,7 @@ ROOMS: dict[str, tuple[float, str | None]] = {
     "inversion": (4, "images"),
     "editing": (4, "latents"),
     "pipeline": (5, None),
+    "profiling": (5, None),
     "generation": (5.5, None),
     "training": (6, None),
     "evaluation": (7, None),

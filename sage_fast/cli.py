@@ -83,6 +83,15 @@ class InfoOptions:
 
 
 @dataclass(frozen=True)
+class ProfileOptions:
+    """What ``profile`` looks at."""
+
+    model: Path | None = None  # run folder or bundle; None: a network with random weights
+    trace: Path | None = None  # file for a Chrome trace of one call
+    device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
+
+
+@dataclass(frozen=True)
 class FloraOptions:
     """Options of ``data flora``."""
 
@@ -181,6 +190,24 @@ def _info(argv: Sequence[str]) -> None:
     print(json.dumps(report, indent=2, default=str) if options.json else "\n".join(_lines(report)))
 
 
+def _profile(argv: Sequence[str]) -> None:
+    from sage_fast.models.stylegan2 import Generator
+    from sage_fast.models.weights import load_bundle
+    from sage_fast.profiling import ProfileConfig, profile_synthesis, profile_table
+
+    argv = ["--n" if word == "-n" else word for word in argv]
+    options, config = _parse("profile", argv, ProfileOptions(), ProfileConfig())
+    if options.model is not None:
+        generator = load_bundle(options.model).generator
+    else:
+        sizes = dict(channel_base=config.channel_base, channel_max=config.channel_max)
+        generator = Generator(config.resolution, n_mapping=1, **sizes).eval().requires_grad_(config.gradients)
+    layers, about = profile_synthesis(generator.to(_device(options.device)), config, options.trace)
+    print(profile_table(layers, about))
+    if options.trace is not None:
+        print(f"The trace is in {options.trace}; open it with chrome://tracing or https://ui.perfetto.dev.")
+
+
 def _data(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: sage-fast data flora --out DIR [options]\n\n  flora   drawn flowers whose factors are known")
@@ -213,6 +240,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "generate": (_generate, "new images of novel categories from a few images of each"),
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
     "info": (_info, "what was built, and which kernels run where"),
+    "profile": (_profile, "where a synthesis spends its time, layer by layer"),
     "data": (_data, "write a data set: 'data flora'"),
     "demo": (_demo, "the whole road with the model that comes with the package"),
 }

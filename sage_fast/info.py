@@ -32,8 +32,28 @@ def build_report() -> dict[str, Any]:
         "build_mode": _native.build_mode(),
         "built": _build.read_info(folder),
         "host": _host_report(folder),
+        "synthesis": {device: _roads(device) for device in native.devices},
         "ops": {op: {device: _state(native, op, device) for device in ("cpu", "cuda")} for op in _all_ops()},
     }
+
+
+def _roads(device: str) -> dict[str, str]:
+    """Which road a generator takes for inference, under autocast and with gradients, and why."""
+    import torch
+
+    from sage_fast.models.inference import choose_road, wants_bf16
+    from sage_fast.models.stylegan2 import Generator
+
+    generator = Generator(4, style_dim=1, n_mapping=1, channels=[1]).to(device)
+    w_plus = torch.zeros(1, generator.n_latent, 1, device=device)
+    roads = {"with gradients": "{} ({})".format(*choose_road(generator, w_plus))}
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        road, reason = choose_road(generator, w_plus)
+        roads["inference"] = f"{road} ({reason})"
+        if road == "fused":
+            products = "bfloat16" if wants_bf16(w_plus.device) else "float32: the processor has no bfloat16 products"
+            roads["inference under autocast bfloat16"] = f"fused ({products})"
+    return roads
 
 
 def _all_ops() -> list[str]:

@@ -65,8 +65,8 @@ constexpr int64_t kPerLayer = 6, kPerImage = 4;
 
 // layers: for each styled layer packed, squares, affine, affine bias, bias, noise (empty: none).
 // images: for each size weight, affine, affine bias, bias.
-Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
-                 std::vector<double> strengths, double slope, double gain, double clamp, bool bf16) {
+Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
+            std::vector<double> strengths, double slope, double gain, double clamp, bool bf16, double* seconds) {
   const int64_t n_layers = int64_t(layers.size()) / kPerLayer, n_images = int64_t(images.size()) / kPerImage;
   require(n_layers >= 1 && n_layers * kPerLayer == int64_t(layers.size()),
           "synthesis: layers must hold 6 tensors each");
@@ -131,11 +131,26 @@ Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::v
                              float(slope),
                              float(gain),
                              float(clamp),
-                             mutable_data<float>(out)};
+                             mutable_data<float>(out),
+                             seconds};
   std::unique_lock lock(workspace_taken, std::try_to_lock);
   Workspace own;
   SAGE_CALL_BF16(bf16, synthesis)(net, lock ? workspace_kept : own);
   return out;
+}
+
+Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
+                 std::vector<double> strengths, double slope, double gain, double clamp, bool bf16) {
+  return draw(w_plus, input, layers, images, strengths, slope, gain, clamp, bf16, nullptr);
+}
+
+// Seconds that each styled layer, then each layer to the image takes: float64 [layers + images].
+Tensor synthesis_times(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
+                       std::vector<double> strengths, double slope, double gain, double clamp, bool bf16) {
+  const int64_t count = int64_t(layers.size()) / kPerLayer + int64_t(images.size()) / kPerImage;
+  Tensor seconds = torch::stable::new_zeros(w_plus, {count}, ScalarType::Double);
+  draw(w_plus, input, layers, images, strengths, slope, gain, clamp, bf16, mutable_data<double>(seconds));
+  return seconds;
 }
 
 Tensor synthesis_pack(Tensor weight, bool up, bool bf16) {
@@ -156,6 +171,7 @@ bool synthesis_has_bf16(Tensor) { return has_bf16(); }
 
 STABLE_TORCH_LIBRARY_IMPL(sage_fast, CPU, m) {
   m.impl("synthesis", TORCH_BOX(&synthesis));
+  m.impl("synthesis_times", TORCH_BOX(&synthesis_times));
   m.impl("synthesis_pack", TORCH_BOX(&synthesis_pack));
   m.impl("synthesis_has_bf16", TORCH_BOX(&synthesis_has_bf16));
 }

@@ -150,12 +150,20 @@ void run(const SynthesisNetwork& net, Workspace& workspace) {
     }
   }
   Workspace::Slot next = Workspace::activations_b, skip_slot = Workspace::image_a;
+  auto before = std::chrono::steady_clock::now();
+  const auto note = [&](int64_t index) {
+    if (net.seconds == nullptr) return;
+    const auto now = std::chrono::steady_clock::now();
+    net.seconds[index] = std::chrono::duration<double>(now - before).count();
+    before = now;
+  };
   const auto advance = [&](int64_t index) {
     const StyledLayer& layer = net.layers[index];
     float* y = workspace.get(next, net.n * layer.size * layer.size * pitch_of(layer.c_out));
     styled_layer<P, M>(net, index, x, workspace, y);
     x = y;
     next = next == Workspace::activations_a ? Workspace::activations_b : Workspace::activations_a;
+    note(index);
   };
   const float* skip = nullptr;
   for (int64_t i = 0; i < net.n_images; ++i) {
@@ -165,6 +173,7 @@ void run(const SynthesisNetwork& net, Workspace& workspace) {
     const bool last = i + 1 == net.n_images;
     float* images = last ? net.images : workspace.get(skip_slot, net.n * net.n_channels * size * size);
     image_layer(net, i, 2 * i + 1, size, x, skip, workspace, images);
+    note(net.n_layers + i);
     skip = images;
     skip_slot = skip_slot == Workspace::image_a ? Workspace::image_b : Workspace::image_a;
   }

@@ -1,0 +1,134 @@
+"""Other people's StyleGAN2, from local clones (``--peer-path``), with the weights of one of our generators.
+
+A clone of NVlabs/stylegan2-ada-pytorch ("ada"), NVlabs/stylegan3 ("sg3", its StyleGAN2 networks) or
+rosinality/stylegan2-pytorch ("ros") is recognised by its files. Their code runs in this process, on its CPU roads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sage_fast.models.stylegan2 import Generator
+
+Draw = Callable[[Tensor], Tensor]
+#: what their files import and the CPU roads do not need
+_MISSING_TODAY = {
+    "requests": types.SimpleNamespace(),
+    "pkg_resources": types.SimpleNamespace(parse_version=lambda text: tuple(int(n) for n in text.split(".")[:2])),
+}
+
+
+def load_peers(paths: list[str], generator: Generator) -> dict[str, Draw]:
+    """name -> function from w_plus [N, L, D] to images, for each clone."""
+    return dict(_load(Path(path), generator) for path in paths)
+
+
+def _load(path: Path, generator: Generator) -> tuple[str, Draw]:
+    if (path / "training" / "networks_stylegan2.py").exists():
+        return "sg3", _nvlabs(path, "training.networks_stylegan2", generator)
+    if (path / "training" / "networks.py").exists():
+        return "ada", _nvlabs(path, "training.networks", generator)
+    if (path / "op" / "fused_act.py").exists():
+        return "ros", _rosinality(path, generator)
+    raise SystemExit(f"--peer-path: {path} is no clone of stylegan2-ada-pytorch, stylegan3 or rosinality's port")
+
+
+@contextmanager
+def _imports_from(path: Path) -> Iterator[None]:
+    """The clone's top-level names for the time of the import; two clones use the same ones."""
+    names = ("training", "torch_utils", "dnnlib", "op", "model", "distributed")
+    for name, stand_in in _MISSING_TODAY.items():
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            sys.modules[name] = stand_in  # type: ignore[assignment]
+    sys.path.insert(0, str(path))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path))
+        for name in [n for n in sys.modules if n.split(".")[0] in names]:
+            del sys.modules[name]
+
+
+def _nvlabs(path: Path, module: str, generator: Generator) -> Draw:
+    with _imports_from(path):
+        networks = importlib.import_module(module)
+        sizes = dict(zip((4 << i for i in range(9)), generator.channels))
+        net = networks.SynthesisNetwork(
+            w_dim=generator.style_dim,
+            img_resolution=generator.resolution,
+            img_channels=generator.n_channels,
+            channel_base=max(size * c for size, c in sizes.items()),
+            channel_max=max(generator.channels),
+            num_fp16_res=0,
+        )
+    state = {}
+    for i, size in enumerate(sizes):
+        block = f"b{size}."
+        layers = [("conv1", generator.conv1)] if i == 0 else zip(("conv0", "conv1"), generator.convs[2 * i - 2 : 2 * i])
+        for name, ours in layers:
+            state |= {
+                f"{block}{name}.weight": ours.conv.weight[0],
+                f"{block}{name}.bias": ours.activate.bias,
+                f"{block}{name}.noise_strength": ours.noise.weight.reshape([]),
+                f"{block}{name}.affine.weight": ours.conv.modulation.weight,
+                f"{block}{name}.affine.bias": ours.conv.modulation.bias,
+                f"{block}{name}.noise_const": getattr(
+                    generator.noises, f"noise_{0 if i == 0 else 2 * i - 1 + (name == 'conv1')}"
+                )[0, 0],
+            }
+        rgb = generator.to_rgb1 if i == 0 else generator.to_rgbs[i - 1]
+        state |= {
+            f"{block}torgb.weight": rgb.conv.weight[0],
+            f"{block}torgb.bias": rgb.bias.flatten(),
+            f"{block}torgb.affine.weight": rgb.conv.modulation.weight,
+            f"{block}torgb.affine.bias": rgb.conv.modulation.bias,
+        }
+    state["b4.const"] = generator.input.input[0]
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    assert not unexpected and all("resample_filter" in key for key in missing), (missing, unexpected)
+    net.eval().requires_grad_(False)
+    return lambda w_plus: net(w_plus, noise_mode="const", force_fp32=True)
+
+
+def _rosinality(path: Path, generator: Generator) -> Draw:
+    import torch.utils.cpp_extension as extension
+
+    load = extension.load
+    extension.load = lambda *args, **kwargs: types.SimpleNamespace()  # CUDA code that the CPU road never calls
+    try:
+        with _imports_from(path):
+            model = importlib.import_module("model")
+    finally:
+        extension.load = load
+    init = dict(style_dim=generator.style_dim, n_mlp=generator.n_mapping)
+    net = model.Generator(generator.resolution, **init)
+    sizes = [4 << i for i in range(len(generator.channels))]
+    if [net.channels[size] for size in sizes] != generator.channels:
+        net.channels = dict(zip(sizes, generator.channels))
+        _rebuild(net, model, generator)
+    net.load_state_dict(generator.state_dict(), strict=False)
+    net.eval().requires_grad_(False)
+    return lambda w_plus: net([w_plus], input_is_latent=True, randomize_noise=False)[0]
+
+
+def _rebuild(net: torch.nn.Module, model: types.ModuleType, generator: Generator) -> None:
+    """Their constructor knows its own channels only: make the layers again with ours."""
+    blur, dim = [1, 3, 3, 1], generator.style_dim
+    c = generator.channels
+    net.input = model.ConstantInput(c[0])
+    net.conv1 = model.StyledConv(c[0], c[0], 3, dim, blur_kernel=blur)
+    net.to_rgb1 = model.ToRGB(c[0], dim, upsample=False)
+    net.convs, net.to_rgbs = torch.nn.ModuleList(), torch.nn.ModuleList()
+    for a, b in zip(c, c[1:]):
+        net.convs.append(model.StyledConv(a, b, 3, dim, upsample=True, blur_kernel=blur))
+        net.convs.append(model.StyledConv(b, b, 3, dim, blur_kernel=blur))
+        net.to_rgbs.append(model.ToRGB(b, dim))

@@ -1,0 +1,51 @@
+"""The profile of a synthesis: every layer, both roads, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sage_fast.cli import main
+from sage_fast.errors import InputError
+from sage_fast.models.stylegan2 import Generator
+from sage_fast.profiling import ProfileConfig, profile_synthesis, profile_table
+
+NAMES = ["conv1", "convs.0", "convs.1", "to_rgb1", "to_rgbs.0"]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_every_layer_is_timed(gradients):
+    generator = Generator(8, 8, 1, channels=[12, 6]).requires_grad_(gradients)
+    layers, about = profile_synthesis(generator, ProfileConfig(n=2, rounds=2, gradients=gradients))
+    assert [layer.name for layer in layers] == NAMES
+    assert [layer.size for layer in layers] == [4, 8, 8, 4, 8]
+    assert all(0 < layer.seconds < 1 for layer in layers)
+    assert layers[1].flop == 2 * 2 * 9 * 12 * 6 * 16  # two images, at half the size
+    assert about["road"] == ("differentiable" if gradients else "fused")
+    assert sum(layer.seconds for layer in layers) < 2
+    table = profile_table(layers, about)
+    assert all(name in table for name in NAMES) and about["reason"] in table
+
+
+def test_the_command_and_its_trace(tmp_path, tiny_bundle, capsys):
+    trace = tmp_path / "trace.json"
+    assert main(["profile", "--model", str(tiny_bundle), "-n", "1", "--rounds", "1", "--trace", str(trace)]) == 0
+    printed = capsys.readouterr().out
+    assert "road: fused" in printed and "convs.1" in printed
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "sage_fast::synthesis" in names
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    profile_synthesis(
+        Generator(4, 8, 1, channels=[8]).requires_grad_(False), ProfileConfig(rounds=1, threads=before + 1)
+    )
+    assert torch.get_num_threads() == before
+
+
+def test_bad_settings():
+    with pytest.raises(InputError, match="rounds must be at least 1, got 0"):
+        ProfileConfig(rounds=0)
