@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sage_fast.models.stylegan2 import Generator
+from sage_fast.models.stylegan2 import Discriminator, Generator
 
 Draw = Callable[[Tensor], Tensor]
 #: what their files import and the CPU roads do not need
@@ -30,6 +30,25 @@ _MISSING_TODAY = {
 def load_peers(paths: list[str], generator: Generator) -> dict[str, Draw]:
     """name -> function from w_plus [N, L, D] to images, for each clone."""
     return dict(_load(Path(path), generator) for path in paths)
+
+
+def load_trainers(
+    paths: list[str], generator: Generator, discriminator: Discriminator
+) -> dict[str, tuple[torch.nn.Module, Draw, torch.nn.Module, Draw]]:
+    """name -> (network, its synthesis, discriminator, its logits) with our weights, for each clone by NVlabs."""
+    found = {}
+    for path in map(Path, paths):
+        for name, module in (("sg3", "training.networks_stylegan2"), ("ada", "training.networks")):
+            if (path / (module.replace(".", "/") + ".py")).exists():
+                net, D = _nvlabs_networks(path, module, generator, discriminator)
+                found[name] = (
+                    net,
+                    lambda w, net=net: net(w, noise_mode="const", force_fp32=True),
+                    D,
+                    lambda x, D=D: D(x, None, force_fp32=True),
+                )
+                break
+    return found
 
 
 def _load(path: Path, generator: Generator) -> tuple[str, Draw]:
@@ -59,31 +78,51 @@ def _imports_from(path: Path) -> Iterator[None]:
 
 
 def _nvlabs(path: Path, module: str, generator: Generator) -> Draw:
+    net, _ = _nvlabs_networks(path, module, generator)
+    net.eval().requires_grad_(False)
+    return lambda w_plus: net(w_plus, noise_mode="const", force_fp32=True)
+
+
+def _nvlabs_networks(
+    path: Path, module: str, generator: Generator, discriminator: Discriminator | None = None
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    sizes = dict(zip((4 << i for i in range(9)), generator.channels))
+    init = dict(
+        img_resolution=generator.resolution,
+        img_channels=generator.n_channels,
+        channel_base=max(size * c for size, c in sizes.items()),
+        channel_max=max(generator.channels),
+        num_fp16_res=0,
+    )
     with _imports_from(path):
         networks = importlib.import_module(module)
-        sizes = dict(zip((4 << i for i in range(9)), generator.channels))
-        net = networks.SynthesisNetwork(
-            w_dim=generator.style_dim,
-            img_resolution=generator.resolution,
-            img_channels=generator.n_channels,
-            channel_base=max(size * c for size, c in sizes.items()),
-            channel_max=max(generator.channels),
-            num_fp16_res=0,
-        )
-    state = {}
-    for i, size in enumerate(sizes):
-        block = f"b{size}."
+        net = networks.SynthesisNetwork(w_dim=generator.style_dim, **init)
+        D = networks.Discriminator(c_dim=0, **init) if discriminator is not None else torch.nn.Identity()
+    _load_state(net, _generator_state(generator))
+    if discriminator is not None:
+        _load_state(D, _discriminator_state(discriminator))
+    return net, D
+
+
+def _load_state(net: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    assert not unexpected and all("resample_filter" in key for key in missing), (missing, unexpected)
+
+
+def _generator_state(generator: Generator) -> dict[str, Tensor]:
+    state = {"b4.const": generator.input.input[0]}
+    for i in range(len(generator.channels)):
+        block = f"b{4 << i}."
         layers = [("conv1", generator.conv1)] if i == 0 else zip(("conv0", "conv1"), generator.convs[2 * i - 2 : 2 * i])
         for name, ours in layers:
+            number = 0 if i == 0 else 2 * i - 1 + (name == "conv1")
             state |= {
                 f"{block}{name}.weight": ours.conv.weight[0],
                 f"{block}{name}.bias": ours.activate.bias,
                 f"{block}{name}.noise_strength": ours.noise.weight.reshape([]),
                 f"{block}{name}.affine.weight": ours.conv.modulation.weight,
                 f"{block}{name}.affine.bias": ours.conv.modulation.bias,
-                f"{block}{name}.noise_const": getattr(
-                    generator.noises, f"noise_{0 if i == 0 else 2 * i - 1 + (name == 'conv1')}"
-                )[0, 0],
+                f"{block}{name}.noise_const": getattr(generator.noises, f"noise_{number}")[0, 0],
             }
         rgb = generator.to_rgb1 if i == 0 else generator.to_rgbs[i - 1]
         state |= {
@@ -92,11 +131,29 @@ def _nvlabs(path: Path, module: str, generator: Generator) -> Draw:
             f"{block}torgb.affine.weight": rgb.conv.modulation.weight,
             f"{block}torgb.affine.bias": rgb.conv.modulation.bias,
         }
-    state["b4.const"] = generator.input.input[0]
-    missing, unexpected = net.load_state_dict(state, strict=False)
-    assert not unexpected and all("resample_filter" in key for key in missing), (missing, unexpected)
-    net.eval().requires_grad_(False)
-    return lambda w_plus: net(w_plus, noise_mode="const", force_fp32=True)
+    return state
+
+
+def _discriminator_state(D: Discriminator) -> dict[str, Tensor]:
+    first, *blocks = D.convs
+    state = {f"b{D.resolution}.fromrgb.weight": first[0].weight, f"b{D.resolution}.fromrgb.bias": first[1].bias}
+    for i, block in enumerate(blocks):
+        name = f"b{D.resolution >> i}."
+        state |= {
+            f"{name}conv0.weight": block.conv1[0].weight,
+            f"{name}conv0.bias": block.conv1[1].bias,
+            f"{name}conv1.weight": block.conv2[1].weight,
+            f"{name}conv1.bias": block.conv2[2].bias,
+            f"{name}skip.weight": block.skip[1].weight,
+        }
+    return state | {
+        "b4.conv.weight": D.final_conv[0].weight,
+        "b4.conv.bias": D.final_conv[1].bias,
+        "b4.fc.weight": D.final_linear[0].weight,
+        "b4.fc.bias": D.final_linear[0].bias,
+        "b4.out.weight": D.final_linear[1].weight,
+        "b4.out.bias": D.final_linear[1].bias,
+    }
 
 
 def _rosinality(path: Path, generator: Generator) -> Draw:
