@@ -6,6 +6,7 @@
 #include "simd.inl"
 // the kernels
 #include "bias_act.inl"
+#include "low_pass.inl"
 #include "gaussian_low_pass.inl"
 #include "project_onto_basis.inl"
 #include "upfirdn2d.inl"

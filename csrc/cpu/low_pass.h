@@ -11,7 +11,7 @@ template <class T>
 constexpr int64_t kBandCols = 128 / sizeof(T);
 
 // A banded matrix [n_out, n_in], `block` rows at a time (the last is filled up with zeros). Block b weighs the inputs
-// index[begin[b]] to index[begin[b + 1]].
+// index[begin[b]] to index[begin[b + 1]], which ascend.
 template <class T>
 struct BandBlocks {
   int64_t n_in = 0, n_out = 0, blocks = 0;

@@ -56,19 +56,22 @@ class LowPassPlan {
     std::vector<int64_t> where(band.from.n);  // of an input in this block
     for (int64_t b = 0; b < blocks; ++b) {
       std::fill(where.begin(), where.end(), -1);
-      for (int64_t i = b * block; i < std::min(band.rows(), (b + 1) * block); ++i) {
-        for (int64_t j = 0; j < band.width; ++j) {
-          const double weight = band.weights[i * band.width + j];
-          const int64_t from = band.from.at(band.first[i] + j);
-          if (weight == 0) continue;
-          if (where[from] < 0) {
-            where[from] = static_cast<int64_t>(kept.index.size());
-            kept.index.push_back(from);
-            weights.resize(weights.size() + block, 0.0);
+      const auto each = [&](auto&& f) {  // f(input, output in the block, weight)
+        for (int64_t i = b * block; i < std::min(band.rows(), (b + 1) * block); ++i) {
+          for (int64_t j = 0; j < band.width; ++j) {
+            const double weight = band.weights[i * band.width + j];
+            if (weight != 0) f(band.from.at(band.first[i] + j), i % block, weight);
           }
-          weights[where[from] * block + i % block] += weight;
         }
+      };
+      each([&](int64_t from, int64_t, double) { where[from] = 0; });
+      for (int64_t from = 0; from < band.from.n; ++from) {
+        if (where[from] < 0) continue;
+        where[from] = static_cast<int64_t>(kept.index.size());
+        kept.index.push_back(from);
       }
+      weights.resize(kept.index.size() * block, 0.0);
+      each([&](int64_t from, int64_t i, double weight) { weights[where[from] * block + i] += weight; });
       kept.begin.push_back(static_cast<int64_t>(kept.index.size()));
     }
     kept.weights.assign(weights.begin(), weights.end());
