@@ -1,11 +1,12 @@
 // Gaussian low-pass along the two axes of an image, as products with banded matrices.
 //
-// A Gaussian of s pixels is two of s / sqrt(2), one after the other, and what lies between them is so smooth that a grid
-// of about s / 2 pixels holds it. So an axis is brought down to that grid and up again, about 15 products a pixel each
-// way however wide the blur is; a full kernel takes 11 s. A narrow blur is one band from pixels to pixels.
+// A Gaussian of s pixels is two of s / sqrt(2), one after the other, and what lies between them is so smooth that a
+// grid of about s / 2 pixels holds it. So an axis is brought down to that grid and up again, about 15 products a pixel
+// each way however wide the blur is; a full kernel takes 11 s. A narrow blur is one band from pixels to pixels.
 //
-// Beyond its ends an axis goes on with a period: of n pixels ("circular"), or of 2 n - 2 and mirrored about the outermost
-// pixels ("reflect"). Positions on that endless line are called places here; `at` folds them onto the n pixels.
+// Beyond its ends an axis goes on with a period: of n pixels ("circular"), or of 2 n - 2 and mirrored about the
+// outermost pixels ("reflect"). Positions on that endless line are called places here; `at` folds them onto the n
+// pixels.
 #pragma once
 
 #include <algorithm>
@@ -80,7 +81,7 @@ inline std::vector<double> circle_taps(int64_t n, double sigma, double tolerance
   std::vector<double> response(n / 2 + 1), cosine(n), taps(n / 2 + 1);
   for (int64_t k = 0; k <= n / 2; ++k) {
     const bool twice = k > 0 && 2 * k < n;  // k and -k; 0 and the Nyquist frequency stand alone
-    response[k] = (twice ? 2.0 : 1.0) * std::exp(-0.5 * double(k) * double(k) / (sigma * sigma)) / double(n);
+    response[k] = (twice ? 2.0 : 1.0) * std::exp(-0.5 * (double(k) / sigma) * (double(k) / sigma)) / double(n);
   }
   const double turn = 2 * std::acos(-1.0) / double(n);
   for (int64_t i = 0; i < n; ++i) cosine[i] = std::cos(turn * double(i));
@@ -88,7 +89,8 @@ inline std::vector<double> circle_taps(int64_t n, double sigma, double tolerance
     for (int64_t k = 0; k <= n / 2 && response[k] > 1e-300; ++k) taps[x] += response[k] * cosine[(k * x) % n];
   }
   while (taps.size() > 1 && std::abs(taps.back()) < tolerance) taps.pop_back();
-  if (n % 2 == 0 && static_cast<int64_t>(taps.size()) == n / 2 + 1 && n > 1) taps.back() /= 2;  // reached from both sides
+  if (n % 2 == 0 && static_cast<int64_t>(taps.size()) == n / 2 + 1 && n > 1)
+    taps.back() /= 2;  // reached from both sides
   return taps;
 }
 
@@ -105,8 +107,9 @@ inline LowPassAxis low_pass_axis(int64_t n, const LowPassParams& p, double error
   // On a grid of step g a wave of f cycles a pixel is mistaken for one of 1/g - f; both Gaussians together leave it
   // exp(-2 pi^2 s^2 f^2) at most at f = 1/(2 g).
   const double widest = pi * s / deviations;
-  int64_t m = static_cast<int64_t>(std::ceil((p.reflect ? double(n - 1) : double(n)) / widest)) + (p.reflect ? 1 : 0);
-  if (widest >= 2 && n > 1 && m > (p.reflect ? 1 : 0) && 2 * m <= n + 1) {
+  const int64_t closed = p.reflect ? 1 : 0;  // a mirrored grid has a place on both ends
+  const int64_t m = widest < 2 ? n : static_cast<int64_t>(std::ceil(double(n - closed) / widest)) + closed;
+  if (m > closed && 2 * m <= n + 1) {
     const double step = p.reflect ? double(n - 1) / double(m - 1) : double(n) / double(m), half = s / std::sqrt(2.0);
     axis.down = band(line, m, 1.0, step, deviations * half, gaussian(half));
     axis.up = band({m, p.reflect}, n, step, 1.0, deviations * half, gaussian(half));

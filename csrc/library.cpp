@@ -10,4 +10,8 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
       "float gain) -> Tensor");
   m.def("project_onto_basis(Tensor w_plus, Tensor basis) -> Tensor");
   m.def("gaussian_low_pass(Tensor images, float sigma, bool reflect=False, bool pixels=False) -> Tensor");
+  m.def(
+      "fuse_frequencies(Tensor real, Tensor inverted, Tensor edited, float gamma1, float gamma2, float sigma) -> "
+      "Tensor");
+  m.def("fuse_pixels(Tensor real, Tensor inverted, Tensor edited, float beta, int blend, float blur) -> Tensor");
 }

@@ -9,7 +9,7 @@ namespace {
 
 Tensor gaussian_low_pass(Tensor images, double sigma, bool reflect, bool pixels) {
   require(images.dim() == 4, "gaussian_low_pass: images must be [N, C, H, W]");
-  require(sigma > 0, "gaussian_low_pass: sigma must be positive");
+  require(sigma > 0 && std::isfinite(sigma), "gaussian_low_pass: sigma must be positive and finite");
   images = torch::stable::contiguous(images);
   Tensor out = torch::stable::empty_like(images);
   if (images.numel() == 0) return out;

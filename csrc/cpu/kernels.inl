@@ -7,6 +7,8 @@
 // the kernels
 #include "bias_act.inl"
 #include "low_pass.inl"
+#include "fuse_frequencies.inl"
+#include "fuse_pixels.inl"
 #include "gaussian_low_pass.inl"
 #include "project_onto_basis.inl"
 #include "upfirdn2d.inl"

@@ -16,8 +16,12 @@ class LowPassPlan {
   LowPassPlan(int64_t h, int64_t w, const LowPassParams& p) : h_(h), w_(w), params_(p) {
     const double error = sizeof(T) == 4 ? 3e-8 : 1e-16;
     const LowPassAxis rows = low_pass_axis(h, p, error), cols = low_pass_axis(w, p, error);
-    view_ = {h, w, pack(rows.down, kBandRows, kept_[0]), pack(cols.down, kBandCols<T>, kept_[1]),
-             pack(cols.up, kBandCols<T>, kept_[2]), pack(rows.up, kBandRows, kept_[3])};
+    view_ = {h,
+             w,
+             pack(rows.down, kBandRows, kept_[0]),
+             pack(cols.down, kBandCols<T>, kept_[1]),
+             pack(cols.up, kBandCols<T>, kept_[2]),
+             pack(rows.up, kBandRows, kept_[3])};
   }
   LowPassPlan(const LowPassPlan&) = delete;
 
@@ -52,7 +56,7 @@ class LowPassPlan {
   static BandBlocks<T> pack(const Band& band, int64_t block, Kept& kept) {
     const int64_t blocks = (band.rows() + block - 1) / block;
     kept.begin.push_back(0);
-    std::vector<double> weights;           // [index, block]
+    std::vector<double> weights;              // [index, block]
     std::vector<int64_t> where(band.from.n);  // of an input in this block
     for (int64_t b = 0; b < blocks; ++b) {
       std::fill(where.begin(), where.end(), -1);

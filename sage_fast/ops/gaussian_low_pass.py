@@ -16,9 +16,7 @@ BORDERS, UNITS = ("circular", "reflect"), ("frequency", "pixels")
 _TAIL = 9.0  # standard deviations at which the reference's Gaussian in pixels ends: exp(-40)
 
 
-def gaussian_low_pass(
-    images: Tensor, sigma: float = 5.0, border: str = "circular", unit: str = "frequency"
-) -> Tensor:
+def gaussian_low_pass(images: Tensor, sigma: float = 5.0, border: str = "circular", unit: str = "frequency") -> Tensor:
     """Multiply the spectrum of each channel by ``exp(-d^2 / (2 sigma^2))``, d in cycles per image.
 
     Implements the low-pass of Eq. 23 of [SAGE]; a constant is kept exactly. With the defaults images are periodic, as
@@ -41,15 +39,18 @@ def gaussian_low_pass(
     _check(images, sigma, border, unit)
     if math.isinf(sigma) or images.numel() == 0:
         return images.clone()
-    if _kernel_pays(images, sigma, unit) and _native.has_kernel("gaussian_low_pass", images.device.type):
+    if kernel_pays("gaussian_low_pass", images, sigma, unit):
         return torch.ops.sage_fast.gaussian_low_pass(images, float(sigma), border == "reflect", unit == "pixels")
     return gaussian_low_pass_reference(images, sigma, border, unit)
 
 
-def _kernel_pays(images: Tensor, sigma: float, unit: str) -> bool:
-    """A pass band up to the highest frequency needs all pixels of a row for each: on large images the FFT is ahead."""
-    side = max(images.shape[2:])
-    return images.dtype in (torch.float32, torch.float64) and (unit == "pixels" or side <= 512 or side > 12 * sigma)
+def kernel_pays(op: str, images: Tensor, sigma: float, unit: str = "frequency") -> bool:
+    """Whether a kernel of ``op`` takes the images, and is ahead of the FFT.
+
+    A pass band up to the highest frequency needs all the pixels of a row for each: on large images the FFT wins.
+    """
+    wide = unit == "frequency" and max(images.shape[2:]) > 512 and 12 * sigma > max(images.shape[2:])
+    return not wide and images.dtype in (torch.float32, torch.float64) and _native.has_kernel(op, images.device.type)
 
 
 def gaussian_low_pass_reference(
@@ -100,9 +101,7 @@ def _backward(ctx, grad):
     """On a circle a symmetric map; mirrored, one after its columns for the outermost pixels are halved."""
     sigma, reflect, pixels = ctx.settings
     share = _outermost_halved(grad) if reflect else 1
-    low = gaussian_low_pass(
-        grad.contiguous() / share, sigma, BORDERS[reflect], UNITS[pixels]
-    )
+    low = gaussian_low_pass(grad.contiguous() / share, sigma, BORDERS[reflect], UNITS[pixels])
     return low * share, None, None, None
 
 
@@ -117,7 +116,5 @@ def _outermost_halved(images: Tensor) -> Tensor:
 
 @_native.when_loaded
 def _register() -> None:
-    torch.library.register_fake(
-        "sage_fast::gaussian_low_pass", lambda images, *_, **__: images.new_empty(images.shape)
-    )
+    torch.library.register_fake("sage_fast::gaussian_low_pass", lambda images, *_, **__: images.new_empty(images.shape))
     torch.library.register_autograd("sage_fast::gaussian_low_pass", _backward, setup_context=_setup_context)
