@@ -3,29 +3,58 @@
 namespace sage_fast::SAGE_ISA {
 namespace {
 
-// The three rows of the mask before its blur that a row of an image needs, and what is made of them.
+// Places in the images; `low` may be null.
 template <class T>
+struct Sources {
+  const T *real, *inverted, *edited, *low;
+
+  Sources moved(int64_t by) const { return {real + by, inverted + by, edited + by, low ? low + by : nullptr}; }
+};
+
+// The edited value, with its low frequencies changed and in [-1, 1] again where `kLow`. NaN stays: every comparison
+// with it is false.
+template <bool kLow, class T>
+inline T edited_value(const T* edited, const T* low, int64_t x) {
+  if constexpr (!kLow) return edited[x];
+  T e = edited[x] + low[x];
+  e = e < -1 ? T(-1) : e;
+  return e > 1 ? T(1) : e;
+}
+
+// The three rows of the mask before its blur that a row of an image needs, and what is made of them.
+template <class T, bool kLow>
 class MaskRows {
  public:
-  explicit MaskRows(const FusePixelsParams& p)
-      : p_(p), sums_(2 * p.w), sharp_(3 * p.w), blurred_(p.w + 2), mask_(p.w) {}
+  explicit MaskRows(const FusePixelsParams& p) : p_(p), sums_(2 * p.w), sharp_(3 * p.w), line_(p.w + 2), mask_(p.w) {}
 
   // Row i before the blur; the rows i - 1 and i - 2 stay.
-  void make(const T* real, const T* inverted, const T* edited, int64_t i) {
-    T* __restrict lost = sums_.data(), * __restrict changed = lost + p_.w;
-    for (int64_t c = 0; c < p_.c; ++c) {
-      const int64_t row = (c * p_.h + i) * p_.w;
-      const T* __restrict a = real + row, * __restrict b = inverted + row, * __restrict e = edited + row;
-      const T keep = c > 0;
-      for (int64_t x = 0; x < p_.w; ++x) {
-        const T l = a[x] - b[x], d = e[x] - b[x];
-        lost[x] = (keep ? lost[x] : T(0)) + l * l;
-        changed[x] = (keep ? changed[x] : T(0)) + d * d;
+  void make(const Sources<T>& images, int64_t i) {
+    const int64_t w = p_.w, plane = p_.h * w, channels = p_.c;
+    const Sources<T> at = images.moved(i * w);
+    const T* __restrict a = at.real, * __restrict b = at.inverted, * __restrict e = at.edited, * __restrict l = at.low;
+    T* __restrict out = sharp(i), * __restrict lost = sums_.data(), * __restrict changed = lost + w;
+    // images in [0, 1] differ by half as much as in [-1, 1]
+    const T half = T(0.5), weight = T(0.5 * p_.beta);
+    const auto square = [](T v) { return v * v; };
+    if (channels == 3) {
+      for (int64_t x = 0; x < w; ++x) {
+        const int64_t y = x + plane, z = y + plane;
+        const T b0 = b[x], b1 = b[y], b2 = b[z];
+        const T from_real = square(a[x] - b0) + square(a[y] - b1) + square(a[z] - b2);
+        const T from_edited = square(edited_value<kLow>(e, l, x) - b0) + square(edited_value<kLow>(e, l, y) - b1) +
+                              square(edited_value<kLow>(e, l, z) - b2);
+        out[x] = half * std::sqrt(from_real) - weight * std::sqrt(from_edited);
+      }
+      return;
+    }
+    for (int64_t x = 0; x < 2 * w; ++x) lost[x] = 0;
+    for (int64_t c = 0; c < channels; ++c, a += plane, b += plane, e += plane, l += kLow ? plane : 0) {
+      for (int64_t x = 0; x < w; ++x) {
+        lost[x] += square(a[x] - b[x]);
+        changed[x] += square(edited_value<kLow>(e, l, x) - b[x]);
       }
     }
-    const T beta = T(p_.beta);
-    T* __restrict out = sharp(i);  // images in [0, 1] differ by half as much as in [-1, 1]
-    for (int64_t x = 0; x < p_.w; ++x) out[x] = T(0.5) * (std::sqrt(lost[x]) - beta * std::sqrt(changed[x]));
+    for (int64_t x = 0; x < w; ++x) out[x] = half * std::sqrt(lost[x]) - weight * std::sqrt(changed[x]);
   }
 
   // The mask of row i [w]; beyond its borders the mask is mirrored about the outermost pixels.
@@ -34,14 +63,14 @@ class MaskRows {
     const T* __restrict over = sharp(i > 0 ? i - 1 : inside), * __restrict at = sharp(i);
     const T* __restrict under = sharp(i + 1 < p_.h ? i + 1 : i - inside);
     const T side = T(p_.side), middle = T(p_.middle);
-    T* __restrict line = blurred_.data() + 1;
+    T* __restrict line = line_.data() + 1;
     for (int64_t x = 0; x < w; ++x) line[x] = middle * at[x] + side * (over[x] + under[x]);
     line[-1] = line[w > 1 ? 1 : 0];
     line[w] = line[w > 1 ? w - 2 : 0];
     T* __restrict mask = mask_.data();
     for (int64_t x = 0; x < w; ++x) {
       T m = middle * line[x] + side * (line[x - 1] + line[x + 1]);
-      m = m < 0 ? T(0) : m;  // NaN stays: every comparison with it is false
+      m = m < 0 ? T(0) : m;
       mask[x] = m > 1 ? T(1) : m;
     }
     return mask;
@@ -51,48 +80,57 @@ class MaskRows {
   T* sharp(int64_t i) { return sharp_.data() + i % 3 * p_.w; }
 
   const FusePixelsParams& p_;
-  Buffer<T> sums_, sharp_, blurred_, mask_;
+  Buffer<T> sums_, sharp_, line_, mask_;
 };
 
-template <class T>
-void blend_row(Blend blend, const T* __restrict mask, const T* __restrict real, const T* __restrict inverted,
-               const T* __restrict edited, int64_t w, T* __restrict y) {
+template <bool kLow, class T>
+void blend_row(Blend blend, const T* __restrict mask, const Sources<T>& at, int64_t w, T* __restrict y) {
+  const T* __restrict a = at.real, * __restrict b = at.inverted, * __restrict edited = at.edited, * __restrict l = at.low;
   if (blend == Blend::residual) {
-    for (int64_t x = 0; x < w; ++x) y[x] = edited[x] + mask[x] * (real[x] - inverted[x]);
+    for (int64_t x = 0; x < w; ++x) y[x] = edited_value<kLow>(edited, l, x) + mask[x] * (a[x] - b[x]);
   } else if (blend == Blend::convex) {
-    for (int64_t x = 0; x < w; ++x) y[x] = edited[x] + mask[x] * (real[x] - edited[x]);
+    for (int64_t x = 0; x < w; ++x) {
+      const T e = edited_value<kLow>(edited, l, x);
+      y[x] = e + mask[x] * (a[x] - e);
+    }
   } else {
-    for (int64_t x = 0; x < w; ++x) y[x] = edited[x] + mask[x] * (real[x] + 1);
+    for (int64_t x = 0; x < w; ++x) y[x] = edited_value<kLow>(edited, l, x) + mask[x] * (a[x] + 1);
   }
 }
 
-}  // namespace
-
-// real, inverted [n or 1, c, h, w], edited [n, c, h, w] -> y, in runs of rows: each image is read once.
-template <class T>
-void fuse_pixels(const T* real, const T* inverted, const T* edited, const FusePixelsParams& p, T* y) {
+template <bool kLow, class T>
+void fuse_pixels_of(const Sources<T>& images, const FusePixelsParams& p, T* y) {
   constexpr int64_t run = 64;  // rows; a run makes the row of the mask before and behind it once more
   const int64_t runs = (p.h + run - 1) / run, size = p.c * p.h * p.w;
   parallel(p.n * runs, 1 + 16384 / (p.c * run * p.w + 1), [&](int64_t begin, int64_t end) {
-    MaskRows<T> rows(p);
+    MaskRows<T, kLow> rows(p);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / runs, first = task % runs * run, last = std::min(p.h, first + run);
-      const T *a = real + image * p.real_step, *b = inverted + image * p.inverted_step, *e = edited + image * size;
-      T* out = y + image * size;
-      for (int64_t i = std::max<int64_t>(first - 1, 0); i <= first; ++i) rows.make(a, b, e, i);
+      const int64_t n = task / runs, first = task % runs * run, last = std::min(p.h, first + run);
+      const Sources<T> from{images.real + n * p.real_step, images.inverted + n * p.inverted_step,
+                            images.edited + n * size, kLow ? images.low + n * p.low_step : nullptr};
+      for (int64_t i = first > 0 ? first - 1 : 0; i <= first; ++i) rows.make(from, i);
       for (int64_t i = first; i < last; ++i) {
-        if (i + 1 < p.h) rows.make(a, b, e, i + 1);
+        if (i + 1 < p.h) rows.make(from, i + 1);
         const T* mask = rows.blur(i);
         for (int64_t c = 0; c < p.c; ++c) {
           const int64_t row = (c * p.h + i) * p.w;
-          blend_row(p.blend, mask, a + row, b + row, e + row, p.w, out + row);
+          blend_row<kLow>(p.blend, mask, from.moved(row), p.w, y + n * size + row);
         }
       }
     }
   });
 }
 
-template void fuse_pixels(const float*, const float*, const float*, const FusePixelsParams&, float*);
-template void fuse_pixels(const double*, const double*, const double*, const FusePixelsParams&, double*);
+}  // namespace
+
+// real, inverted, low [n or 1, c, h, w], edited [n, c, h, w] -> y, in runs of rows: each image is read once.
+template <class T>
+void fuse_pixels(const T* real, const T* inverted, const T* edited, const T* low, const FusePixelsParams& p, T* y) {
+  const Sources<T> images{real, inverted, edited, low};
+  low ? fuse_pixels_of<true>(images, p, y) : fuse_pixels_of<false>(images, p, y);
+}
+
+template void fuse_pixels(const float*, const float*, const float*, const float*, const FusePixelsParams&, float*);
+template void fuse_pixels(const double*, const double*, const double*, const double*, const FusePixelsParams&, double*);
 
 }  // namespace sage_fast::SAGE_ISA

@@ -65,9 +65,9 @@ def check_images(real: Tensor, inverted: Tensor, edited: Tensor) -> None:
             )
 
 
-def alike(real: Tensor, inverted: Tensor, edited: Tensor) -> bool:
+def alike(*images: Tensor) -> bool:
     """Whether all are of one dtype on one device, as the kernels want them."""
-    return real.dtype == inverted.dtype == edited.dtype and real.device == inverted.device == edited.device
+    return len({(image.dtype, image.device) for image in images}) == 1
 
 
 def _setup_context(ctx, inputs, output):

@@ -16,7 +16,14 @@ BLENDS = ("residual", "convex", "printed")
 _BLUR = 1.3  # px, standard deviation of the 3 x 3 Gaussian of Eq. 21: the released code's, the paper gives none
 
 
-def fuse_pixels(real: Tensor, inverted: Tensor, edited: Tensor, beta: float = 0.5, blend: str = "residual") -> Tensor:
+def fuse_pixels(
+    real: Tensor,
+    inverted: Tensor,
+    edited: Tensor,
+    beta: float = 0.5,
+    blend: str = "residual",
+    low: Tensor | None = None,
+) -> Tensor:
     """Bring ``real`` into ``edited`` where ``inverted`` is farther from the first than from the second.
 
     Implements Eq. 21 and 22 of [SAGE]. The kernel reads each image once. Differentiable any number of times: the
@@ -28,23 +35,32 @@ def fuse_pixels(real: Tensor, inverted: Tensor, edited: Tensor, beta: float = 0.
         beta: weight of the difference to ``edited`` in the mask.
         blend: what the mask M, :func:`difference_mask`, weighs: ``"residual"`` adds ``M (real - inverted)``,
             ``"convex"`` ``M (real - edited)``, ``"printed"`` ``M real`` of images in [0, 1].
+        low: [N or 1, C, H, W], low frequencies that edited gets first, and is clamped to [-1, 1] then: Eq. 23 and 22 in
+            one pass.
     Returns:
         [N, C, H, W], not clamped.
     Raises:
         InputError: images of unequal shape, or an unknown blend.
     """
-    _check(real, inverted, edited, blend)
-    takes = edited.dtype in (torch.float32, torch.float64) and alike(real, inverted, edited)
+    _check(real, inverted, edited, blend, low)
+    takes = edited.dtype in (torch.float32, torch.float64) and alike(real, inverted, edited if low is None else low, edited)
     if takes and _native.has_kernel("fuse_pixels", edited.device.type):
-        return torch.ops.sage_fast.fuse_pixels(real, inverted, edited, float(beta), BLENDS.index(blend), _BLUR)
-    return fuse_pixels_reference(real, inverted, edited, beta, blend)
+        return torch.ops.sage_fast.fuse_pixels(real, inverted, edited, low, float(beta), BLENDS.index(blend), _BLUR)
+    return fuse_pixels_reference(real, inverted, edited, beta, blend, low)
 
 
 def fuse_pixels_reference(
-    real: Tensor, inverted: Tensor, edited: Tensor, beta: float = 0.5, blend: str = "residual"
+    real: Tensor,
+    inverted: Tensor,
+    edited: Tensor,
+    beta: float = 0.5,
+    blend: str = "residual",
+    low: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch."""
-    _check(real, inverted, edited, blend)
+    _check(real, inverted, edited, blend, low)
+    if low is not None:
+        edited = (edited + low).clamp(-1, 1)
     return blend_images(real, inverted, edited, difference_mask(real, inverted, edited, beta), blend)
 
 
@@ -73,8 +89,10 @@ def blend_images(real: Tensor, inverted: Tensor, edited: Tensor, mask: Tensor, b
     return edited + mask * (real + 1)  # in [0, 1]: edited + M real
 
 
-def _check(real: Tensor, inverted: Tensor, edited: Tensor, blend: str) -> None:
+def _check(real: Tensor, inverted: Tensor, edited: Tensor, blend: str, low: Tensor | None) -> None:
     check_images(real, inverted, edited)
+    if low is not None:
+        check_images(low, low, edited)
     if blend not in BLENDS:
         raise InputError(f"blend must be one of {', '.join(BLENDS)}, got '{blend}'.")
 
@@ -86,13 +104,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     images, again = ctx.saved_tensors, torch.is_grad_enabled()
+    wanted = [needed and image is not None for needed, image in zip(ctx.needs_input_grad, images, strict=False)]
     with torch.enable_grad():
         if not again:
-            images = [image.detach().requires_grad_() for image in images]
-        wanted = [image for image in images if image.requires_grad]
-        y = fuse_pixels_reference(*images, ctx.beta, BLENDS[ctx.blend])
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again, allow_unused=True))
-    return *(next(found) if image.requires_grad else None for image in images), None, None, None
+            images = [image.detach().requires_grad_() if want else image for image, want in zip(images, wanted, strict=True)]
+        *three, low = images
+        y = fuse_pixels_reference(*three, ctx.beta, BLENDS[ctx.blend], low)
+        sources = [image for image, want in zip(images, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(y, sources, grad, create_graph=again, materialize_grads=True))
+    return *(next(found) if want else None for want in wanted), None, None, None
 
 
 @_native.when_loaded
