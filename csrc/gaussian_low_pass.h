@@ -12,6 +12,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <list>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "contract.h"
@@ -125,5 +128,32 @@ inline LowPassAxis low_pass_axis(int64_t n, const LowPassParams& p, double error
   axis.up = band(line, n, 1.0, 1.0, double(taps.size()) - 1, tap);
   return axis;
 }
+
+// Plan(h, w, p), one of the last few or a new one: a call often comes again.
+template <class Plan>
+std::shared_ptr<const Plan> recent_plan(int64_t h, int64_t w, const LowPassParams& p) {
+  struct Kept {
+    int64_t h, w;
+    LowPassParams p;
+    std::shared_ptr<const Plan> plan;
+  };
+  static std::mutex mutex;
+  static std::list<Kept> kept;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = std::find_if(kept.begin(), kept.end(), [&](const Kept& k) {
+    return k.h == h && k.w == w && k.p.sigma == p.sigma && k.p.reflect == p.reflect && k.p.pixels == p.pixels;
+  });
+  if (found != kept.end()) {
+    kept.splice(kept.begin(), kept, found);
+  } else {
+    kept.push_front({h, w, p, std::make_shared<const Plan>(h, w, p)});
+    if (kept.size() > 8) kept.pop_back();
+  }
+  return kept.front().plan;
+}
+
+// What may be lost in a dtype, as a share of the range of values.
+template <class T>
+constexpr double kLowPassError = sizeof(T) == 4 ? 3e-8 : 1e-16;
 
 }  // namespace sage_fast

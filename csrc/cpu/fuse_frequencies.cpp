@@ -17,7 +17,7 @@ Tensor fuse_frequencies(Tensor real, Tensor inverted, Tensor edited, double gamm
   Tensor shared = torch::stable::new_empty(edited, {p.one_source() && p.n > 1 ? p.c * p.h * p.w : 0});
   dispatch(edited, [&](auto zero) {
     using T = decltype(zero);
-    const auto plan = LowPassPlan<T>::of(p.h, p.w, {sigma, false, false});
+    const auto plan = recent_plan<LowPassPlan<T>>(p.h, p.w, {sigma, false, false});
     SAGE_CALL(fuse_frequencies<T>)
     (plan->view(), data<T>(real), data<T>(inverted), data<T>(edited), p, mutable_data<T>(shared), mutable_data<T>(out));
   });

@@ -15,7 +15,7 @@ Tensor gaussian_low_pass(Tensor images, double sigma, bool reflect, bool pixels)
   if (images.numel() == 0) return out;
   dispatch(images, [&](auto zero) {
     using T = decltype(zero);
-    const auto plan = LowPassPlan<T>::of(images.size(2), images.size(3), {sigma, reflect, pixels});
+    const auto plan = recent_plan<LowPassPlan<T>>(images.size(2), images.size(3), {sigma, reflect, pixels});
     SAGE_CALL(gaussian_low_pass<T>)
     (plan->view(), data<T>(images), images.size(0) * images.size(1), mutable_data<T>(out));
   });

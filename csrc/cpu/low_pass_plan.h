@@ -1,9 +1,5 @@
-// Bands in blocks, made once for a size and a width and kept for the calls that follow.
+// Bands in blocks.
 #pragma once
-
-#include <list>
-#include <memory>
-#include <mutex>
 
 #include "../gaussian_low_pass.h"
 #include "low_pass.h"
@@ -13,9 +9,8 @@ namespace sage_fast {
 template <class T>
 class LowPassPlan {
  public:
-  LowPassPlan(int64_t h, int64_t w, const LowPassParams& p) : h_(h), w_(w), params_(p) {
-    const double error = sizeof(T) == 4 ? 3e-8 : 1e-16;
-    const LowPassAxis rows = low_pass_axis(h, p, error), cols = low_pass_axis(w, p, error);
+  LowPassPlan(int64_t h, int64_t w, const LowPassParams& p) {
+    const LowPassAxis rows = low_pass_axis(h, p, kLowPassError<T>), cols = low_pass_axis(w, p, kLowPassError<T>);
     view_ = {h,
              w,
              pack(rows.down, kBandRows, kept_[0]),
@@ -27,31 +22,11 @@ class LowPassPlan {
 
   const LowPass<T>& view() const { return view_; }
 
-  // The plan of an image size, one of the last few or a new one.
-  static std::shared_ptr<const LowPassPlan> of(int64_t h, int64_t w, const LowPassParams& p) {
-    static std::mutex mutex;
-    static std::list<std::shared_ptr<const LowPassPlan>> recent;
-    const std::lock_guard<std::mutex> lock(mutex);
-    for (auto it = recent.begin(); it != recent.end(); ++it) {
-      if ((*it)->is_of(h, w, p)) {
-        recent.splice(recent.begin(), recent, it);
-        return recent.front();
-      }
-    }
-    recent.push_front(std::make_shared<const LowPassPlan>(h, w, p));
-    if (recent.size() > 8) recent.pop_back();
-    return recent.front();
-  }
-
  private:
   struct Kept {
     std::vector<int64_t> begin, index;
     std::vector<T> weights;
   };
-
-  bool is_of(int64_t h, int64_t w, const LowPassParams& p) const {
-    return h == h_ && w == w_ && p.sigma == params_.sigma && p.reflect == params_.reflect && p.pixels == params_.pixels;
-  }
 
   static BandBlocks<T> pack(const Band& band, int64_t block, Kept& kept) {
     const int64_t blocks = (band.rows() + block - 1) / block;
@@ -82,8 +57,6 @@ class LowPassPlan {
     return {band.from.n, band.rows(), blocks, kept.begin.data(), kept.index.data(), kept.weights.data()};
   }
 
-  int64_t h_, w_;
-  LowPassParams params_;
   Kept kept_[4];
   LowPass<T> view_;
 };
