@@ -131,7 +131,9 @@ def opencv_pixels(cv2, real, inverted, edited):
     for i, e in enumerate(edited.numpy()):
         a, b = (image.numpy()[i % len(image)] for image in (real, inverted))
         d, change = a - b, e - b
-        mask = cv2.sqrt(np.einsum("chw,chw->hw", d, d)) - np.float32(BETA) * cv2.sqrt(np.einsum("chw,chw->hw", change, change))
+        mask = cv2.sqrt(np.einsum("chw,chw->hw", d, d)) - np.float32(BETA) * cv2.sqrt(
+            np.einsum("chw,chw->hw", change, change)
+        )
         mask = np.clip(cv2.GaussianBlur(mask, (3, 3), 1.3) / 2, 0, 1)
         np.multiply(d, mask, out=out[i])
         out[i] += e

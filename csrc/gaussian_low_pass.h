@@ -103,7 +103,7 @@ inline LowPassAxis low_pass_axis(int64_t n, const LowPassParams& p, double error
   const double period = double(line.period()), pi = std::acos(-1.0);
   // Beyond twice the period only the mean is left.
   const double s = std::min(p.pixels ? p.sigma : double(n) / (2 * pi * p.sigma), 2 * period);
-  const auto gaussian = [](double s) { return [=](double d) { return std::exp(-0.5 * d * d / (s * s)); }; };
+  const auto gaussian = [](double s) { return [=](double d) { return std::exp(-0.5 * (d / s) * (d / s)); }; };
   const double deviations = std::sqrt(-2 * std::log(error));  // at which a Gaussian has fallen to `error`
   LowPassAxis axis;
 

@@ -11,7 +11,7 @@ from sage_fast.ops import gaussian_low_pass
 from sage_fast.ops.fuse_frequencies import check_images
 from sage_fast.ops.fuse_pixels import BLENDS, blend_images, blur_mask, difference_mask
 
-__all__ = ["fuse_frequencies", "fuse_pixels", "fusion_mask", "gaussian_low_pass"]
+__all__ = ["fuse_both", "fuse_frequencies", "fuse_pixels", "fusion_mask", "gaussian_low_pass"]
 
 _READINGS = ("paper", "released", "default")
 
@@ -102,6 +102,30 @@ def fuse_frequencies(
         return ops.fuse_frequencies(real, inverted, edited, gamma1, gamma2, sigma)
     check_images(real, inverted, edited)
     return 2 * _stretch(gamma1 * edited + gaussian_low_pass(real - gamma2 * inverted, sigma)) - 1
+
+
+def fuse_both(
+    real: Tensor,
+    inverted: Tensor,
+    edited: Tensor,
+    gamma1: float = 1.0,
+    gamma2: float = 1.0,
+    sigma: float = 5.0,
+    beta: float = 0.5,
+    blend: str = "residual",
+    reading: str = "default",
+) -> Tensor:
+    """:func:`fuse_frequencies`, clamped to [-1, 1], then :func:`fuse_pixels`, with the arguments of both.
+
+    Where one source serves all edits and ``gamma1`` is 1, its low frequencies are made once and the rest is one pass.
+    """
+    if reading != "released" and gamma1 == 1 and len(real) == len(inverted) == 1:
+        check_images(real, inverted, edited)
+        _check_reading(reading)
+        low = gaussian_low_pass(real - gamma2 * inverted, sigma)
+        return ops.fuse_pixels(real, inverted, edited, beta, blend, low)
+    edited = fuse_frequencies(real, inverted, edited, gamma1, gamma2, sigma, reading).clamp(-1, 1)
+    return fuse_pixels(real, inverted, edited, beta, blend, reading)
 
 
 def _stretch(images: Tensor) -> Tensor:

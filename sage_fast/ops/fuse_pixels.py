@@ -43,7 +43,9 @@ def fuse_pixels(
         InputError: images of unequal shape, or an unknown blend.
     """
     _check(real, inverted, edited, blend, low)
-    takes = edited.dtype in (torch.float32, torch.float64) and alike(real, inverted, edited if low is None else low, edited)
+    takes = edited.dtype in (torch.float32, torch.float64) and alike(
+        real, inverted, edited if low is None else low, edited
+    )
     if takes and _native.has_kernel("fuse_pixels", edited.device.type):
         return torch.ops.sage_fast.fuse_pixels(real, inverted, edited, low, float(beta), BLENDS.index(blend), _BLUR)
     return fuse_pixels_reference(real, inverted, edited, beta, blend, low)
@@ -107,7 +109,9 @@ def _backward(ctx, grad):
     wanted = [needed and image is not None for needed, image in zip(ctx.needs_input_grad, images, strict=False)]
     with torch.enable_grad():
         if not again:
-            images = [image.detach().requires_grad_() if want else image for image, want in zip(images, wanted, strict=True)]
+            images = [
+                image.detach().requires_grad_() if want else image for image, want in zip(images, wanted, strict=True)
+            ]
         *three, low = images
         y = fuse_pixels_reference(*three, ctx.beta, BLENDS[ctx.blend], low)
         sources = [image for image, want in zip(images, wanted, strict=True) if want]

@@ -74,10 +74,10 @@ def gaussian_low_pass_reference(
 def _response(n: int, sigma: float, unit: str) -> Tensor:
     """[n], float64: of each frequency of a circle of n pixels."""
     if unit == "frequency":
-        return torch.exp(-torch.fft.fftfreq(n, 1 / n, dtype=torch.float64).square() / (2 * sigma**2))
+        return torch.exp(-(torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) / sigma).square() / 2)
     sigma = min(sigma, 2.0 * n)  # beyond it only the mean is left
     x = torch.arange(-math.ceil(_TAIL * sigma), math.ceil(_TAIL * sigma) + 1)
-    taps = torch.zeros(n, dtype=torch.float64).index_add_(0, x % n, torch.exp(-x.double().square() / (2 * sigma**2)))
+    taps = torch.zeros(n, dtype=torch.float64).index_add_(0, x % n, torch.exp(-(x.double() / sigma).square() / 2))
     return torch.fft.fft(taps / taps.sum()).real
 
 
