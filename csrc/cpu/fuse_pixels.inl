@@ -21,40 +21,49 @@ inline T edited_value(const T* edited, const T* low, int64_t x) {
   return e > 1 ? T(1) : e;
 }
 
-// The three rows of the mask before its blur that a row of an image needs, and what is made of them.
+// The last rows of images that came by: the mask before its blur, and what the blend will need. Images of 256 pixels
+// lie a multiple of 4096 bytes apart and push one another out of the caches; so each is read once and kept here.
 template <class T, bool kLow>
-class MaskRows {
+class PixelRows {
  public:
-  explicit MaskRows(const FusePixelsParams& p) : p_(p), sums_(2 * p.w), sharp_(3 * p.w), line_(p.w + 2), mask_(p.w) {}
+  explicit PixelRows(const FusePixelsParams& p)
+      : p_(p), sums_(2 * p.w), sharp_(3 * p.w), line_(p.w + 2), mask_(p.w), kept_(4 * p.c * p.w) {}
 
-  // Row i before the blur; the rows i - 1 and i - 2 stay.
-  void make(const Sources<T>& images, int64_t i) {
-    const int64_t w = p_.w, plane = p_.h * w, channels = p_.c;
-    const Sources<T> at = images.moved(i * w);
-    const T* __restrict a = at.real, * __restrict b = at.inverted, * __restrict e = at.edited, * __restrict l = at.low;
-    T* __restrict out = sharp(i), * __restrict lost = sums_.data(), * __restrict changed = lost + w;
+  // Reads row i; of the mask the rows i - 1 and i - 2 stay, of the images row i - 1.
+  void read(const Sources<T>& images, int64_t i) {
+    const int64_t w = p_.w;
+    const bool residual = p_.blend == Blend::residual;
+    const T more = p_.blend == Blend::printed;
+    T* __restrict lost = sums_.data(), * __restrict changed = lost + w;
+    for (int64_t x = 0; x < 2 * w; ++x) lost[x] = 0;
+    for (int64_t c = 0; c < p_.c; ++c) {
+      const Sources<T> at = images.moved((c * p_.h + i) * w);
+      const T* __restrict real = at.real, * __restrict inverted = at.inverted;
+      const T* __restrict edited = at.edited, * __restrict low = at.low;
+      T* __restrict first = base(i, c), * __restrict second = added(i, c);
+      for (int64_t x = 0; x < w; ++x) {
+        const T value = edited_value<kLow>(edited, low, x);
+        const T from_real = real[x] - inverted[x], from_edited = value - inverted[x];
+        first[x] = value;
+        second[x] = residual ? from_real : real[x] + more;
+        lost[x] += from_real * from_real;
+        changed[x] += from_edited * from_edited;
+      }
+    }
     // images in [0, 1] differ by half as much as in [-1, 1]
     const T half = T(0.5), weight = T(0.5 * p_.beta);
-    const auto square = [](T v) { return v * v; };
-    if (channels == 3) {
-      for (int64_t x = 0; x < w; ++x) {
-        const int64_t y = x + plane, z = y + plane;
-        const T b0 = b[x], b1 = b[y], b2 = b[z];
-        const T from_real = square(a[x] - b0) + square(a[y] - b1) + square(a[z] - b2);
-        const T from_edited = square(edited_value<kLow>(e, l, x) - b0) + square(edited_value<kLow>(e, l, y) - b1) +
-                              square(edited_value<kLow>(e, l, z) - b2);
-        out[x] = half * std::sqrt(from_real) - weight * std::sqrt(from_edited);
-      }
-      return;
-    }
-    for (int64_t x = 0; x < 2 * w; ++x) lost[x] = 0;
-    for (int64_t c = 0; c < channels; ++c, a += plane, b += plane, e += plane, l += kLow ? plane : 0) {
-      for (int64_t x = 0; x < w; ++x) {
-        lost[x] += square(a[x] - b[x]);
-        changed[x] += square(edited_value<kLow>(e, l, x) - b[x]);
-      }
-    }
+    T* __restrict out = sharp(i);
     for (int64_t x = 0; x < w; ++x) out[x] = half * std::sqrt(lost[x]) - weight * std::sqrt(changed[x]);
+  }
+
+  // Row i of channel c under its mask -> y [w].
+  void blend(int64_t i, int64_t c, const T* __restrict mask, T* __restrict y) {
+    const T* __restrict first = base(i, c), * __restrict second = added(i, c);
+    if (p_.blend == Blend::convex) {
+      for (int64_t x = 0; x < p_.w; ++x) y[x] = first[x] + mask[x] * (second[x] - first[x]);
+    } else {
+      for (int64_t x = 0; x < p_.w; ++x) y[x] = first[x] + mask[x] * second[x];
+    }
   }
 
   // The mask of row i [w]; beyond its borders the mask is mirrored about the outermost pixels.
@@ -78,44 +87,28 @@ class MaskRows {
 
  private:
   T* sharp(int64_t i) { return sharp_.data() + i % 3 * p_.w; }
+  T* base(int64_t i, int64_t c) { return kept_.data() + (i % 2 * 2 * p_.c + c) * p_.w; }
+  T* added(int64_t i, int64_t c) { return base(i, c) + p_.c * p_.w; }
 
   const FusePixelsParams& p_;
-  Buffer<T> sums_, sharp_, line_, mask_;
+  Buffer<T> sums_, sharp_, line_, mask_, kept_;
 };
-
-template <bool kLow, class T>
-void blend_row(Blend blend, const T* __restrict mask, const Sources<T>& at, int64_t w, T* __restrict y) {
-  const T* __restrict a = at.real, * __restrict b = at.inverted, * __restrict edited = at.edited, * __restrict l = at.low;
-  if (blend == Blend::residual) {
-    for (int64_t x = 0; x < w; ++x) y[x] = edited_value<kLow>(edited, l, x) + mask[x] * (a[x] - b[x]);
-  } else if (blend == Blend::convex) {
-    for (int64_t x = 0; x < w; ++x) {
-      const T e = edited_value<kLow>(edited, l, x);
-      y[x] = e + mask[x] * (a[x] - e);
-    }
-  } else {
-    for (int64_t x = 0; x < w; ++x) y[x] = edited_value<kLow>(edited, l, x) + mask[x] * (a[x] + 1);
-  }
-}
 
 template <bool kLow, class T>
 void fuse_pixels_of(const Sources<T>& images, const FusePixelsParams& p, T* y) {
   constexpr int64_t run = 64;  // rows; a run makes the row of the mask before and behind it once more
   const int64_t runs = (p.h + run - 1) / run, size = p.c * p.h * p.w;
   parallel(p.n * runs, 1 + 16384 / (p.c * run * p.w + 1), [&](int64_t begin, int64_t end) {
-    MaskRows<T, kLow> rows(p);
+    PixelRows<T, kLow> rows(p);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / runs, first = task % runs * run, last = std::min(p.h, first + run);
       const Sources<T> from{images.real + n * p.real_step, images.inverted + n * p.inverted_step,
                             images.edited + n * size, kLow ? images.low + n * p.low_step : nullptr};
-      for (int64_t i = first > 0 ? first - 1 : 0; i <= first; ++i) rows.make(from, i);
+      for (int64_t i = first > 0 ? first - 1 : 0; i <= first; ++i) rows.read(from, i);
       for (int64_t i = first; i < last; ++i) {
-        if (i + 1 < p.h) rows.make(from, i + 1);
+        if (i + 1 < p.h) rows.read(from, i + 1);
         const T* mask = rows.blur(i);
-        for (int64_t c = 0; c < p.c; ++c) {
-          const int64_t row = (c * p.h + i) * p.w;
-          blend_row<kLow>(p.blend, mask, from.moved(row), p.w, y + n * size + row);
-        }
+        for (int64_t c = 0; c < p.c; ++c) rows.blend(i, c, mask, y + n * size + (c * p.h + i) * p.w);
       }
     }
   });

@@ -112,8 +112,8 @@ def _backward(ctx, grad):
             images = [
                 image.detach().requires_grad_() if want else image for image, want in zip(images, wanted, strict=True)
             ]
-        *three, low = images
-        y = fuse_pixels_reference(*three, ctx.beta, BLENDS[ctx.blend], low)
+        real, inverted, edited, low = images
+        y = fuse_pixels_reference(real, inverted, edited, ctx.beta, BLENDS[ctx.blend], low)
         sources = [image for image, want in zip(images, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(y, sources, grad, create_graph=again, materialize_grads=True))
     return *(next(found) if want else None for want in wanted), None, None, None
