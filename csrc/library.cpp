@@ -13,5 +13,7 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def(
       "fuse_frequencies(Tensor real, Tensor inverted, Tensor edited, float gamma1, float gamma2, float sigma) -> "
       "Tensor");
-  m.def("fuse_pixels(Tensor real, Tensor inverted, Tensor edited, Tensor? low, float beta, int blend, float blur) -> Tensor");
+  m.def(
+      "fuse_pixels(Tensor real, Tensor inverted, Tensor edited, Tensor? low, float beta, int blend, float blur) -> "
+      "Tensor");
 }
