@@ -6,6 +6,9 @@
 #include "simd.inl"
 // the kernels
 #include "bias_act.inl"
+#include "low_pass.inl"
+#include "fuse_frequencies.inl"
+#include "fuse_pixels.inl"
 #include "gaussian_low_pass.inl"
 #include "project_onto_basis.inl"
 #include "synthesis.inl"
