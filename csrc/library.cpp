@@ -9,5 +9,8 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
       "upfirdn2d(Tensor x, Tensor f, int up, int down, int left, int right, int top, int bottom, bool flip_filter, "
       "float gain) -> Tensor");
   m.def("project_onto_basis(Tensor w_plus, Tensor basis) -> Tensor");
+  m.def(
+      "edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, float alpha, Tensor? mask, "
+      "Tensor? class_index) -> Tensor");
   m.def("gaussian_low_pass(Tensor images, float sigma) -> Tensor");
 }

@@ -4,8 +4,10 @@
 #include "isa.h"
 #include "parallel.h"
 #include "simd.inl"
+#include "layer_products.inl"
 // the kernels
 #include "bias_act.inl"
+#include "edit_latents.inl"
 #include "gaussian_low_pass.inl"
 #include "project_onto_basis.inl"
 #include "upfirdn2d.inl"

@@ -26,9 +26,6 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
         InputError: shapes or dtypes that do not belong together.
     """
     _check(w_plus, basis)
-    if w_plus.device.type == "cpu" and (len(w_plus) < 32 or basis.shape[2] > 16):
-        # few latents or a wide basis: two batched products are ahead of the kernel
-        return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
     native = w_plus.dtype in (torch.float32, torch.float64) and basis.shape[2] > 0
     if native and _native.has_kernel("project_onto_basis", w_plus.device.type):
         return torch.ops.sage_fast.project_onto_basis(w_plus, basis)
