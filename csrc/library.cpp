@@ -12,5 +12,6 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def(
       "edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, float alpha, Tensor? mask, "
       "Tensor? class_index) -> Tensor");
+  m.def("combine_rows(Tensor weights, Tensor table, Tensor centre, Tensor rows, Tensor columns) -> Tensor");
   m.def("gaussian_low_pass(Tensor images, float sigma) -> Tensor");
 }

@@ -21,7 +21,7 @@ from sage_fast.errors import InputError, SageFastWarning
 __all__ = ["NATIVE_OPS", "Native", "has_kernel", "load", "when_loaded"]
 
 #: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
-NATIVE_OPS = ("bias_act", "upfirdn2d", "project_onto_basis", "edit_latents", "gaussian_low_pass")
+NATIVE_OPS = ("bias_act", "upfirdn2d", "project_onto_basis", "edit_latents", "combine_rows", "gaussian_low_pass")
 BUILD_MODES = ("auto", "aot", "jit", "none")
 _REMEDY = "Install a C++ compiler and reinstall (pip install --no-build-isolation .), or set SAGE_FAST_BUILD=none to stay without."
 

@@ -7,6 +7,7 @@
 #include "layer_products.inl"
 // the kernels
 #include "bias_act.inl"
+#include "combine_rows.inl"
 #include "edit_latents.inl"
 #include "gaussian_low_pass.inl"
 #include "project_onto_basis.inl"

@@ -178,9 +178,9 @@ struct Products {
     for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
   }
 
-  // out[s] = base[s] + alpha * sum_j codes[s, j] * column kept[j], for S samples and one panel; base may be null.
+  // out[s] = base[s] + alpha * sum_j codes[s * stride + j] * column kept[j], for S samples and one panel; base may be null.
   template <int64_t S>
-  static void expand_panel(const T* codes, int64_t count, const int64_t* kept, const T* panel, const T* const* base,
+  static void expand_panel(const T* codes, int64_t stride, int64_t count, const int64_t* kept, const T* panel, const T* const* base,
                            T alpha, T* const* out, int64_t d, int64_t dim) {
     V sum[S][vectors];
     for (int64_t s = 0; s < S; ++s) {
@@ -190,7 +190,7 @@ struct Products {
       V column[vectors];
       for (int64_t v = 0; v < vectors; ++v) column[v] = load(panel + kept[j] * width + v * lanes);
       for (int64_t s = 0; s < S; ++s) {
-        for (int64_t v = 0; v < vectors; ++v) sum[s][v] += codes[s * count + j] * column[v];
+        for (int64_t v = 0; v < vectors; ++v) sum[s][v] += codes[s * stride + j] * column[v];
       }
     }
     for (int64_t s = 0; s < S; ++s) {
@@ -217,10 +217,10 @@ struct Products {
       for (int64_t s = 0; s < n_ahead; ++s) prefetch(ahead[s] + d, held);
       int64_t s = 0;
       for (; s + tile <= n; s += tile) {
-        expand_panel<tile>(codes + s * count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d, dim);
+        expand_panel<tile>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d, dim);
       }
       for (; s < n; ++s) {
-        expand_panel<1>(codes + s * count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d, dim);
+        expand_panel<1>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d, dim);
       }
     }
   }

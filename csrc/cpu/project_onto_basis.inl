@@ -11,7 +11,7 @@ void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* o
   const auto layer_basis = [=](int64_t layer) {
     return Matrix<T>{basis + layer * p.basis_layer, p.dim, p.rank, p.basis_row, end};
   };
-  const int64_t work = p.dim * p.rank / P::lanes;  // steps a sample and product
+  const int64_t work = 1 + p.dim * p.rank / P::lanes;  // steps a sample and product
   if (p.n == 1) {
     parallel(p.layers, 1 + 20000 / work, [=](int64_t begin, int64_t end_layer) {
       const int64_t padded = round_up(p.rank, P::lanes);
