@@ -30,7 +30,8 @@ inline void check_edit(const Tensor& class_embedding, const Tensor& codes, const
   require(codes.dim() == 3 && class_embedding.dim() == 3 && directions.dim() == 3,
           "edit_latents: class_embedding must be [B, L, D], codes [N, L, K] and directions [L, D, K]");
   const int64_t n = codes.size(0), layers = codes.size(1), k = codes.size(2), rows = class_embedding.size(0);
-  require(directions.size(0) == layers && directions.size(2) == k, "edit_latents: directions must be [L, D, K] of codes");
+  require(directions.size(0) == layers && directions.size(2) == k,
+          "edit_latents: directions must be [L, D, K] of codes");
   require(class_embedding.size(1) == layers && class_embedding.size(2) == directions.size(1),
           "edit_latents: class_embedding must be [B, L, D] of directions");
   for (const Tensor* x : {&class_embedding, &directions}) {

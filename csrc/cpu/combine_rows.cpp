@@ -4,7 +4,8 @@
 #include "isa.h"
 
 SAGE_DECLARE(template <class T> void combine_rows(const T* weights, const T* table, const T* centre,
-                                                  const int64_t* rows, const int64_t* columns, const CombineParams& p, T* out))
+                                                  const int64_t* rows, const int64_t* columns, const CombineParams& p,
+                                                  T* out))
 
 namespace sage_fast {
 namespace {
@@ -19,8 +20,8 @@ void require_below(const Tensor& index, int64_t limit, const char* message) {
 }
 
 Tensor combine_rows(Tensor weights, Tensor table, Tensor centre, Tensor rows, Tensor columns) {
-  require(weights.dim() == 2 && table.dim() == 2 && rows.dim() == 1 && columns.dim() == 1 &&
-              centre.dim() == 1 && centre.size(0) == table.size(1),
+  require(weights.dim() == 2 && table.dim() == 2 && rows.dim() == 1 && columns.dim() == 1 && centre.dim() == 1 &&
+              centre.size(0) == table.size(1),
           "combine_rows: weights must be [N, m], table [M, C], centre [C], rows [m] and columns [K]");
   require(weights.size(1) == rows.size(0), "combine_rows: weights must have one column for each of rows");
   require(weights.scalar_type() == table.scalar_type() && weights.scalar_type() == centre.scalar_type(),
@@ -39,8 +40,8 @@ Tensor combine_rows(Tensor weights, Tensor table, Tensor centre, Tensor rows, Te
   if (p.m == 0) return torch::stable::zero_(out);
   dispatch(weights, [&](auto zero) {
     using T = decltype(zero);
-    SAGE_CALL(combine_rows<T>)(data<T>(weights), data<T>(table), data<T>(centre), data<int64_t>(rows), data<int64_t>(columns), p,
-                               mutable_data<T>(out));
+    SAGE_CALL(combine_rows<T>)(data<T>(weights), data<T>(table), data<T>(centre), data<int64_t>(rows),
+                               data<int64_t>(columns), p, mutable_data<T>(out));
   });
   return out;
 }

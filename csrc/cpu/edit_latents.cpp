@@ -59,8 +59,8 @@ Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, dou
     T* to = mutable_data<T>(out);
     prefer_huge_pages(to, p.n * p.layers * p.dim * sizeof(T));
     SAGE_CALL(edit_latents<T>)(data<T>(class_embedding), data<T>(codes), data<T>(directions),
-                               mask.has_value() ? data<bool>(*mask) : nullptr, rows.data(), order.data(),
-                               starts.data(), runs, p, to);
+                               mask.has_value() ? data<bool>(*mask) : nullptr, rows.data(), order.data(), starts.data(),
+                               runs, p, to);
   });
   return out;
 }

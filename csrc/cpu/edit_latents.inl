@@ -18,9 +18,10 @@ inline int64_t kept_columns(const bool* mask, int64_t k, int64_t* kept) {
 
 }  // namespace
 
-// embeddings [rows, layers, dim], codes [n, layers, k], directions [layers, dim, k], mask [mask_rows, layers, k] or null,
-// row [n] of each sample -> out [n, layers, dim]. Samples order[starts[i]] to order[starts[i + 1] - 1] share a mask; at
-// most 16 of them. Masked directions are passed over. How a value is summed does not depend on the other samples.
+// embeddings [rows, layers, dim], codes [n, layers, k], directions [layers, dim, k], mask [mask_rows, layers, k] or
+// null, row [n] of each sample -> out [n, layers, dim]. Samples order[starts[i]] to order[starts[i + 1] - 1] share a
+// mask; at most 16 of them. Masked directions are passed over. How a value is summed does not depend on the other
+// samples.
 template <class T>
 void edit_latents(const T* embeddings, const T* codes, const T* directions, const bool* mask, const int64_t* row,
                   const int64_t* order, const int64_t* starts, int64_t runs, const EditParams& p, T* out) {

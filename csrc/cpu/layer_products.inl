@@ -37,10 +37,10 @@ struct Products {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef Lane Bits __attribute__((vector_size(SAGE_VECTOR_BYTES)));
 
-  static constexpr int64_t vectors = 4, width = vectors * lanes;        // of a panel
-  static constexpr int64_t tile = SAGE_VECTOR_BYTES == 64 ? 4 : 2;      // samples whose sums fit the registers
-  static constexpr int64_t group = 8;                                   // samples at a time: they stay in the L1 cache
-  static constexpr int64_t columns = 5;                                 // of a matrix that meet a tile at once
+  static constexpr int64_t vectors = 4, width = vectors * lanes;    // of a panel
+  static constexpr int64_t tile = SAGE_VECTOR_BYTES == 64 ? 4 : 2;  // samples whose sums fit the registers
+  static constexpr int64_t group = 8;                               // samples at a time: they stay in the L1 cache
+  static constexpr int64_t columns = 5;                             // of a matrix that meet a tile at once
 
   template <size_t... i>
   static V low(V a, V b, std::index_sequence<i...>) {
@@ -178,10 +178,11 @@ struct Products {
     for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
   }
 
-  // out[s] = base[s] + alpha * sum_j codes[s * stride + j] * column kept[j], for S samples and one panel; base may be null.
+  // out[s] = base[s] + alpha * sum_j codes[s * stride + j] * column kept[j], for S samples and one panel; base may be
+  // null.
   template <int64_t S>
-  static void expand_panel(const T* codes, int64_t stride, int64_t count, const int64_t* kept, const T* panel, const T* const* base,
-                           T alpha, T* const* out, int64_t d, int64_t dim) {
+  static void expand_panel(const T* codes, int64_t stride, int64_t count, const int64_t* kept, const T* panel,
+                           const T* const* base, T alpha, T* const* out, int64_t d, int64_t dim) {
     V sum[S][vectors];
     for (int64_t s = 0; s < S; ++s) {
       for (int64_t v = 0; v < vectors; ++v) sum[s][v] = V{};
@@ -210,17 +211,20 @@ struct Products {
   // out [n, dim] from codes [n, count] over the columns `kept` of a packed matrix; base may be null. Rows `ahead` [n]
   // are fetched meanwhile.
   static void expand(const T* codes, int64_t n, int64_t count, const int64_t* kept, const T* panels, int64_t cols,
-                     int64_t dim, const T* const* base, T alpha, T* const* out, const T* const* ahead, int64_t n_ahead) {
+                     int64_t dim, const T* const* base, T alpha, T* const* out, const T* const* ahead,
+                     int64_t n_ahead) {
     for (int64_t d = 0; d < dim; d += width) {
       const T* panel = panels + d * cols;
       const int64_t held = std::min(width, dim - d);
       for (int64_t s = 0; s < n_ahead; ++s) prefetch(ahead[s] + d, held);
       int64_t s = 0;
       for (; s + tile <= n; s += tile) {
-        expand_panel<tile>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d, dim);
+        expand_panel<tile>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d,
+                           dim);
       }
       for (; s < n; ++s) {
-        expand_panel<1>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d, dim);
+        expand_panel<1>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d,
+                        dim);
       }
     }
   }

@@ -158,7 +158,9 @@ class FewShotEditor:
         embeddings = self.relevant.class_embeddings_
         check_w_plus(w_plus, *embeddings.shape[1:])
         check_labels(labels, len(w_plus), len(embeddings))
-        self.codes_ = self.irrelevant.transform(w_plus.detach(), self.irrelevant.transform(embeddings), labels)  # [N, L, K]
+        self.codes_ = self.irrelevant.transform(
+            w_plus.detach(), self.irrelevant.transform(embeddings), labels
+        )  # [N, L, K]
         self.labels_ = labels
         self._seen = self._statistics()
         self._all = None if self.adaptive_editing else self._pool_all()

@@ -108,7 +108,9 @@ def _check(
             f"{list(class_index.shape)}."
         )
     if mask is not None and mask.shape not in ((n_latent, k), (rows, n_latent, k)):
-        raise InputError(f"mask must have shape [{n_latent}, {k}] or [{rows}, {n_latent}, {k}], got {list(mask.shape)}.")
+        raise InputError(
+            f"mask must have shape [{n_latent}, {k}] or [{rows}, {n_latent}, {k}], got {list(mask.shape)}."
+        )
 
 
 def _setup_context(ctx, inputs, output):

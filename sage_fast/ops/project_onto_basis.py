@@ -26,7 +26,7 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
         InputError: shapes or dtypes that do not belong together.
     """
     _check(w_plus, basis)
-    if w_plus.device.type == "cpu" and _products_are_ahead(*w_plus.shape, basis.shape[2]):
+    if w_plus.device.type == "cpu" and _products_are_ahead(w_plus, basis):
         return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
     native = w_plus.dtype in (torch.float32, torch.float64) and basis.shape[2] > 0
     if native and _native.has_kernel("project_onto_basis", w_plus.device.type):
@@ -34,9 +34,10 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
     return project_onto_basis_reference(w_plus, basis)
 
 
-def _products_are_ahead(n: int, n_latent: int, dim: int, r: int) -> bool:
-    """Where two batched products were measured ahead of the kernel: calls of microseconds, and wide bases of short rows."""
-    return n * n_latent * dim * r < 50_000 or (dim <= 128 and r > 16)
+def _products_are_ahead(w_plus: Tensor, basis: Tensor) -> bool:
+    """Where two batched products were measured ahead of the kernel: calls of microseconds, wide bases of short rows."""
+    _, dim, r = basis.shape
+    return w_plus.numel() * r < 50_000 or (dim <= 128 and r > 16)
 
 
 def project_onto_basis_reference(w_plus: Tensor, basis: Tensor) -> Tensor:
