@@ -4,6 +4,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "simd.inl"
+// what some of them share
 #include "layer_products.inl"
 // the kernels
 #include "bias_act.inl"
