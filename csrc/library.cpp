@@ -24,4 +24,8 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
       "float gain, float clamp, bool bf16) -> Tensor");
   m.def("synthesis_pack(Tensor weight, bool up, bool bf16) -> Tensor");
   m.def("synthesis_has_bf16(Tensor any) -> bool");
+  m.def(
+      "edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, float alpha, Tensor? mask, "
+      "Tensor? class_index) -> Tensor");
+  m.def("combine_rows(Tensor weights, Tensor table, Tensor centre, Tensor rows, Tensor columns) -> Tensor");
 }

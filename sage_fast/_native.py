@@ -25,6 +25,8 @@ NATIVE_OPS = (
     "bias_act",
     "upfirdn2d",
     "project_onto_basis",
+    "edit_latents",
+    "combine_rows",
     "gaussian_low_pass",
     "fuse_frequencies",
     "fuse_pixels",

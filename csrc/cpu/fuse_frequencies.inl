@@ -1,4 +1,5 @@
 #include "../fuse_frequencies.h"
+#include "low_pass.inl"
 
 namespace sage_fast::SAGE_ISA {
 

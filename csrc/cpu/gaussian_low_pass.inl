@@ -1,3 +1,6 @@
+
+#include "low_pass.inl"
+
 namespace sage_fast::SAGE_ISA {
 
 // x [planes, h, w] -> y

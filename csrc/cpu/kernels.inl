@@ -6,7 +6,8 @@
 #include "simd.inl"
 // the kernels
 #include "bias_act.inl"
-#include "low_pass.inl"
+#include "combine_rows.inl"
+#include "edit_latents.inl"
 #include "fuse_frequencies.inl"
 #include "fuse_pixels.inl"
 #include "gaussian_low_pass.inl"

@@ -1,5 +1,7 @@
 // Gaussian low-pass of one plane, for gaussian_low_pass.inl and fuse_frequencies.inl.
 
+#pragma once
+
 #include "low_pass.h"
 
 namespace sage_fast::SAGE_ISA {

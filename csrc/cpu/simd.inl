@@ -2,6 +2,8 @@
 
 namespace sage_fast::SAGE_ISA {
 
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 template <class T>
 struct Vector {
   typedef T type __attribute__((vector_size(SAGE_VECTOR_BYTES)));

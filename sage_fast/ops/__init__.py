@@ -1,6 +1,7 @@
 """Differentiable functions of tensors, device-blind: native kernels where there are some, plain PyTorch elsewhere."""
 
 from sage_fast.ops.bias_act import bias_act, bias_act_reference
+from sage_fast.ops.combine_rows import combine_rows, combine_rows_reference
 from sage_fast.ops.edit_latents import edit_latents, edit_latents_reference
 from sage_fast.ops.fuse_frequencies import fuse_frequencies, fuse_frequencies_reference
 from sage_fast.ops.fuse_pixels import fuse_pixels, fuse_pixels_reference
@@ -13,6 +14,8 @@ from sage_fast.ops.upfirdn2d import upfirdn2d, upfirdn2d_reference
 __all__ = [
     "bias_act",
     "bias_act_reference",
+    "combine_rows",
+    "combine_rows_reference",
     "edit_latents",
     "edit_latents_reference",
     "fuse_frequencies",
