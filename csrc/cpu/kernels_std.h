@@ -14,3 +14,4 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
