@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sage_fast.errors import InputError, SageFastWarning
 
-__all__ = ["NATIVE_OPS", "Native", "has_kernel", "load", "when_loaded"]
+__all__ = ["NATIVE_OPS", "Native", "call", "has_kernel", "load", "when_loaded"]
 
 #: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
 NATIVE_OPS = ("bias_act", "upfirdn2d", "project_onto_basis", "gaussian_low_pass")
@@ -41,6 +42,16 @@ _callbacks: list[Callable[[], None]] = []
 _warned: set[str] = set()
 
 
+def call(op: Any, *arguments: Any) -> Any:
+    """Run ``op``, below autograd when no derivative is wanted: its Python layer takes longer than a small kernel."""
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+        return op(*arguments)
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``op`` runs natively on ``device_type`` ("cpu", "cuda"); warns once a device when it should but cannot."""
     native = load()
@@ -52,6 +63,9 @@ def has_kernel(op: str, device_type: str) -> bool:
         message = f"sage_fast runs its slower PyTorch reference on '{device_type}': {reason}. {_REMEDY}"
         warnings.warn(message, SageFastWarning, stacklevel=3)
     return False
+
+
+has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it and keeps the answer
 
 
 def load() -> Native:

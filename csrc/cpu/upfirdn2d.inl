@@ -6,6 +6,8 @@
 namespace sage_fast::SAGE_ISA {
 namespace {
 
+constexpr int64_t kPacked = 256 << 10;  // bytes of the second-level cache for planes side by side
+
 // The taps that meet one output: taps first, first + up, ... on pixels at, at + 1, ...; count of them.
 struct Meeting {
   int64_t first, at, count;
@@ -236,67 +238,159 @@ class RowFilter {
   Buffer<A> halves_[2], line_;
 };
 
+// Filters bands of rows of one plane after another; a thread has its own.
+template <class T>
+class PlaneFilter {
+  typedef typename Accumulator<T>::type A;
+
+ public:
+  const UpfirdnParams p;
+  const int64_t out_h, out_w, band;  // rows that are filtered at a time
+
+  PlaneFilter(const UpfirdnParams& params, const Terms<A>& terms)
+      : p(params),
+        out_h(p.out_h()),
+        out_w(p.out_w()),
+        // a tile of mid: about 16 KiB of rows, cut where one row is longer than 64 KiB
+        band(std::min(out_h, std::clamp<int64_t>(16384 / int64_t(sizeof(A)) / row_size_of(p), 1, 32))),
+        terms_(terms),
+        width_(width_of(p)),
+        row_size_(row_size_of(p)),
+        columns_(out_w),
+        rows_(out_h),
+        mid_(band * row_size_ + 4 * Vector<A>::lanes),
+        sums_(terms.count > 1 ? width_ * p.inner : 0),
+        along_row_(p, columns_.data(), width_) {
+    // made once: divisions cost more than the sums of a short row
+    for (int64_t o = 0; o < out_w; ++o) columns_[o] = meeting(o, p.up, p.down, p.left, p.kw, p.w);
+    for (int64_t o = 0; o < out_h; ++o) rows_[o] = meeting(o, p.up, p.down, p.top, p.kh, p.h);
+  }
+
+  // Output rows from `top` on, a band of them, of the plane `in`.
+  void operator()(const T* in, int64_t top, T* out) {
+    for (int64_t begin = 0; begin < out_w; begin += width_) tile(in, top, begin, std::min(begin + width_, out_w), out);
+  }
+
+ private:
+  static int64_t width_of(const UpfirdnParams& p) {  // output columns
+    return std::min(p.out_w(), std::max<int64_t>(8, 65536 / int64_t(sizeof(A)) / p.inner * p.up / p.down));
+  }
+  static int64_t row_size_of(const UpfirdnParams& p) {  // values of x that they need
+    return ((width_of(p) * p.down + p.kw) / p.up + 2) * p.inner;
+  }
+
+  void tile(const T* in, int64_t top, int64_t begin, int64_t end, T* out) {
+    const int64_t inner = p.inner, rows = std::min(band, out_h - top);
+    const int64_t a = ceil_div(begin * p.down - p.left, p.up);  // pixels a to b of x are needed, some beyond the edges
+    const int64_t b = std::max(a, floor_div((end - 1) * p.down - p.left + p.kw - 1, p.up) + 1);
+    const int64_t inside_a = std::clamp<int64_t>(a, 0, p.w), inside_b = std::clamp<int64_t>(b, inside_a, p.w);
+    const int64_t before = std::clamp<int64_t>(inside_a - a, 0, b - a) * inner, n = (inside_b - inside_a) * inner;
+    along_row_.move_to(begin, end, a);
+    A* const mid = mid_.data();
+    for (int64_t i = 0; i < (terms_.count == 1 ? rows : 1); ++i) {  // zeros around what is inside
+      A* const row = mid + i * row_size_;
+      std::fill(row, row + before, A(0));
+      std::fill(row + before + n, row + row_size_, A(0));
+    }
+    const auto along_columns = [&](int64_t o, int64_t term, A* to) {
+      const Meeting m = terms_.part(rows_[o], term, p.up);
+      weighted_sum(in + (m.at * p.w + inside_a) * inner, p.w * inner, terms_.col + m.first, p.up, m.count, false,
+                   to + before, n);
+    };
+    const auto place = [&](int64_t o) { return out + (o * out_w + begin) * inner; };
+    if (terms_.count == 1) {  // one after the other: what was just written in short pieces is slow to read in others
+      for (int64_t i = 0; i < rows; ++i) along_columns(top + i, 0, mid + i * row_size_);
+      for (int64_t i = 0; i < rows; ++i) along_row_(mid + i * row_size_, terms_.row, false, place(top + i));
+      return;
+    }
+    for (int64_t o = top; o < top + rows; ++o) {
+      for (int64_t term = 0; term < terms_.count; ++term) {
+        along_columns(o, term, mid);
+        along_row_(mid, terms_.row + term * p.kw, term > 0, sums_.data());
+      }
+      const A one = 1;
+      weighted_sum(sums_.data(), 0, &one, 0, 1, false, place(o), (end - begin) * inner);
+    }
+  }
+
+  const Terms<A>& terms_;
+  const int64_t width_, row_size_;
+  Buffer<Meeting> columns_, rows_;
+  Buffer<A> mid_, sums_;
+  RowFilter<A> along_row_;
+};
+
+// The square of lanes x lanes values in v, transposed: zipping its halves together log2(lanes) times.
+template <class A>
+inline void transpose(typename Vector<A>::type (&v)[Vector<A>::lanes]) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  constexpr std::make_integer_sequence<int, lanes> lane;
+  for (int64_t step = 1; step < lanes; step *= 2) {
+    typename Vector<A>::type next[lanes];
+    for (int64_t i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = zipped_low(v[i], v[i + lanes / 2], lane);
+      next[2 * i + 1] = zipped_high(v[i], v[i + lanes / 2], lane);
+    }
+    for (int64_t i = 0; i < lanes; ++i) v[i] = next[i];
+  }
+}
+
+// Small planes, as many as a vector has lanes, side by side: [count, size] <-> [size, lanes]. Short rows would leave most
+// lanes empty; this fills them all.
+template <class A, class T>
+void pack(const T* planes, int64_t count, int64_t size, A* packed) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  for (int64_t i = 0; i < size; i += lanes) {
+    const int64_t n = std::min(lanes, size - i);
+    typename Vector<A>::type v[lanes] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      v[k] = n == lanes ? load_as<A>(planes + k * size + i) : load_first<A>(planes + k * size + i, n);
+    }
+    transpose<A>(v);
+    for (int64_t k = 0; k < n; ++k) store<A>(v[k], packed + (i + k) * lanes);
+  }
+}
+
+template <class A, class T>
+void unpack(const A* packed, int64_t count, int64_t size, T* planes) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  for (int64_t i = 0; i < size; i += lanes) {
+    const int64_t n = std::min(lanes, size - i);
+    typename Vector<A>::type v[lanes] = {};
+    for (int64_t k = 0; k < n; ++k) v[k] = load(packed + (i + k) * lanes);
+    transpose<A>(v);
+    for (int64_t k = 0; k < count; ++k) put<A>(v[k], false, planes + k * size + i, n);
+  }
+}
+
 template <class T>
 void run(const T* x, const double* filter, const UpfirdnParams& p, T* y) {
   typedef typename Accumulator<T>::type A;
-  const int64_t out_h = p.out_h(), out_w = p.out_w(), inner = p.inner;
+  constexpr int64_t lanes = Vector<A>::lanes;
+  const int64_t size = p.h * p.w * p.inner, out_h = p.out_h(), out_size = out_h * p.out_w() * p.inner;
   const Terms<A> terms(filter, p, std::numeric_limits<A>::epsilon());
-  Buffer<Meeting> columns(out_w), meetings(out_h);  // made once: divisions cost more than the sums of a short row
-  for (int64_t o = 0; o < out_w; ++o) columns[o] = meeting(o, p.up, p.down, p.left, p.kw, p.w);
-  for (int64_t o = 0; o < out_h; ++o) meetings[o] = meeting(o, p.up, p.down, p.top, p.kh, p.h);
-
-  // a tile of mid: about 16 KiB of rows, cut where one row is longer than 64 KiB
-  const int64_t width = std::min(out_w, std::max<int64_t>(8, 65536 / int64_t(sizeof(A)) / inner * p.up / p.down));
-  const int64_t reach = (width * p.down + p.kw) / p.up + 2;  // pixels of x that `width` outputs need
-  const int64_t row_size = reach * inner, slack = 4 * Vector<A>::lanes;
-  const int64_t band = std::min(out_h, std::clamp<int64_t>(16384 / int64_t(sizeof(A)) / row_size, 1, 32));
-  const int64_t bands = ceil_div(out_h, band);
-
-  parallel(p.planes * bands, 1 + 16384 / (band * out_w * inner + 1), [&](int64_t first, int64_t last) {
-    Buffer<A> buffer(band * row_size + slack), sums(terms.count > 1 ? width * inner : 0);
-    A* const mid = buffer.data();
-    RowFilter<A> along_row(p, columns.data(), width);
-    for (int64_t job = first; job < last; ++job) {
-      const T* in = x + job / bands * p.h * p.w * inner;
-      T* out = y + job / bands * out_h * out_w * inner;
-      const int64_t top = job % bands * band, rows = std::min(band, out_h - top);
-      for (int64_t begin = 0; begin < out_w; begin += width) {
-        const int64_t end = std::min(begin + width, out_w);
-        const int64_t a = ceil_div(begin * p.down - p.left, p.up);
-        const int64_t b = std::max(a, floor_div((end - 1) * p.down - p.left + p.kw - 1, p.up) + 1);
-        const int64_t inside_a = std::clamp<int64_t>(a, 0, p.w), inside_b = std::clamp<int64_t>(b, inside_a, p.w);
-        const int64_t before = std::min(inside_a - a, b - a) * inner, n = (inside_b - inside_a) * inner;
-        along_row.move_to(begin, end, a);
-        const auto columns_of = [&](int64_t i, int64_t t, A* to) {  // the sums along the columns for output row i
-          const Meeting m = terms.part(meetings[i], t, p.up);
-          weighted_sum(in + (m.at * p.w + inside_a) * inner, p.w * inner, terms.col + m.first, p.up, m.count, false,
-                       to + before, n);
-        };
-        const auto clear_borders = [&](A* row) {
-          for (int64_t i = 0; i < before; ++i) row[i] = A(0);
-          for (int64_t i = before + n; i < row_size; ++i) row[i] = A(0);
-        };
-        if (terms.count == 1) {
-          for (int64_t i = 0; i < rows; ++i) {
-            clear_borders(mid + i * row_size);
-            columns_of(top + i, 0, mid + i * row_size);
-          }
-          for (int64_t i = 0; i < rows; ++i) {
-            along_row(mid + i * row_size, terms.row, false, out + ((top + i) * out_w + begin) * inner);
-          }
-          continue;
-        }
-        clear_borders(mid);
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t t = 0; t < terms.count; ++t) {
-            columns_of(top + i, t, mid);
-            along_row(mid, terms.row + t * p.kw, t > 0, sums.data());
-          }
-          const A one = 1;
-          weighted_sum(sums.data(), 0, &one, 0, 1, false, out + ((top + i) * out_w + begin) * inner,
-                       (end - begin) * inner);
-        }
+  const bool short_rows = p.down == 1 || p.w < 2 * lanes;  // halving longer ones takes less than packing them
+  if (p.inner == 1 && p.planes > lanes / 4 && short_rows &&
+      (size + out_size) * lanes * int64_t(sizeof(A)) <= kPacked) {
+    UpfirdnParams packed = p;
+    packed.planes = 1, packed.inner = lanes;
+    parallel(ceil_div(p.planes, lanes), 1 + 16384 / (out_size * lanes + 1), [&](int64_t first, int64_t last) {
+      PlaneFilter<A> filter_plane(packed, terms);
+      Buffer<A> in(size * lanes), out(out_size * lanes);
+      for (int64_t plane = first * lanes; plane < std::min(last * lanes, p.planes); plane += lanes) {
+        const int64_t count = std::min(lanes, p.planes - plane);
+        pack(x + plane * size, count, size, in.data());
+        for (int64_t top = 0; top < out_h; top += filter_plane.band) filter_plane(in.data(), top, out.data());
+        unpack(out.data(), count, out_size, y + plane * out_size);
       }
+    });
+    return;
+  }
+  const int64_t band = PlaneFilter<T>(p, terms).band, bands = ceil_div(out_h, band);
+  parallel(p.planes * bands, 1 + 16384 / (band * out_size / out_h + 1), [&](int64_t first, int64_t last) {
+    PlaneFilter<T> filter_plane(p, terms);
+    for (int64_t job = first; job < last; ++job) {
+      filter_plane(x + job / bands * size, job % bands * band, y + job / bands * out_size);
     }
   });
 }
