@@ -24,15 +24,15 @@ inline BiasActParams biased_as(Tensor& x, Tensor* b, int64_t dim) {
   return p;
 }
 
-// The incoming gradient laid out as ref is; both dense.
-inline void match(Tensor& ref, Tensor& grad) {
-  require(grad.numel() == ref.numel() && grad.scalar_type() == ref.scalar_type(),
+// The incoming gradient laid out as y is; both dense.
+inline void match(Tensor& y, Tensor& grad) {
+  require(grad.numel() == y.numel() && grad.scalar_type() == y.scalar_type(),
           "bias_act_backward: grad must match y");
-  const bool last = channels_last(ref);
+  const bool last = channels_last(y);
   if (last && !channels_last(grad)) {
     grad = torch::stable::contiguous(grad, torch::headeronly::MemoryFormat::ChannelsLast);
   } else if (!last) {
-    if (!ref.is_contiguous()) ref = torch::stable::contiguous(ref);
+    if (!y.is_contiguous()) y = torch::stable::contiguous(y);
     if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
   }
 }

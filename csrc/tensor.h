@@ -53,18 +53,27 @@ inline bool channels_last(const Tensor& x) {
   return true;
 }
 
-// [N, C, H, W] of like's dtype and device, without values. By the C function: the op of the dispatcher takes as long as
-// a small kernel.
-inline Tensor new_images(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last) {
-  const int64_t sizes[4] = {n, c, h, w}, first_strides[4] = {c * h * w, h * w, w, 1},
-                last_strides[4] = {c * h * w, 1, w * c, c};
+// Without values, of like's dtype and device. By the C function: the op of the dispatcher takes as long as a small kernel.
+inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides) {
   int32_t dtype, device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, last ? last_strides : first_strides, dtype, device,
-                                                  like.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device, like.get_device_index(), &made));
   return Tensor(made);
+}
+
+// As like, which is dense, lies.
+inline Tensor new_like(const Tensor& like) {
+  return new_strided(like, like.dim(), like.sizes().data(), like.strides().data());
+}
+
+// [N, C, H, W], channels first or last.
+inline Tensor new_images(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last) {
+  const int64_t sizes[4] = {n, c, h, w}, first_strides[4] = {c * h * w, h * w, w, 1},
+                last_strides[4] = {c * h * w, 1, w * c, c};
+  return new_strided(like, 4, sizes, last ? last_strides : first_strides);
 }
 
 template <class T>

@@ -42,19 +42,19 @@ _callbacks: list[Callable[[], None]] = []
 _warned: set[str] = set()
 
 
-def call(op: Any, *arguments: Any) -> Any:
+def call(op: Any, x: torch.Tensor, other: torch.Tensor | None, *settings: Any) -> torch.Tensor:
     """Run ``op``, below autograd when no derivative is wanted: its Python layer takes longer than a small kernel."""
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
-        return op(*arguments)
-    if torch.compiler.is_compiling():
-        return op(*arguments)
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad))
+    ):
+        return op(x, other, *settings)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+        return op(x, other, *settings)
 
 
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``op`` runs natively on ``device_type`` ("cpu", "cuda"); warns once a device when it should but cannot."""
-    native = load()
+    native = _native or load()
     if device_type in native.devices:
         return op in NATIVE_OPS
     if op in NATIVE_OPS and device_type not in _warned and build_mode() != "none":

@@ -2,7 +2,7 @@
 #include "isa.h"
 
 SAGE_DECLARE(void bias_act(const void* x, const void* b, bool wide_bias, const BiasActParams& p, Dtype dtype, void* y))
-SAGE_DECLARE(void bias_act_backward(const void* grad, const void* ref, int64_t n, const BiasActParams& p, Dtype dtype,
+SAGE_DECLARE(void bias_act_backward(const void* grad, const void* y, int64_t n, const BiasActParams& p, Dtype dtype,
                                     void* out))
 
 namespace sage_fast {
@@ -14,7 +14,7 @@ Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, do
   p.slope = slope, p.gain = gain, p.clamp = clamp, p.act = Act(act);
   check(p, b ? b->numel() : -1);
   require(p.act == Act::leaky || dtype_of(x) != Dtype::float64, "bias_act: float64 has no smooth kernels");
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like(x);
   if (x.numel() == 0) return y;
   const bool wide_bias = b && b->scalar_type() != x.scalar_type();
   SAGE_CALL(bias_act)(x.const_data_ptr(), b ? b->const_data_ptr() : nullptr, wide_bias, p, dtype_of(x),
@@ -22,13 +22,13 @@ Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, do
   return y;
 }
 
-Tensor bias_act_backward(Tensor grad, Tensor ref, double slope, double gain, double clamp, int64_t act) {
-  BiasActParams p{1, 1, ref.numel(), slope, gain, clamp, Act(act)};
+Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, double clamp, int64_t act) {
+  BiasActParams p{1, 1, y.numel(), slope, gain, clamp, Act(act)};
   check(p, -1);
-  match(ref, grad);
-  require(p.act == Act::leaky || dtype_of(ref) != Dtype::float64, "bias_act: float64 has no smooth kernels");
-  Tensor out = torch::stable::empty_like(ref);
-  SAGE_CALL(bias_act_backward)(grad.const_data_ptr(), ref.const_data_ptr(), ref.numel(), p, dtype_of(ref),
+  match(y, grad);
+  require(p.act == Act::leaky || dtype_of(y) != Dtype::float64, "bias_act: float64 has no smooth kernels");
+  Tensor out = new_like(y);
+  SAGE_CALL(bias_act_backward)(grad.const_data_ptr(), y.const_data_ptr(), y.numel(), p, dtype_of(y),
                                out.mutable_data_ptr());
   return out;
 }

@@ -39,10 +39,6 @@ struct Power {
 };
 
 inline Floats absolute(Floats v) { return (Floats)((Words)v & 0x7fffffff); }
-inline Floats sigmoid(Floats v) {
-  const Floats e = Power(-absolute(v)).exp();
-  return (v >= 0 ? splat(1.0f) : e) / (e + 1.0f);
-}
 
 // log(1 + e) for e from 0 to 1: 2 artanh(s) with s = e / (2 + e) <= 1/3
 inline Floats log1p(Floats e) {
@@ -56,7 +52,7 @@ inline Floats log1p(Floats e) {
   return q * z * s + s * 2.0f;
 }
 
-// value(u): the activation. slope(r): its derivative, r being its value, for swish u. Both without gain and clamp.
+// value(u): the activation. slope(r): its derivative, r being its value. Both without gain and clamp.
 template <class A, Act act>
 struct Activation {
   const A alpha, floor;
@@ -72,7 +68,6 @@ struct Activation {
       const Floats m = Power(absolute(u) * -2.0f).expm1();
       return (Floats)((Words)(-m / (m + 2.0f)) | ((Words)u & 0x80000000));
     }
-    if constexpr (act == Act::sigmoid) return sigmoid(u);
     if constexpr (act == Act::elu) return u > 0 ? u : Power(u > 0 ? splat(0.0f) : u).expm1() * alpha;
     if constexpr (act == Act::selu) {
       const Floats below = Power(u > 0 ? splat(0.0f) : u).expm1() * float(kSeluScale * kSeluAlpha);
@@ -81,20 +76,14 @@ struct Activation {
     if constexpr (act == Act::softplus) {
       return (u > 0 ? u : splat(0.0f)) + log1p(Power(-absolute(u)).exp());
     }
-    if constexpr (act == Act::swish) return u * sigmoid(u);
   }
 
   Of<A> slope(Of<A> r) const {
     if constexpr (act == Act::leaky) return r > 0 ? splat(A(1)) : splat(alpha);
     if constexpr (act == Act::tanh) return 1.0f - r * r;
-    if constexpr (act == Act::sigmoid) return r - r * r;
     if constexpr (act == Act::elu) return r > 0 ? splat(1.0f) : r + alpha;
     if constexpr (act == Act::selu) return r > 0 ? splat(float(kSeluScale)) : r + float(kSeluScale * kSeluAlpha);
     if constexpr (act == Act::softplus) return -Power(-r).expm1();
-    if constexpr (act == Act::swish) {
-      const Floats s = sigmoid(r);
-      return s * (r * (1.0f - s) + 1.0f);
-    }
   }
 };
 
@@ -119,46 +108,51 @@ void forward(const T* x, const void* bias, bool wide_bias, const BiasActParams& 
   };
   // the bias in the type of the sums, `repeats` times when it runs along the last axis and is short
   const int64_t repeats = p.inner == 1 && p.channels < 128 ? 128 / p.channels + 1 : 1;
-  Buffer<A> b(p.channels * repeats + Vector<A>::lanes);
-  for (int64_t i = 0; bias && i < p.channels * repeats; ++i) {
-    const int64_t c = i % p.channels;
-    b[i] = wide_bias ? static_cast<const A*>(bias)[c] : load_first<A>(static_cast<const T*>(bias) + c, 1)[0];
+  const bool as_it_is = bias && repeats == 1 && (wide_bias || sizeof(T) == sizeof(A));
+  Buffer<A> own(as_it_is ? 0 : p.channels * repeats);
+  for (int64_t i = 0; bias && i < own.size(); i += p.channels) {
+    if (wide_bias || sizeof(T) == sizeof(A)) {
+      std::copy_n(static_cast<const A*>(bias), p.channels, own.data() + i);
+    } else {
+      each_vector<A>(p.channels, own.data() + i, [&](auto at) { return at(static_cast<const T*>(bias)); });
+    }
   }
-  const A* const biases = b.data();
+  const A* const biases = as_it_is ? static_cast<const A*>(bias) : own.data();
   if (p.inner == 1) {
     const int64_t length = p.channels * repeats, n = p.outer * p.channels;
     parallel((n + length - 1) / length, 1 + 16384 / length, [=](int64_t begin, int64_t end) {
+      const auto local = finish;  // a copy whose constants stay in registers: no store can reach it
       for (int64_t row = begin; row < end; ++row) {
         const T* in = x + row * length;
         each_vector<A>(std::min(length, n - row * length), y + row * length,
-                       [&](auto at) { return finish(at(in) + at(biases)); });
+                       [&](auto at) { return local(at(in) + at(biases)); });
       }
     });
     return;
   }
   parallel(p.outer * p.channels, 1 + 16384 / (p.inner + 1), [=](int64_t begin, int64_t end) {
+    const auto local = finish;
     for (int64_t run = begin; run < end; ++run) {  // a run has one bias
       const T* in = x + run * p.inner;
       const Of<A> one = splat(biases[run % p.channels]);
-      each_vector<A>(p.inner, y + run * p.inner, [&](auto at) { return finish(at(in) + one); });
+      each_vector<A>(p.inner, y + run * p.inner, [&](auto at) { return local(at(in) + one); });
     }
   });
 }
 
 // A value at the clamp has no slope. For leaky the sign of x + b is the sign of y, since gain > 0 and slope >= 0.
 template <class T, Act act>
-void backward(const T* grad, const T* ref, int64_t n, const BiasActParams& p, T* out) {
+void backward(const T* grad, const T* y, int64_t n, const BiasActParams& p, T* out) {
   typedef typename Accumulator<T>::type A;
   const Activation<A, act> activation(p);
-  const A gain = A(p.gain), over = A(act == Act::leaky || act == Act::swish ? 1 : 1 / p.gain);
+  const A gain = A(p.gain), over = A(act == Act::leaky ? 1 : 1 / p.gain);
   const A top = A(p.dead_above()), bottom = A(p.dead_below());
+  const auto gradient = [=](Of<A> g, Of<A> y) {
+    return (y >= top) | (y <= bottom) ? splat(A(0)) : g * (activation.slope(y * over) * gain);
+  };
   parallel(n, 16384, [=](int64_t begin, int64_t end) {
-    each_vector<A>(end - begin, out + begin, [&](auto at) {
-      const Of<A> r = at(ref + begin), g = at(grad + begin) * (activation.slope(r * over) * gain);
-      Of<A> y = r;
-      if constexpr (act == Act::swish) y = activation.value(r) * gain;
-      return (y >= top) | (y <= bottom) ? splat(A(0)) : g;
-    });
+    const auto local = gradient;
+    each_vector<A>(end - begin, out + begin, [&](auto at) { return local(at(grad + begin), at(y + begin)); });
   });
 }
 
@@ -170,11 +164,9 @@ void with_act(Dtype dtype, Act act, F&& f) {
     if (act == Act::leaky) f(zero, std::integral_constant<Act, Act::leaky>());
     if constexpr (sizeof(T) < 8) {
       if (act == Act::tanh) f(zero, std::integral_constant<Act, Act::tanh>());
-      if (act == Act::sigmoid) f(zero, std::integral_constant<Act, Act::sigmoid>());
       if (act == Act::elu) f(zero, std::integral_constant<Act, Act::elu>());
       if (act == Act::selu) f(zero, std::integral_constant<Act, Act::selu>());
       if (act == Act::softplus) f(zero, std::integral_constant<Act, Act::softplus>());
-      if (act == Act::swish) f(zero, std::integral_constant<Act, Act::swish>());
     }
   });
 }
@@ -189,11 +181,11 @@ void bias_act(const void* x, const void* b, bool wide_bias, const BiasActParams&
   });
 }
 
-// grad [n], ref [n] (y, for swish x + b) -> out [n]
-void bias_act_backward(const void* grad, const void* ref, int64_t n, const BiasActParams& p, Dtype dtype, void* out) {
+// grad [n], y [n] -> out [n]
+void bias_act_backward(const void* grad, const void* y, int64_t n, const BiasActParams& p, Dtype dtype, void* out) {
   with_act(dtype, p.act, [&](auto zero, auto act) {
     using T = decltype(zero);
-    backward<T, decltype(act)::value>(static_cast<const T*>(grad), static_cast<const T*>(ref), n, p,
+    backward<T, decltype(act)::value>(static_cast<const T*>(grad), static_cast<const T*>(y), n, p,
                                       static_cast<T*>(out));
   });
 }

@@ -54,7 +54,7 @@ typedef uint16_t Halves __attribute__((vector_size(SAGE_VECTOR_BYTES / 2)));  //
 inline Floats widen(Halves h, BFloat16) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
 inline Halves narrow(Floats v, BFloat16) {
   const Words u = (Words)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return __builtin_convertvector((v != v) ? (u >> 16) | 0x40 : rounded, Halves);
+  return __builtin_convertvector((v != v) ? u * 0 + 0x7fc0 : rounded, Halves);
 }
 
 #if SAGE_VECTOR_BYTES == 64

@@ -6,13 +6,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Not expf and tanhf: under --use_fast_math they lose half of the digits; expm1f and log1pf do not change.
-__device__ inline float sigmoid(float v) {
-  const float e = expm1f(-fabsf(v)) + 1;
-  return (v >= 0 ? 1.0f : e) / (1 + e);
-}
-
-// value(u): the activation. slope(r): its derivative, r being its value, for swish u. Both without gain and clamp.
+// value(u): the activation. slope(r): its derivative, r being its value. Both without gain and clamp. By expm1f, not by
+// expf and tanhf, which lose half of their digits under --use_fast_math.
 template <class A, Act act>
 struct Activation {
   A alpha, floor;
@@ -24,16 +19,12 @@ struct Activation {
     } else if constexpr (act == Act::tanh) {
       const float m = expm1f(-2 * fabsf(u));
       return copysignf(-m / (2 + m), u);
-    } else if constexpr (act == Act::sigmoid) {
-      return sigmoid(u);
     } else if constexpr (act == Act::elu) {
       return u > 0 ? u : expm1f(u) * alpha;
     } else if constexpr (act == Act::selu) {
       return float(kSeluScale) * (u > 0 ? u : expm1f(u) * float(kSeluAlpha));
-    } else if constexpr (act == Act::softplus) {
-      return (u > 0 ? u : 0.0f) + log1pf(expm1f(-fabsf(u)) + 1);
     } else {
-      return u * sigmoid(u);
+      return (u > 0 ? u : 0.0f) + log1pf(expm1f(-fabsf(u)) + 1);
     }
   }
 
@@ -42,17 +33,12 @@ struct Activation {
       return r > 0 ? A(1) : alpha;
     } else if constexpr (act == Act::tanh) {
       return 1 - r * r;
-    } else if constexpr (act == Act::sigmoid) {
-      return r - r * r;
     } else if constexpr (act == Act::elu) {
       return r > 0 ? 1.0f : r + alpha;
     } else if constexpr (act == Act::selu) {
       return r > 0 ? float(kSeluScale) : r + float(kSeluScale * kSeluAlpha);
-    } else if constexpr (act == Act::softplus) {
-      return -expm1f(-r);
     } else {
-      const float s = sigmoid(r);
-      return s * (1 + r * (1 - s));
+      return -expm1f(-r);
     }
   }
 };
@@ -86,21 +72,18 @@ __global__ void forward(const T* __restrict__ x, const void* __restrict__ b, boo
 }
 
 template <class T, int N, Act act>
-__global__ void backward(const T* __restrict__ grad, const T* __restrict__ ref, int64_t n,
+__global__ void backward(const T* __restrict__ grad, const T* __restrict__ y, int64_t n,
                          Activation<typename Accumulator<T>::type, act> activation,
                          typename Accumulator<T>::type gain, typename Accumulator<T>::type over,
                          typename Accumulator<T>::type top, typename Accumulator<T>::type bottom,
                          T* __restrict__ out) {
   using A = typename Accumulator<T>::type;
   SAGE_FAST_GRID_STRIDE(i, n) {
-    const Pack<T, N> g = reinterpret_cast<const Pack<T, N>*>(grad)[i], r = reinterpret_cast<const Pack<T, N>*>(ref)[i];
+    const Pack<T, N> g = reinterpret_cast<const Pack<T, N>*>(grad)[i], r = reinterpret_cast<const Pack<T, N>*>(y)[i];
     Pack<T, N> result;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const A at = static_cast<A>(r.v[k]);
-      A y = at;
-      if constexpr (act == Act::swish) y = activation.value(at) * gain;
-      const A slope = activation.slope(at * over) * gain;
+      const A y = static_cast<A>(r.v[k]), slope = activation.slope(y * over) * gain;
       result.v[k] = static_cast<T>(y >= top || y <= bottom ? A(0) : static_cast<A>(g.v[k]) * slope);
     }
     reinterpret_cast<Pack<T, N>*>(out)[i] = result;
@@ -115,11 +98,9 @@ void with_act(Dtype dtype, Act act, F&& f) {
     if (act == Act::leaky) return f(zero, std::integral_constant<Act, Act::leaky>());
     if constexpr (sizeof(T) < 8) {
       if (act == Act::tanh) f(zero, std::integral_constant<Act, Act::tanh>());
-      if (act == Act::sigmoid) f(zero, std::integral_constant<Act, Act::sigmoid>());
       if (act == Act::elu) f(zero, std::integral_constant<Act, Act::elu>());
       if (act == Act::selu) f(zero, std::integral_constant<Act, Act::selu>());
       if (act == Act::softplus) f(zero, std::integral_constant<Act, Act::softplus>());
-      if (act == Act::swish) f(zero, std::integral_constant<Act, Act::swish>());
     } else {
       require(false, "bias_act: float64 has no smooth kernels");
     }
@@ -135,7 +116,7 @@ Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, do
   BiasActParams p = biased_as(x, b ? &*b : nullptr, dim);
   p.slope = slope, p.gain = gain, p.clamp = clamp, p.act = Act(act);
   check(p, b ? b->numel() : -1);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like(x);
   if (x.numel() == 0) return y;
   const bool wide_bias = b && b->scalar_type() != x.scalar_type();
   const void* bias = b ? b->const_data_ptr() : nullptr;
@@ -159,28 +140,28 @@ Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, do
   return y;
 }
 
-Tensor bias_act_backward(Tensor grad, Tensor ref, double slope, double gain, double clamp, int64_t act) {
-  require(grad.is_cuda() && ref.is_cuda(), "bias_act_backward: grad and ref must be on one device");
-  BiasActParams p{1, 1, ref.numel(), slope, gain, clamp, Act(act)};
+Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, double clamp, int64_t act) {
+  require(grad.is_cuda() && y.is_cuda(), "bias_act_backward: grad and y must be on one device");
+  BiasActParams p{1, 1, y.numel(), slope, gain, clamp, Act(act)};
   check(p, -1);
-  Scope stream(ref);
-  match(ref, grad);
-  Tensor out = torch::stable::empty_like(ref);
-  if (ref.numel() == 0) return out;
-  with_act(dtype_of(ref), p.act, [&](auto zero, auto chosen) {
+  Scope stream(y);
+  match(y, grad);
+  Tensor out = new_like(y);
+  if (y.numel() == 0) return out;
+  with_act(dtype_of(y), p.act, [&](auto zero, auto chosen) {
     using T = decltype(zero);
     using A = typename Accumulator<T>::type;
     constexpr Act kAct = decltype(chosen)::value;
     constexpr int kPack = pack_size<T>;
     const Activation<A, kAct> activation{A(p.slope), A(p.floor())};
-    const double over = kAct == Act::leaky || kAct == Act::swish ? 1 : 1 / p.gain;
-    const int64_t n = ref.numel();
-    const bool packed = n % kPack == 0 && aligned(grad.const_data_ptr()) && aligned(ref.const_data_ptr()) &&
+    const double over = kAct == Act::leaky ? 1 : 1 / p.gain;
+    const int64_t n = y.numel();
+    const bool packed = n % kPack == 0 && aligned(grad.const_data_ptr()) && aligned(y.const_data_ptr()) &&
                         aligned(out.const_data_ptr());
     const auto launch = [&](auto size) {
       constexpr int N = decltype(size)::value;
       backward<T, N, kAct><<<blocks_for(n / N, kThreads), kThreads, 0, stream>>>(
-          data<T>(grad), data<T>(ref), n / N, activation, A(p.gain), A(over), A(p.dead_above()), A(p.dead_below()),
+          data<T>(grad), data<T>(y), n / N, activation, A(p.gain), A(over), A(p.dead_above()), A(p.dead_below()),
           mutable_data<T>(out));
     };
     packed ? launch(std::integral_constant<int, kPack>()) : launch(std::integral_constant<int, 1>());

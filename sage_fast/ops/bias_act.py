@@ -26,29 +26,23 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float, float]] =
     "softplus": (lambda x, _: F.softplus(x), 0.0, 1.0),
     "swish": (lambda x, _: F.silu(x), 0.0, math.sqrt(2)),
 }
-#: name -> (number of the kernel, its slope below zero; None: alpha). All nine have kernels, but in float64 only the first
-#: three: nobody trains in it, and an exponential to its precision would have to be written for the gradient checks alone.
+#: name -> (number of the kernel, its slope below zero; None: alpha). Not here, since plain PyTorch is as fast or faster:
+#: linear (one op, x + b), sigmoid, swish. In float64 the smooth ones are PyTorch's too: nobody trains in it.
 _KERNELS: dict[str, tuple[int, float | None]] = {
-    "linear": (0, 1.0),
     "relu": (0, 0.0),
     "lrelu": (0, None),
     "tanh": (1, 1.0),
-    "sigmoid": (2, 1.0),
-    "elu": (3, None),
-    "selu": (4, 1.0),
-    "softplus": (5, 1.0),
-    "swish": (6, 1.0),
+    "elu": (2, None),
+    "selu": (3, 1.0),
+    "softplus": (4, 1.0),
 }
-_SWISH = 6
-#: number -> derivative of the slope with respect to what it is made of (r: the value, for swish x + b), composed of PyTorch
-#: ops since only second derivatives take it; the piecewise linear ones have none
+#: number -> derivative by y / gain of the slope, which is made of y / gain; composed, since only second derivatives of
+#: smooth activations take it
 _CURVATURE: dict[int, Callable[[Tensor], Tensor]] = {
     1: lambda r: -2 * r,
-    2: lambda r: 1 - 2 * r,
+    2: lambda r: (r <= 0).to(r.dtype),
     3: lambda r: (r <= 0).to(r.dtype),
-    4: lambda r: (r <= 0).to(r.dtype),
-    5: lambda r: torch.exp(-r),
-    _SWISH: lambda r: torch.sigmoid(r) * torch.sigmoid(-r) * (2 + r * (1 - 2 * torch.sigmoid(r))),
+    4: lambda r: torch.exp(-r),
 }
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -78,10 +72,10 @@ def bias_act(
         InputError: an unknown activation, a bias of another length, a negative clamp, or alpha for an activation without.
     """
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
-    kernel, slope = _KERNELS[act]
+    kernel, slope = _KERNELS.get(act, (None, None))
     dtype = x.dtype
     # the kernels' derivative reads the sign of x + b off the output, which needs gain > 0 and alpha >= 0
-    if gain > 0 and alpha >= 0 and dtype in _DTYPES and (kernel == 0 or dtype != torch.float64):
+    if kernel is not None and gain > 0 and alpha >= 0 and dtype in _DTYPES and (kernel == 0 or dtype != torch.float64):
         if _native.has_kernel("bias_act", x.device.type):
             if b is not None and b.dtype != dtype and not (b.dtype == torch.float32 and dtype in _HALVES):
                 b = b.to(dtype)
@@ -134,19 +128,14 @@ def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
 
 
 def _setup_context(ctx, inputs, output):
-    x, b, ctx.dim, *ctx.settings = inputs
+    _, b, ctx.dim, *ctx.settings = inputs
     ctx.bias_dtype, ctx.sum_over = None if b is None else b.dtype, [i for i in range(output.ndim) if i != ctx.dim]
-    if ctx.settings[-1] == _SWISH:  # its value does not tell what it is the value of
-        ctx.save_for_backward(x, b)
-    else:
-        ctx.save_for_backward(output)
+    ctx.save_for_backward(output)
 
 
 def _backward(ctx, grad):
-    ref, *bias = ctx.saved_tensors
-    if bias and bias[0] is not None:
-        ref = ref + bias[0].to(ref.dtype).reshape([-1 if i == ctx.dim else 1 for i in range(ref.ndim)])
-    grad_x = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, ref, *ctx.settings)
+    (y,) = ctx.saved_tensors
+    grad_x = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, y, *ctx.settings)
     if ctx.bias_dtype is None or not ctx.needs_input_grad[1]:
         return grad_x, *[None] * 6
     exact = torch.float32 if grad_x.dtype in _HALVES else grad_x.dtype
@@ -155,23 +144,19 @@ def _backward(ctx, grad):
 
 
 def _setup_context_backward(ctx, inputs, output):
-    grad, ref, *ctx.settings = inputs
-    ctx.save_for_backward(grad, ref)
+    grad, y, *ctx.settings = inputs
+    ctx.save_for_backward(grad, y)
 
 
 def _backward_backward(ctx, grad):
-    """Linear in the incoming gradient: there it is the same map. In ref it is constant where the activation is straight."""
-    incoming, ref = ctx.saved_tensors
+    """Linear in the incoming gradient: there it is the same map. In y it is constant where the activation is straight."""
+    incoming, y = ctx.saved_tensors
     _, gain, clamp, kernel = ctx.settings
-    grad_incoming = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, ref, *ctx.settings)
+    grad_incoming = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, y, *ctx.settings)
     if kernel == 0 or not ctx.needs_input_grad[1]:
         return grad_incoming, *[None] * 5
-    r = ref if kernel == _SWISH else ref / gain
-    grad_ref = grad * incoming * _CURVATURE[kernel](r) * (gain if kernel == _SWISH else 1)
-    if clamp >= 0:
-        y = gain * F.silu(ref) if kernel == _SWISH else ref
-        grad_ref = torch.where(y.abs() < clamp, grad_ref, 0)
-    return grad_incoming, grad_ref, *[None] * 4
+    grad_y = grad * incoming * _CURVATURE[kernel](y / gain)
+    return grad_incoming, grad_y if clamp < 0 else torch.where(y.abs() < clamp, grad_y, 0), *[None] * 4
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
@@ -182,7 +167,7 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 @_native.when_loaded
 def _register() -> None:
     torch.library.register_fake("sage_fast::bias_act", _fake)
-    torch.library.register_fake("sage_fast::bias_act_backward", lambda grad, ref, *settings: _fake(ref))
+    torch.library.register_fake("sage_fast::bias_act_backward", lambda grad, y, *settings: _fake(y))
     torch.library.register_autograd("sage_fast::bias_act", _backward, setup_context=_setup_context)
     torch.library.register_autograd(
         "sage_fast::bias_act_backward", _backward_backward, setup_context=_setup_context_backward

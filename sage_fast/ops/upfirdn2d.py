@@ -46,7 +46,9 @@ def upfirdn2d(
     """
     pad = _tidy(x, f, up, down, padding)
     if x.dtype in _DTYPES and _native.has_kernel("upfirdn2d", x.device.type):
-        if f.device != x.device or f.dtype not in _DTYPES:
+        if x.device.type != "cpu":  # where a kernel cannot look at the filter first
+            f = (torch.outer(f, f) if f.ndim == 1 else f).to(x)
+        elif f.device != x.device or f.dtype not in _DTYPES:
             f = f.to(x)
         return _native.call(torch.ops.sage_fast.upfirdn2d.default, x, f, up, down, *pad, flip_filter, gain)
     return upfirdn2d_reference(x, f, up, down, pad, flip_filter, gain)
