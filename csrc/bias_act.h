@@ -11,9 +11,9 @@ namespace sage_fast {
 enum class Act : int64_t { leaky, tanh, elu, selu, softplus };
 
 struct BiasActParams {
-  int64_t outer;     // product of the axes before the bias axis
-  int64_t channels;  // length of the bias axis
-  int64_t inner;     // product of the axes behind it
+  int64_t outer;              // product of the axes before the bias axis
+  int64_t channels;           // length of the bias axis
+  int64_t inner;              // product of the axes behind it
   double slope, gain, clamp;  // slope of leaky, scale of elu
   Act act;
 

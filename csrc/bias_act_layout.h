@@ -26,8 +26,7 @@ inline BiasActParams biased_as(Tensor& x, Tensor* b, int64_t dim) {
 
 // The incoming gradient laid out as y is; both dense.
 inline void match(Tensor& y, Tensor& grad) {
-  require(grad.numel() == y.numel() && grad.scalar_type() == y.scalar_type(),
-          "bias_act_backward: grad must match y");
+  require(grad.numel() == y.numel() && grad.scalar_type() == y.scalar_type(), "bias_act_backward: grad must match y");
   const bool last = channels_last(y);
   if (last && !channels_last(grad)) {
     grad = torch::stable::contiguous(grad, torch::headeronly::MemoryFormat::ChannelsLast);

@@ -53,14 +53,14 @@ inline bool channels_last(const Tensor& x) {
   return true;
 }
 
-// Without values, of like's dtype and device. By the C function: the op of the dispatcher takes as long as a small kernel.
+// Without values, of like's dtype and device. By the C function: the op of the dispatcher takes as long as a small
+// kernel.
 inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides) {
   int32_t dtype, device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device, like.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device, like.get_device_index(), &made));
   return Tensor(made);
 }
 

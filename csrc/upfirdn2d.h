@@ -7,7 +7,7 @@ namespace sage_fast {
 
 struct UpfirdnParams {
   int64_t planes, h, w, inner;  // input [planes, h, w, inner]: inner is 1, or C where the channels come last
-  int64_t kh, kw;        // filter [kh, kw]
+  int64_t kh, kw;               // filter [kh, kw]
   int64_t up, down;
   int64_t left, right, top, bottom;  // in upsampled pixels; negative: crop
   bool flip;                         // true: correlate, false: convolve

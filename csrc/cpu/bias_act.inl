@@ -17,7 +17,8 @@ struct Power {
 
   explicit Power(Floats x) {
     x = x < -150.0f ? splat(-150.0f) : x;
-    const Floats magic = splat(12582912.0f), shifted = x * 1.44269504f + magic, n = shifted - magic;  // round(x / log 2)
+    const Floats magic = splat(12582912.0f), shifted = x * 1.44269504f + magic,
+                 n = shifted - magic;  // round(x / log 2)
     typedef Vector<int32_t>::type Ints;
     const Ints k = (Ints)shifted - (Ints)magic, half = k >> 1;
     Floats r = x - n * 0.693359375f;

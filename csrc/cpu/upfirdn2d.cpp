@@ -26,8 +26,20 @@ Tensor upfirdn2d(Tensor x, Tensor f, int64_t up, int64_t down, int64_t left, int
   const bool last = channels_last(x);
   if (!last && !x.is_contiguous()) x = torch::stable::contiguous(x);
   const int64_t n = x.size(0), c = x.size(1);
-  UpfirdnParams p{last ? n : n * c, x.size(2),   x.size(3), last ? c : 1, f.size(0), f.size(f.dim() - 1), up, down, left,
-                  right,            top,         bottom,    flip_filter,  gain};
+  UpfirdnParams p{last ? n : n * c,
+                  x.size(2),
+                  x.size(3),
+                  last ? c : 1,
+                  f.size(0),
+                  f.size(f.dim() - 1),
+                  up,
+                  down,
+                  left,
+                  right,
+                  top,
+                  bottom,
+                  flip_filter,
+                  gain};
   check(p);
   double taps[32 * 32], side[32];
   double* const read = f.dim() == 2 ? taps : side;

@@ -1,8 +1,8 @@
 #include "../upfirdn2d.h"
 
-// Columns first, then rows, some rows at a time: the sums along the columns (`mid`) stay in the first-level cache. Along a
-// column, neighbours are whole rows, whatever the layout; along a row they lie `inner` values apart. So nearly everything
-// is one loop, weighted_sum; only rows of single values (inner = 1) that change their length need shuffles.
+// Columns first, then rows, some rows at a time: the sums along the columns (`mid`) stay in the first-level cache.
+// Along a column, neighbours are whole rows, whatever the layout; along a row they lie `inner` values apart. So nearly
+// everything is one loop, weighted_sum; only rows of single values (inner = 1) that change their length need shuffles.
 namespace sage_fast::SAGE_ISA {
 namespace {
 
@@ -18,8 +18,9 @@ Meeting meeting(int64_t out, int64_t up, int64_t down, int64_t before, int64_t t
   return {first, at, std::max<int64_t>(0, std::min(ceil_div(taps - first, up), size - at))};
 }
 
-// out[i] (+)= sum_k taps[k * tap_step] * in[i + k * step]; the sums stay in registers. Count > 0 is known to the compiler,
-// which then keeps the taps in registers too (they are copied first: out might be where they are, for all it knows).
+// out[i] (+)= sum_k taps[k * tap_step] * in[i + k * step]; the sums stay in registers. Count > 0 is known to the
+// compiler, which then keeps the taps in registers too (they are copied first: out might be where they are, for all it
+// knows).
 template <int64_t Count, class A, class In, class Out>
 inline void weighted_sum_of(const In* in, int64_t step, const A* taps, int64_t tap_step, int64_t dynamic, bool add,
                             Out* out, int64_t n) {
@@ -335,8 +336,8 @@ inline void transpose(typename Vector<A>::type (&v)[Vector<A>::lanes]) {
   }
 }
 
-// Small planes, as many as a vector has lanes, side by side: [count, size] <-> [size, lanes]. Short rows would leave most
-// lanes empty; this fills them all.
+// Small planes, as many as a vector has lanes, side by side: [count, size] <-> [size, lanes]. Short rows would leave
+// most lanes empty; this fills them all.
 template <class A, class T>
 void pack(const T* planes, int64_t count, int64_t size, A* packed) {
   constexpr int64_t lanes = Vector<A>::lanes;
@@ -370,8 +371,7 @@ void run(const T* x, const double* filter, const UpfirdnParams& p, T* y) {
   const int64_t size = p.h * p.w * p.inner, out_h = p.out_h(), out_size = out_h * p.out_w() * p.inner;
   const Terms<A> terms(filter, p, std::numeric_limits<A>::epsilon());
   const bool short_rows = p.down == 1 || p.w < 2 * lanes;  // halving longer ones takes less than packing them
-  if (p.inner == 1 && p.planes > lanes / 4 && short_rows &&
-      (size + out_size) * lanes * int64_t(sizeof(A)) <= kPacked) {
+  if (p.inner == 1 && p.planes > lanes / 4 && short_rows && (size + out_size) * lanes * int64_t(sizeof(A)) <= kPacked) {
     UpfirdnParams packed = p;
     packed.planes = 1, packed.inner = lanes;
     parallel(ceil_div(p.planes, lanes), 1 + 16384 / (out_size * lanes + 1), [&](int64_t first, int64_t last) {

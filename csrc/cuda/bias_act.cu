@@ -73,10 +73,9 @@ __global__ void forward(const T* __restrict__ x, const void* __restrict__ b, boo
 
 template <class T, int N, Act act>
 __global__ void backward(const T* __restrict__ grad, const T* __restrict__ y, int64_t n,
-                         Activation<typename Accumulator<T>::type, act> activation,
-                         typename Accumulator<T>::type gain, typename Accumulator<T>::type over,
-                         typename Accumulator<T>::type top, typename Accumulator<T>::type bottom,
-                         T* __restrict__ out) {
+                         Activation<typename Accumulator<T>::type, act> activation, typename Accumulator<T>::type gain,
+                         typename Accumulator<T>::type over, typename Accumulator<T>::type top,
+                         typename Accumulator<T>::type bottom, T* __restrict__ out) {
   using A = typename Accumulator<T>::type;
   SAGE_FAST_GRID_STRIDE(i, n) {
     const Pack<T, N> g = reinterpret_cast<const Pack<T, N>*>(grad)[i], r = reinterpret_cast<const Pack<T, N>*>(y)[i];
@@ -130,9 +129,9 @@ Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, do
     const bool packed = along % kPack == 0 && aligned(x.const_data_ptr()) && aligned(y.const_data_ptr());
     const auto launch = [&](auto size) {
       constexpr int N = decltype(size)::value;
-      forward<T, N, kAct><<<blocks_for(n / N, kThreads), kThreads, 0, stream>>>(
-          data<T>(x), bias, wide_bias, p.channels, p.inner, n / N, activation, A(p.gain), A(p.upper_limit()),
-          mutable_data<T>(y));
+      forward<T, N, kAct><<<blocks_for(n / N, kThreads), kThreads, 0, stream>>>(data<T>(x), bias, wide_bias, p.channels,
+                                                                                p.inner, n / N, activation, A(p.gain),
+                                                                                A(p.upper_limit()), mutable_data<T>(y));
     };
     packed ? launch(std::integral_constant<int, kPack>()) : launch(std::integral_constant<int, 1>());
   });

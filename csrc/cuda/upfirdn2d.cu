@@ -1,8 +1,7 @@
-// Three kernels: tiles in shared memory for the 4 x 4 filters of StyleGAN2 where channels come first, columns of packs for
-// the same where they come last, and one for anything else. All sum in float32 at least, over the filter as it is: whether
-// it has rank one is known on the device only, and sixteen products a pixel are less than its memory traffic.
+// Three kernels: tiles in shared memory for the 4 x 4 filters of StyleGAN2 where channels come first, columns of packs
+// for the same where they come last, and one for anything else. All sum in float32 at least, over the filter as it is:
+// whether it has rank one is known on the device only, and sixteen products a pixel are less than its memory traffic.
 #include "../upfirdn2d.h"
-
 #include "common.cuh"
 
 namespace sage_fast {
@@ -19,8 +18,8 @@ __device__ void read_taps(const T* __restrict__ f, int n_taps, bool flip, double
   __syncthreads();
 }
 
-// x [planes, h, w, inner] -> y [planes, out_h, out_w, inner]; a thread has one pack of N channels, and only the taps that
-// meet a pixel of x
+// x [planes, h, w, inner] -> y [planes, out_h, out_w, inner]; a thread has one pack of N channels, and only the taps
+// that meet a pixel of x
 template <class T, int N>
 __global__ void any(const T* __restrict__ x, const T* __restrict__ f, UpfirdnParams p, int64_t out_h, int64_t out_w,
                     T* __restrict__ y) {
@@ -93,8 +92,8 @@ __global__ void columns(const T* __restrict__ x, const T* __restrict__ f, Upfird
   }
 }
 
-// Channels first, 4 x 4 taps. A block makes 32 x 32 outputs, a thread four of them one below the other, from a tile of x
-// with zeros beyond the image: every pixel is read from memory once, but for the borders of tiles.
+// Channels first, 4 x 4 taps. A block makes 32 x 32 outputs, a thread four of them one below the other, from a tile of
+// x with zeros beyond the image: every pixel is read from memory once, but for the borders of tiles.
 template <class T, int Up, int Down>
 __global__ void tiles(const T* __restrict__ x, const T* __restrict__ f, UpfirdnParams p, int64_t out_h, int64_t out_w,
                       T* __restrict__ y) {
@@ -173,8 +172,8 @@ void launch(const T* x, const T* f, const UpfirdnParams& p, T* y, cudaStream_t s
     return;
   }
   constexpr int N = pack_size<T>;
-  const bool packed = p.inner % N == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
-                      reinterpret_cast<uintptr_t>(y) % 16 == 0;
+  const bool packed =
+      p.inner % N == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
   if (square && packed && p.up == 1 && p.down == 1) {
     columns<T, N, 1><<<blocks_for(n / N / 2 + 1, kThreads), kThreads, 0, stream>>>(x, f, p, out_h, out_w, y);
   } else if (square && packed && p.up == 1 && p.down == 2) {
@@ -195,8 +194,9 @@ Tensor upfirdn2d(Tensor x, Tensor f, int64_t up, int64_t down, int64_t left, int
   if (!last && !x.is_contiguous()) x = torch::stable::contiguous(x);
   if (!f.is_contiguous()) f = torch::stable::contiguous(f);
   const int64_t n = x.size(0), c = x.size(1);
-  UpfirdnParams p{last ? n : n * c, x.size(2), x.size(3), last ? c : 1, f.size(0), f.size(1), up, down, left,
-                  right,            top,       bottom,    flip_filter,  gain};
+  UpfirdnParams p{
+      last ? n : n * c, x.size(2),   x.size(3), last ? c : 1, f.size(0), f.size(1), up, down, left, right, top,
+      bottom,           flip_filter, gain};
   check(p);
   Tensor y = new_images(x, n, c, p.out_h(), p.out_w(), last);
   if (y.numel() == 0) return y;

@@ -59,9 +59,7 @@ def test_compiled_gradients_are_equal(generator, backend):
     w_plus = latents(generator).requires_grad_()
     compiled = torch.compile(generator.synthesis, fullgraph=True, backend=backend)
     inputs = [w_plus, *generator.convs.parameters()]
-    ours, theirs = (
-        torch.autograd.grad(run(w_plus).square().mean(), inputs) for run in (compiled, generator.synthesis)
-    )
+    ours, theirs = (torch.autograd.grad(run(w_plus).square().mean(), inputs) for run in (compiled, generator.synthesis))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from torch.nn import functional as F
 
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator
@@ -140,7 +139,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act != "linear"])  # whose gradient is exact
 def test_low_precision(device, no_worse_than_plain, act, dtype):
     """Values and both gradients."""
     x, b = normal(4, 5, 33, device=device).to(dtype), normal(5, device=device).to(dtype)
@@ -175,7 +174,9 @@ def test_second_derivatives_of_smooth_kernels(device, act):
         (first,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
         return torch.autograd.grad(first.square().sum(), x)[0]
 
-    torch.testing.assert_close(second(bias_act, x), second(bias_act_reference, x.double()).float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        second(bias_act, x), second(bias_act_reference, x.double()).float(), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -120,9 +120,7 @@ def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
         if not -len(shape) <= dim < len(shape):
             raise InputError(f"dim must be an axis of x, which has {len(shape)}, got {dim}.")
         if b.shape != (shape[dim],):
-            raise InputError(
-                f"b must have shape [{shape[dim]}], the length of x along dim {dim}, got {list(b.shape)}."
-            )
+            raise InputError(f"b must have shape [{shape[dim]}], the length of x along dim {dim}, got {list(b.shape)}.")
     _, default_alpha, default_gain = ACTIVATIONS[act]
     return float(default_alpha if alpha is None else alpha), float(default_gain if gain is None else gain)
 
