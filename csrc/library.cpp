@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sage_fast, m) {
-  m.def("bias_act(Tensor x, Tensor? b, int dim, float slope, float gain, float clamp) -> Tensor");
-  m.def("bias_act_backward(Tensor grad, Tensor y, float slope, float gain, float clamp) -> Tensor");
+  m.def("bias_act(Tensor x, Tensor? b, int dim, float slope, float gain, float clamp, int act=0) -> Tensor");
+  m.def("bias_act_backward(Tensor grad, Tensor y, float slope, float gain, float clamp, int act=0) -> Tensor");
   m.def(
       "upfirdn2d(Tensor x, Tensor f, int up, int down, int left, int right, int top, int bottom, bool flip_filter, "
       "float gain) -> Tensor");

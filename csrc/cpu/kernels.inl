@@ -1,6 +1,7 @@
 // Every kernel, for the instruction set of the file that includes this.
 #include "kernels_std.h"
 // what they know of the world
+#include "../dtype.h"
 #include "isa.h"
 #include "parallel.h"
 #include "simd.inl"
