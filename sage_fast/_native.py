@@ -31,6 +31,7 @@ NATIVE_OPS = (
     "gaussian_low_pass",
     "fuse_frequencies",
     "fuse_pixels",
+    "conv3x3",
     "synthesis",
 )
 BUILD_MODES = ("auto", "aot", "jit", "none")

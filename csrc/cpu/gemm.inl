@@ -110,4 +110,57 @@ void multiply(const typename P::type* v, int64_t v_pitch, const typename P::type
   });
 }
 
+// c [Rows, kPanel] (pitch ldc) += the sum over `count` rows k of a [count, Rows] (pitch lda), transposed, x b [count,
+// kPanel]
+template <int Rows>
+inline void outer_kernel(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t count, float* c,
+                         int64_t ldc) {
+  Vector<float>::type sum[Rows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+    sum[r][0] = load(c + r * ldc);
+    sum[r][1] = load(c + r * ldc + kLanes);
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const Vector<float>::type b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+      sum[r][0] += a[r] * b0;
+      sum[r][1] += a[r] * b1;
+    }
+    a += lda;
+    b += ldb;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+    store<float>(sum[r][0], c + r * ldc);
+    store<float>(sum[r][1], c + r * ldc + kLanes);
+  }
+}
+
+template <int Rows>
+inline void outer_rows(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t count, float* c,
+                       int64_t ldc) {
+  if (rows == Rows) return outer_kernel<Rows>(a, lda, b, ldb, count, c, ldc);
+  if constexpr (Rows > 1) outer_rows<Rows - 1>(rows, a, lda, b, ldb, count, c, ldc);
+}
+
+// For each of `points` matrices: du [depth, panels * kPanel] += v [tiles, depth], transposed, x m [tiles, panels *
+// kPanel].
+inline void multiply_transposed(const float* v, int64_t v_pitch, const float* m, int64_t m_pitch, int64_t points,
+                                int64_t tiles, int64_t depth, int64_t panels, float* du) {
+  const int64_t width = panels * kPanel;
+  parallel(points * panels, 1 + 400000 / (tiles * depth * kPanel + 1), [=](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t point = task / panels, panel = task % panels;
+      const float* b = m + point * m_pitch + panel * kPanel;
+      for (int64_t c = 0; c < depth; c += kMaxRows) {
+        const int64_t rows = depth - c < kMaxRows ? depth - c : kMaxRows;
+        outer_rows<kMaxRows>(rows, v + point * v_pitch + c, depth, b, width, tiles,
+                             du + (point * depth + c) * width + panel * kPanel, width);
+      }
+    }
+  });
+}
+
 }  // namespace sage_fast::SAGE_ISA

@@ -8,6 +8,7 @@
 // the kernels
 #include "bias_act.inl"
 #include "combine_rows.inl"
+#include "conv3x3.inl"
 #include "edit_latents.inl"
 #include "fuse_frequencies.inl"
 #include "fuse_pixels.inl"

@@ -6,6 +6,9 @@
 //   3. plain: transform back, epilogue                     m -> y
 //      up: transform back to the stride-2 transposed convolution (m -> z), then blur [1, 3, 3, 1] and epilogue (z -> y)
 
+#pragma once
+
+#include "../synthesis.h"
 #include "gemm.inl"
 #include "transforms.inl"
 #include "workspace.h"
@@ -88,26 +91,43 @@ class StyledConv {
   }
 
   void run() {
+    for_each_band([&](const Band& band) {
+      gather(band);
+      multiply<P>(v_, v_pitch_, static_cast<const T*>(layer_.packed), kPoints, band.tiles(), pitch_in_, panels_, m_,
+                  m_pitch_);
+      if constexpr (Up) {
+        scatter(band);
+        blur(band);
+        const int64_t patch = F::outputs * z_row_;  // the next band's blur begins in this one's last tile row
+        std::memcpy(z_, z_ + band.tile_rows() * patch, patch * sizeof(float));
+      } else {
+        finish(band);
+      }
+    });
+  }
+
+  // The gradient of the packed weights: for each point the product of v, transposed, with the transformed gradient
+  // `dy` [n, size, size, pitch_out], summed over tiles -> du [points^2][c_in, panels * kPanel].
+  void weight_gradient(const float* dy, float* du) {
+    std::memset(du, 0, kPoints * pitch_in_ * panels_ * kPanel * sizeof(float));
+    for_each_band([&](const Band& band) {
+      gather(band);
+      gather_gradient(band, dy);
+      multiply_transposed(v_, v_pitch_, m_, m_pitch_, kPoints, band.tiles(), pitch_in_, panels_, du);
+    });
+  }
+
+ private:
+  template <class Body>
+  void for_each_band(Body&& body) {
     for (int64_t image = 0; image < data_.n; image += images_) {
       const int64_t images = std::min(images_, data_.n - image);
       for (int64_t row = 0; row < tiles_across_; row += rows_) {
-        const Band band{image, images, row, std::min(rows_, tiles_across_ - row), tiles_across_};
-        gather(band);
-        multiply<P>(v_, v_pitch_, static_cast<const T*>(layer_.packed), kPoints, band.tiles(), pitch_in_, panels_, m_,
-                    m_pitch_);
-        if constexpr (Up) {
-          scatter(band);
-          blur(band);
-          const int64_t patch = F::outputs * z_row_;  // the next band's blur begins in this one's last tile row
-          std::memcpy(z_, z_ + band.tile_rows() * patch, patch * sizeof(float));
-        } else {
-          finish(band);
-        }
+        body(Band{image, images, row, std::min(rows_, tiles_across_ - row), tiles_across_});
       }
     }
   }
 
- private:
   // Measured at 32 to 256 px on one and two threads: v and m of a band in the second-level cache, and not fewer rows
   // than keep the product busy.
   int64_t tiles_at_once() const {
@@ -166,6 +186,33 @@ class StyledConv {
       F::inverse(middle[i], out);
       emit(i, out);
     }
+  }
+
+  // What `finish` does, transposed: dy -> m.
+  void gather_gradient(const Band& band, const float* dy) {
+    parallel(band.tile_rows(), grain(tiles_across_ * pitch_out_ * kPoints), [&](int64_t begin, int64_t end) {
+      for (int64_t job = begin; job < end; ++job) {
+        const int64_t image = band.first_image + job / band.rows, row = band.first_row + job % band.rows;
+        for (int64_t column = 0; column < tiles_across_; ++column) {
+          const float* from = dy + ((image * size_ + row * F::tile) * size_ + column * F::tile) * pitch_out_;
+          float* to = m_ + (job * tiles_across_ + column) * panels_ * kPanel;
+          for (int64_t c = 0; c < panels_ * kPanel; c += kLanes) {
+            V middle[F::points][F::outputs], in[F::outputs], out[F::points];
+            for (int64_t j = 0; j < F::outputs; ++j) {
+              for (int64_t i = 0; i < F::outputs; ++i) {
+                in[i] = c < pitch_out_ ? load(from + (i * size_ + j) * pitch_out_ + c) : V{};
+              }
+              F::transposed_inverse(in, out);
+              for (int64_t i = 0; i < F::points; ++i) middle[i][j] = out[i];
+            }
+            for (int64_t i = 0; i < F::points; ++i) {
+              F::transposed_inverse(middle[i], out);
+              for (int64_t j = 0; j < F::points; ++j) store<float>(out[j], to + (i * F::points + j) * m_pitch_ + c);
+            }
+          }
+        }
+      }
+    });
   }
 
   void finish(const Band& band) {

@@ -1,9 +1,5 @@
 #include "../synthesis.h"
 
-#include <cstdlib>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <vector>
 
 #include "../tensor.h"
@@ -26,21 +22,6 @@ void synthesis_pack(const float* weight, const PackShape& shape, void* out);
 
 namespace sage_fast {
 
-Workspace::~Workspace() {
-  for (float* block : data_) std::free(block);
-}
-
-float* Workspace::get(Slot slot, int64_t floats) {
-  if (size_[slot] < floats) {
-    std::free(data_[slot]);
-    size_[slot] = 0;
-    data_[slot] = static_cast<float*>(std::aligned_alloc(64, (floats / 16 + 1) * 64));
-    if (data_[slot] == nullptr) throw std::bad_alloc();
-    size_[slot] = floats;
-  }
-  return data_[slot];
-}
-
 namespace {
 
 bool has_bf16() {
@@ -50,10 +31,6 @@ bool has_bf16() {
   return false;
 #endif
 }
-
-// One workspace serves call after call; a call that finds it taken brings its own.
-std::mutex workspace_taken;
-Workspace workspace_kept;
 
 const float* floats(const Tensor& x, std::vector<int64_t> shape, const char* message) {
   require(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == int64_t(shape.size()), message);
@@ -133,9 +110,8 @@ Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector
                              float(clamp),
                              mutable_data<float>(out),
                              seconds};
-  std::unique_lock lock(workspace_taken, std::try_to_lock);
-  Workspace own;
-  SAGE_CALL_BF16(bf16, synthesis)(net, lock ? workspace_kept : own);
+  Lease workspace;
+  SAGE_CALL_BF16(bf16, synthesis)(net, *workspace);
   return out;
 }
 

@@ -42,6 +42,15 @@ struct Transform<4, false> {
     y[2] = .5f * s1 + 2.f * s2;
     y[3] = (.5f * a) * d1 + (2.f * b) * d2 + m[5];
   }
+  static inline void transposed_inverse(const V* y, V* m) {
+    const V e1 = y[0] + .5f * y[2], o1 = a * (y[1] + .5f * y[3]), e2 = y[0] + 2.f * y[2], o2 = b * (y[1] + 2.f * y[3]);
+    m[0] = y[0];
+    m[1] = e1 + o1;
+    m[2] = e1 - o1;
+    m[3] = e2 + o2;
+    m[4] = e2 - o2;
+    m[5] = y[3];
+  }
 };
 
 template <>

@@ -8,7 +8,18 @@ namespace sage_fast {
 // Numbered blocks of floats that grow and stay, aligned to a cache line, contents undefined.
 class Workspace {
  public:
-  enum Slot { transformed, products, before_blur, activations_a, activations_b, image_a, image_b, vectors, n_slots };
+  enum Slot {
+    transformed,
+    products,
+    before_blur,
+    activations_a,
+    activations_b,
+    image_a,
+    image_b,
+    vectors,
+    packed,
+    n_slots
+  };
 
   Workspace() = default;
   ~Workspace();
@@ -19,6 +30,19 @@ class Workspace {
  private:
   float* data_[n_slots] = {};
   int64_t size_[n_slots] = {};
+};
+
+// The one workspace that serves call after call, or, where another thread has it, one of the holder's own.
+class Lease {
+ public:
+  Lease();
+  ~Lease();
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  Workspace& operator*() const { return *workspace_; }
+
+ private:
+  Workspace* workspace_;
 };
 
 }  // namespace sage_fast

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sage_fast.errors import InputError
 from sage_fast.models.inference import choose_road, fused_network, wants_bf16
 from sage_fast.ops import bias_act, modulated_conv2d, upfirdn2d
+from sage_fast.ops.conv3x3 import conv3x3
 from sage_fast.ops.synthesis import synthesis as fused_synthesis
 
 __all__ = ["Discriminator", "Generator", "MappingNetwork", "StyledConv", "ToRGB", "n_latent_of", "truncate"]
@@ -262,7 +263,7 @@ class Discriminator(nn.Module):
         """Feature maps [N, C_r, r, r] for r = resolution, resolution / 2, ..., 4."""
         self._check_images(images)
         first, *blocks = self.convs
-        maps = [first(images)]
+        maps = [first(images.contiguous(memory_format=torch.channels_last))]
         for block in blocks:
             maps.append(block(maps[-1]))
         return maps
@@ -271,6 +272,7 @@ class Discriminator(nn.Module):
         """Logits [N, 1] of images [N, C, H, W] (and labels ``c`` [N, c_dim]); large means real."""
         self._check_images(images)
         _check_label(c, self.c_dim, len(images))
+        images = images.contiguous(memory_format=torch.channels_last)
         x = self.final_conv(_append_stddev(self.convs(images), self.mbstd_group))
         x = self.final_linear(x.flatten(1))
         if self.embed is None:
@@ -343,6 +345,8 @@ class _Conv(nn.Module):
         self.padding = kernel // 2 if stride == 1 else 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.stride == 1 and self.padding == 1:
+            return conv3x3(x, self.weight * self.scale)
         return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
 
 
@@ -391,7 +395,8 @@ class _ConstantInput(nn.Module):
         self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
 
     def forward(self, n: int) -> Tensor:
-        return self.input.expand(n, -1, -1, -1)
+        # channels last from here on: a fifth faster on a CPU, and what tensor cores want
+        return self.input.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 class _Normalize(nn.Module):

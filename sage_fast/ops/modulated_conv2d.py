@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sage_fast.errors import InputError
+from sage_fast.ops.conv3x3 import conv3x3
 from sage_fast.ops.upfirdn2d import upfirdn2d
 
 __all__ = ["modulated_conv2d", "modulated_conv2d_reference"]
@@ -92,7 +93,7 @@ def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None) -
         pad = [f.shape[1] + k - 3, f.shape[0] + k - 3]
         x = upfirdn2d(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
         return F.conv2d(x, weight, stride=2)
-    return F.conv2d(x, weight, padding=k // 2)
+    return conv3x3(x, weight) if k == 3 else F.conv2d(x, weight, padding=k // 2)
 
 
 def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tensor | None) -> None:
