@@ -12,7 +12,8 @@ namespace sage_fast {
 namespace {
 
 const float* images(const Tensor& x) {
-  require(x.dim() == 4 && x.size(2) == x.size(3) && x.scalar_type() == ScalarType::Float && channels_last(x),
+  require(x.dim() == 4 && x.size(2) == x.size(3) && x.scalar_type() == ScalarType::Float &&
+              (x.numel() == 0 || channels_last(x)),
           "conv3x3: images must be float32 [N, C, R, R], channels last");
   return data<float>(x);
 }
