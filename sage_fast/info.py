@@ -51,7 +51,11 @@ def _roads(device: str) -> dict[str, str]:
         road, reason = choose_road(generator, w_plus)
         roads["inference"] = f"{road} ({reason})"
         if road == "fused":
-            products = "bfloat16" if wanted_dtype(w_plus.device) == torch.bfloat16 else "float32: the processor has no bfloat16 products"
+            products = (
+                "bfloat16"
+                if wanted_dtype(w_plus.device) == torch.bfloat16
+                else "float32: the processor has no bfloat16 products"
+            )
             roads["inference under autocast bfloat16"] = f"fused ({products})"
     return roads
 

@@ -44,7 +44,9 @@ def counter_normal_reference(samples: Tensor, seed: int, stream: int, numel: int
     u, v = (words[..., 0::2] + 0.5) / 2**32, (words[..., 1::2] + 0.5) / 2**32  # [N, blocks, 2]
     radius = np.sqrt(-2 * np.log(u))
     pairs = np.stack([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)], axis=-1)
-    return torch.from_numpy(pairs.reshape(len(words), -1)[:, :numel].astype(np.float32)).to(samples.device)
+    return torch.from_numpy(pairs.reshape(len(words), 4 * words.shape[1])[:, :numel].astype(np.float32)).to(
+        samples.device
+    )
 
 
 def counter_words(samples: np.ndarray, seed: int, stream: int, blocks: int) -> np.ndarray:
@@ -64,7 +66,12 @@ def philox(counter: list, key: int) -> list:
     key0, key1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
         first, third = np.uint64(0xD2511F53) * a, np.uint64(0xCD9E8D57) * c
-        a, b, c, d = (third >> _HALF) ^ b ^ np.uint64(key0), third & _LOW, (first >> _HALF) ^ d ^ np.uint64(key1), first & _LOW
+        a, b, c, d = (
+            (third >> _HALF) ^ b ^ np.uint64(key0),
+            third & _LOW,
+            (first >> _HALF) ^ d ^ np.uint64(key1),
+            first & _LOW,
+        )
         key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
     return [a, b, c, d]
 

@@ -166,7 +166,9 @@ def has_products(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     if not has_products(dtype, device):
-        raise InputError(f"dtype must be one that the kernels on '{device.type}' multiply in, got {dtype}; use torch.float32.")
+        raise InputError(
+            f"dtype must be one that the kernels on '{device.type}' multiply in, got {dtype}; use torch.float32."
+        )
 
 
 def synthesis_reference(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
