@@ -62,13 +62,13 @@ def prepare(network: SynthesisNetwork, dtype: torch.dtype) -> Prepared:
         weights.append(scaled.to(dtype).contiguous(memory_format=torch.channels_last))
         squares.append(_pad(weight.square().sum((2, 3)).t(), width, width))
         scales.append(_pad(scale.view(1, -1), 1, width))
-    affines = [*layers, *images]
+    affines = [(m.affine, m.affine_bias) for m in layers] + [(m.affine, m.affine_bias) for m in images]
     return Prepared(
         input=_pad(network.input, 1, _padded(network.input.shape[1]), 4, 4),
         weights=weights,
         latents=torch.tensor([*range(len(layers)), *range(1, len(layers) + 1, 2)], device=device),
-        affine=torch.stack([_pad(m.affine.t(), m.affine.shape[1], width) for m in affines]),
-        affine_bias=torch.stack([_pad(m.affine_bias[None], 1, width) for m in affines]),
+        affine=torch.stack([_pad(weight.t(), weight.shape[1], width) for weight, _ in affines]),
+        affine_bias=torch.stack([_pad(bias[None], 1, width) for _, bias in affines]),
         squares=torch.stack(squares),
         weight_scales=torch.stack(scales),
         biases=[_pad(layer.bias, _padded(len(layer.bias))) for layer in layers],
@@ -122,11 +122,9 @@ def _draw(
             x = _channels_behind(F.conv_transpose2d(x, weight, stride=2))
             x = blur_epilogue(x, factors[i], bias, map_, layer.strength, following, *rule)
         else:
-            x, image = styled_epilogue(
-                _channels_behind(F.conv2d(x, weight, padding=1)),
-                *(factors[i], bias, map_, layer.strength, following),
-                *(image_weights[i // 2], network.images[i // 2].bias, image, *rule),
-            )
+            x = _channels_behind(F.conv2d(x, weight, padding=1))
+            to_image = (image_weights[i // 2], network.images[i // 2].bias, image)
+            x, image = styled_epilogue(x, factors[i], bias, map_, layer.strength, following, *to_image, *rule)
         if following is not None:
             x = x.permute(0, 3, 1, 2)
         mark()
