@@ -1,4 +1,4 @@
-"""bias_act on the layers of 32 px and 256 px StyleGAN2 networks.
+"""bias_act on the layers of 32 px and 256 px StyleGAN2 networks, in float32 and bfloat16, channels first and last.
 
 The floor is memory: one read and one write of each value. Plain PyTorch takes a pass for each step; its best form works
 in place behind the first.
@@ -30,15 +30,42 @@ def shaped(b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return b.view(1, -1, *[1] * (x.ndim - 2))
 
 
+FORMS = [(dtype, layout) for dtype in ("float32", "bfloat16") for layout in ("first", "last")]
+SMOOTH = {"tanh": torch.tanh_, "elu": F.elu_, "selu": F.selu_, "softplus": F.softplus}
+
+
+def values(compare, dtype: str, layout: str, *shape: int) -> torch.Tensor:
+    """Random values in that form; bfloat16 rounds, in plain PyTorch at each step, so its parity is coarser."""
+    compare.tolerance = 2e-5 if dtype == "float32" else 2e-2
+    form = torch.contiguous_format if layout == "first" else torch.channels_last
+    return torch.randn(shape).to(getattr(torch, dtype)).to(memory_format=form)
+
+
+@pytest.mark.parametrize("dtype, layout", FORMS)
 @pytest.mark.parametrize("case", LAYERS)
-def test_lrelu(compare, case):
-    x = torch.randn(LAYERS[case])
-    b = torch.randn(x.shape[1])
+def test_lrelu(compare, case, dtype, layout):
+    if layout == "last" and len(LAYERS[case]) < 4:
+        pytest.skip("no image")
+    x = values(compare, dtype, layout, *LAYERS[case])
+    b = torch.randn(x.shape[1]).to(x.dtype)
     rivals = {
         "in place": lambda: F.leaky_relu_(x + shaped(b, x), 0.2).mul_(GAIN),
         "three steps": lambda: F.leaky_relu(x + shaped(b, x), 0.2) * GAIN,
     }
-    compare(case, lambda: bias_act(x, b, act="lrelu"), rivals, 8 * x.numel())
+    compare(f"{case}, {dtype}, {layout}", lambda: bias_act(x, b, act="lrelu"), rivals, 2 * x.nbytes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("act", SMOOTH)
+def test_smooth(compare, act, dtype):
+    x = values(compare, dtype, "first", 8, 32, 32, 32)
+    b = torch.randn(32).to(x.dtype)
+    compare(
+        f"{act}, 32 px, 32 px layer, N 8, {dtype}",
+        lambda: bias_act(x, b, act=act),
+        {"in place": lambda: SMOOTH[act](x + shaped(b, x))},
+        2 * x.nbytes,
+    )
 
 
 @pytest.mark.parametrize("case", ["32 px, 32 px layer, N 64", "256 px, 64 px layer, N 1"])

@@ -13,9 +13,14 @@ from sage_fast.ops import project_onto_basis
 
 SIZES = {  # N, L, D, R
     "32 px, one novel category": (1, 8, 64, 10),
+    "32 px, 64 latents, 5 columns": (64, 8, 64, 5),
+    "32 px, 1024 latents": (1024, 8, 64, 10),
     "32 px, 200 seen categories": (200, 8, 64, 10),
     "256 px, one novel category": (1, 14, 512, 10),
     "256 px, 119 seen categories": (119, 14, 512, 10),
+    "1024 px, one novel category": (1, 18, 512, 10),
+    "1024 px, 64 latents": (64, 18, 512, 10),
+    "1024 px, 1024 latents": (1024, 18, 512, 10),
     "1024 px, one novel category, 40 columns": (1, 18, 512, 40),
     "1024 px, 119 seen categories, 40 columns": (119, 18, 512, 40),
 }

@@ -1,4 +1,4 @@
-// y = clamp(gain * leaky(x + b, slope)) and its derivative. slope 1: linear, 0: relu; clamp < 0: none.
+// y = clamp(gain * act(x + b)) and its derivative; clamp < 0: none.
 #pragma once
 
 #include <limits>
@@ -7,11 +7,15 @@
 
 namespace sage_fast {
 
+// leaky: slope 1 is linear, 0 is relu. The numbers stand in sage_fast/ops/bias_act.py too.
+enum class Act : int64_t { leaky, tanh, elu, selu, softplus };
+
 struct BiasActParams {
-  int64_t outer;     // product of the axes before the bias axis
-  int64_t channels;  // length of the bias axis
-  int64_t inner;     // product of the axes behind it
-  double slope, gain, clamp;
+  int64_t outer;              // product of the axes before the bias axis
+  int64_t channels;           // length of the bias axis
+  int64_t inner;              // product of the axes behind it
+  double slope, gain, clamp;  // slope of leaky, scale of elu
+  Act act;
 
   static constexpr double infinity = std::numeric_limits<double>::infinity();
   static constexpr double never = std::numeric_limits<double>::quiet_NaN();  // every comparison with it is false
@@ -19,10 +23,13 @@ struct BiasActParams {
   double upper_limit() const { return clamp < 0 ? infinity : clamp; }
   // outputs at and beyond which the derivative is zero
   double dead_above() const { return clamp < 0 ? never : clamp; }
-  double dead_below() const { return slope == 0 ? 0 : -dead_above(); }
+  double dead_below() const { return act == Act::leaky && slope == 0 ? 0 : -dead_above(); }
 };
 
+constexpr double kSeluScale = 1.0507009873554805, kSeluAlpha = 1.6732632423543772;
+
 inline void check(const BiasActParams& p, int64_t bias_size) {
+  require(p.act >= Act::leaky && p.act <= Act::softplus, "bias_act: act must be one of the kernels'");
   require(p.gain > 0 && p.slope >= 0, "bias_act: gain must be positive and slope at least 0");
   require(bias_size < 0 || bias_size == p.channels, "bias_act: b must have the length of x along dim");
 }

@@ -3,13 +3,19 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sage_fast, m) {
-  m.def("bias_act(Tensor x, Tensor? b, int dim, float slope, float gain, float clamp) -> Tensor");
-  m.def("bias_act_backward(Tensor grad, Tensor y, float slope, float gain, float clamp) -> Tensor");
+  m.def("bias_act(Tensor x, Tensor? b, int dim, float slope, float gain, float clamp, int act=0) -> Tensor");
+  m.def("bias_act_backward(Tensor grad, Tensor y, float slope, float gain, float clamp, int act=0) -> Tensor");
   m.def(
       "upfirdn2d(Tensor x, Tensor f, int up, int down, int left, int right, int top, int bottom, bool flip_filter, "
       "float gain) -> Tensor");
   m.def("project_onto_basis(Tensor w_plus, Tensor basis) -> Tensor");
-  m.def("gaussian_low_pass(Tensor images, float sigma) -> Tensor");
+  m.def("gaussian_low_pass(Tensor images, float sigma, bool reflect=False, bool pixels=False) -> Tensor");
+  m.def(
+      "fuse_frequencies(Tensor real, Tensor inverted, Tensor edited, float gamma1, float gamma2, float sigma) -> "
+      "Tensor");
+  m.def(
+      "fuse_pixels(Tensor real, Tensor inverted, Tensor edited, Tensor? low, float beta, int blend, float blur) -> "
+      "Tensor");
   m.def(
       "synthesis(Tensor w_plus, Tensor input, Tensor[] layers, Tensor[] images, float[] strengths, float slope, "
       "float gain, float clamp, bool bf16) -> Tensor");
@@ -26,4 +32,8 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
       "blur_epilogue(Tensor x, Tensor factor, Tensor bias, Tensor? noise, float strength, Tensor next_style, "
       "float slope, float gain, float clamp) -> Tensor");
   m.def("counter_normal(Tensor samples, int seed, int stream, int numel) -> Tensor");
+  m.def(
+      "edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, float alpha, Tensor? mask, "
+      "Tensor? class_index) -> Tensor");
+  m.def("combine_rows(Tensor weights, Tensor table, Tensor centre, Tensor rows, Tensor columns) -> Tensor");
 }

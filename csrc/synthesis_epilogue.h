@@ -93,6 +93,41 @@ SAGE_FAST_HD float upsampled(const float* skip, int64_t half_h, int64_t half_w, 
   return .75f * at_x0 + .25f * at_x1;
 }
 
+// A pixel of image channel k from its sum over channels.
+SAGE_FAST_HD void finish_image(const ImageArgs& to, int64_t sample, int64_t k, int64_t pixel, int64_t h, int64_t w,
+                               float sum) {
+  const int64_t plane = sample * to.channels + k;
+  sum += to.bias[k];
+  if (to.skip) sum += upsampled(to.skip + plane * (h / 2) * (w / 2), h / 2, w / 2, pixel / w, pixel % w);
+  to.image[plane * h * w + pixel] = sum;
+}
+
+// How the threads of a block share the pixels of a plain layer: a group of 2^shift threads holds all channels of a
+// pixel, a vector each, and kPixels pixels at a time, whose loads are in flight together.
+struct PixelGroups {
+  static constexpr int kThreads = 256, kPixels = 4;
+  int shift = 0;
+
+  SAGE_FAST_HD explicit PixelGroups(int64_t vectors) {
+    while ((int64_t{1} << shift) < vectors) ++shift;
+  }
+  SAGE_FAST_HD int size() const { return 1 << shift; }
+  SAGE_FAST_HD int slots() const { return kThreads >> shift; }  // groups in a block
+  SAGE_FAST_HD int tile() const { return slots() * kPixels; }   // pixels of a round
+  SAGE_FAST_HD int lane(int thread) const { return thread & (size() - 1); }
+  SAGE_FAST_HD int slot(int thread) const { return thread >> shift; }
+  SAGE_FAST_HD int at(int thread, int u) const { return u * slots() + slot(thread); }  // pixel of the tile
+  // Sums over channels meet within a warp first: the warps of a group, and where the sums of a pixel's warp lie.
+  SAGE_FAST_HD int warps() const { return size() > 32 ? size() / 32 : 1; }
+  SAGE_FAST_HD int part(int at, int warp) const { return at * warps() + warp; }
+
+  // Blocks of a sample: enough for every multiprocessor, few enough that what a thread keeps serves many pixels.
+  int64_t blocks(int64_t n, int64_t pixels) const {
+    const int64_t tiles = (pixels + tile() - 1) / tile(), wanted = 2048 / n > 1 ? 2048 / n : 1;
+    return tiles < wanted ? tiles : wanted;
+  }
+};
+
 // Vertical half of the blur: rows go in one by one, and each completes the output row two above it.
 template <int V>
 struct BlurWindow {

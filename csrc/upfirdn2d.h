@@ -6,8 +6,8 @@
 namespace sage_fast {
 
 struct UpfirdnParams {
-  int64_t planes, h, w;  // input [planes, h, w]
-  int64_t kh, kw;        // filter [kh, kw]
+  int64_t planes, h, w, inner;  // input [planes, h, w, inner]: inner is 1, or C where the channels come last
+  int64_t kh, kw;               // filter [kh, kw]
   int64_t up, down;
   int64_t left, right, top, bottom;  // in upsampled pixels; negative: crop
   bool flip;                         // true: correlate, false: convolve
@@ -25,7 +25,12 @@ inline void check(const UpfirdnParams& p) {
           "upfirdn2d: padding leaves images smaller than the filter");
 }
 
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return floor_div(a + b - 1, b); }
+#ifdef __CUDACC__
+#define SAGE_FAST_BOTH __host__ __device__
+#else
+#define SAGE_FAST_BOTH
+#endif
+SAGE_FAST_BOTH inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+SAGE_FAST_BOTH inline int64_t ceil_div(int64_t a, int64_t b) { return floor_div(a + b - 1, b); }
 
 }  // namespace sage_fast

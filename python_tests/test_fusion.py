@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from sage_fast.errors import InputError
-from sage_fast.fusion import fuse_frequencies, fuse_pixels, fusion_mask, gaussian_low_pass
+from sage_fast.fusion import fuse_both, fuse_frequencies, fuse_pixels, fusion_mask, gaussian_low_pass
 
 
 def _images(n=4, size=16, seed=0, channels=3):
@@ -59,6 +59,16 @@ def test_one_source_serves_many_edits(fuse):
     torch.testing.assert_close(fuse(real, inverted, edited), torch.cat(each))
 
 
+@pytest.mark.parametrize("reading", ["default", "released"])
+@pytest.mark.parametrize("sources, gamma1", [(1, 1.0), (1, 0.8), (4, 1.0)])
+def test_both_is_frequencies_then_pixels(sources, gamma1, reading):
+    real, inverted, edited = _images(sources, seed=1), _images(sources, seed=2), _images(4, seed=3)
+    first = fuse_frequencies(real, inverted, edited, gamma1, 0.8, 3.0, reading).clamp(-1, 1)
+    expected = fuse_pixels(real, inverted, first, 0.3, "convex", reading)
+    both = fuse_both(real, inverted, edited, gamma1, 0.8, 3.0, 0.3, "convex", reading)
+    torch.testing.assert_close(both, expected, atol=1e-6, rtol=0)
+
+
 def test_mask_is_the_blurred_difference_of_norms():
     """scipy's Gaussian, cut to 3 x 3 pixels, mirrors about the outermost pixel too."""
     real, inverted, edited = (_images(seed=s).double() for s in range(3))
@@ -99,7 +109,7 @@ def test_more_beta_fuses_less():
     assert all(a > b for a, b in zip(totals, totals[1:], strict=False))
 
 
-@pytest.mark.parametrize("fuse", [fuse_pixels, fuse_frequencies])
+@pytest.mark.parametrize("fuse", [fuse_pixels, fuse_frequencies, fuse_both])
 def test_refuses_images_that_do_not_belong_together(fuse):
     images = _images()
     with pytest.raises(InputError, match=r"real must have shape \[4, 3, 16, 16\].*got \[2, 3, 16, 16\]"):

@@ -13,15 +13,26 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sage_fast.errors import InputError, SageFastWarning
 
-__all__ = ["CUDA_OPS", "NATIVE_OPS", "Native", "has_kernel", "load", "when_loaded"]
+__all__ = ["CUDA_OPS", "NATIVE_OPS", "Native", "call", "has_kernel", "load", "when_loaded"]
 
 #: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
-NATIVE_OPS = ("bias_act", "upfirdn2d", "project_onto_basis", "gaussian_low_pass", "synthesis")
+NATIVE_OPS = (
+    "bias_act",
+    "upfirdn2d",
+    "project_onto_basis",
+    "edit_latents",
+    "combine_rows",
+    "gaussian_low_pass",
+    "fuse_frequencies",
+    "fuse_pixels",
+    "synthesis",
+)
 #: ops with a kernel on CUDA alone: parts of its fused synthesis
 CUDA_OPS = ("styled_epilogue", "blur_epilogue", "counter_normal")
 BUILD_MODES = ("auto", "aot", "jit", "none")
@@ -43,9 +54,19 @@ _callbacks: list[Callable[[], None]] = []
 _warned: set[str] = set()
 
 
+def call(op: Any, x: torch.Tensor, other: torch.Tensor | None, *settings: Any) -> torch.Tensor:
+    """Run ``op``, below autograd when no derivative is wanted: its Python layer takes longer than a small kernel."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad))
+    ):
+        return op(x, other, *settings)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, other, *settings)
+
+
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``op`` runs natively on ``device_type`` ("cpu", "cuda"); warns once a device when it should but cannot."""
-    native = load()
+    native = _native or load()
     if device_type in native.devices:
         return op in NATIVE_OPS or (device_type == "cuda" and op in CUDA_OPS)
     if op in NATIVE_OPS and device_type not in _warned and build_mode() != "none":
@@ -54,6 +75,9 @@ def has_kernel(op: str, device_type: str) -> bool:
         message = f"sage_fast runs its slower PyTorch reference on '{device_type}': {reason}. {_REMEDY}"
         warnings.warn(message, SageFastWarning, stacklevel=3)
     return False
+
+
+has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it and keeps the answer
 
 
 def load() -> Native:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from sage_fast import ops
 from sage_fast.errors import InputError
 from sage_fast.ops import gaussian_low_pass
+from sage_fast.ops.fuse_frequencies import check_images
+from sage_fast.ops.fuse_pixels import BLENDS, blend_images, blur_mask, difference_mask
 
-__all__ = ["fuse_frequencies", "fuse_pixels", "fusion_mask", "gaussian_low_pass"]
+__all__ = ["fuse_both", "fuse_frequencies", "fuse_pixels", "fusion_mask", "gaussian_low_pass"]
 
-_BLENDS = ("residual", "convex", "printed")
 _READINGS = ("paper", "released", "default")
-_BLUR = 1.3  # px, standard deviation of the 3 x 3 Gaussian of Eq. 21: the released code's, the paper gives none
 
 
 def fuse_pixels(
@@ -45,14 +45,12 @@ def fuse_pixels(
     Raises:
         InputError: images of unequal shape, or an unknown blend or reading.
     """
-    mask = fusion_mask(real, inverted, edited, beta, reading)
-    if blend not in _BLENDS:
-        raise InputError(f"blend must be one of {', '.join(_BLENDS)}, got '{blend}'.")
-    if blend == "residual":
-        return edited + mask * (real - inverted)
-    if blend == "convex":
-        return edited + mask * (real - edited)
-    return edited + mask * (real + 1)  # in [0, 1]: edited + M real
+    _check_reading(reading)
+    if reading != "released":
+        return ops.fuse_pixels(real, inverted, edited, beta, blend)
+    if blend not in BLENDS:
+        raise InputError(f"blend must be one of {', '.join(BLENDS)}, got '{blend}'.")
+    return blend_images(real, inverted, edited, fusion_mask(real, inverted, edited, beta, reading), blend)
 
 
 def fusion_mask(real: Tensor, inverted: Tensor, edited: Tensor, beta: float = 0.5, reading: str = "default") -> Tensor:
@@ -63,15 +61,12 @@ def fusion_mask(real: Tensor, inverted: Tensor, edited: Tensor, beta: float = 0.
     each image, clamped at 0, then the Gaussian.
     Deviation: the released code takes the differences in 8 bits, where they wrap around; here they do not.
     """
-    _check_images(real, inverted, edited)
-    if reading not in _READINGS:
-        raise InputError(f"reading must be one of {', '.join(_READINGS)}, got '{reading}'.")
-    lost, changed = (real - inverted) / 2, (edited - inverted) / 2  # differences of images in [0, 1]
-    if reading == "released":
-        lost, changed = (_stretch(d.abs().sum(1, keepdim=True)) for d in (lost, changed))
-        return _blur((lost - beta * changed).clamp_min(0))
-    lost, changed = (d.square().sum(1, keepdim=True).sqrt() for d in (lost, changed))
-    return _blur(lost - beta * changed).clamp(0, 1)
+    check_images(real, inverted, edited)
+    _check_reading(reading)
+    if reading != "released":
+        return difference_mask(real, inverted, edited, beta)
+    lost, changed = (_stretch((image - inverted).abs().sum(1, keepdim=True) / 2) for image in (real, edited))
+    return blur_mask((lost - beta * changed).clamp_min(0))
 
 
 def fuse_frequencies(
@@ -102,14 +97,35 @@ def fuse_frequencies(
     Raises:
         InputError: images of unequal shape, an unknown reading, or a sigma that is not positive.
     """
-    _check_images(real, inverted, edited)
-    if reading not in _READINGS:
-        raise InputError(f"reading must be one of {', '.join(_READINGS)}, got '{reading}'.")
-    if reading == "released":
-        return 2 * _stretch(gamma1 * edited + gaussian_low_pass(real - gamma2 * inverted, sigma)) - 1
-    source = real - gamma2 * inverted
-    change = source if gamma1 == 1 else (gamma1 - 1) * edited + source
-    return edited + gaussian_low_pass(change, sigma)
+    _check_reading(reading)
+    if reading != "released":
+        return ops.fuse_frequencies(real, inverted, edited, gamma1, gamma2, sigma)
+    check_images(real, inverted, edited)
+    return 2 * _stretch(gamma1 * edited + gaussian_low_pass(real - gamma2 * inverted, sigma)) - 1
+
+
+def fuse_both(
+    real: Tensor,
+    inverted: Tensor,
+    edited: Tensor,
+    gamma1: float = 1.0,
+    gamma2: float = 1.0,
+    sigma: float = 5.0,
+    beta: float = 0.5,
+    blend: str = "residual",
+    reading: str = "default",
+) -> Tensor:
+    """:func:`fuse_frequencies`, clamped to [-1, 1], then :func:`fuse_pixels`, with the arguments of both.
+
+    Where one source serves all edits and ``gamma1`` is 1, its low frequencies are made once and the rest is one pass.
+    """
+    if reading != "released" and gamma1 == 1 and len(real) == len(inverted) == 1:
+        check_images(real, inverted, edited)
+        _check_reading(reading)
+        low = gaussian_low_pass(real - gamma2 * inverted, sigma)
+        return ops.fuse_pixels(real, inverted, edited, beta, blend, low)
+    edited = fuse_frequencies(real, inverted, edited, gamma1, gamma2, sigma, reading).clamp(-1, 1)
+    return fuse_pixels(real, inverted, edited, beta, blend, reading)
 
 
 def _stretch(images: Tensor) -> Tensor:
@@ -118,20 +134,6 @@ def _stretch(images: Tensor) -> Tensor:
     return (images - low) / torch.where(high > low, high - low, torch.ones_like(high))
 
 
-def _blur(mask: Tensor) -> Tensor:
-    """3 x 3 Gaussian of a mask [N, 1, H, W]; beyond the border the mask is mirrored about its outermost pixels."""
-    side = torch.exp(torch.tensor(-1 / (2 * _BLUR**2), device=mask.device, dtype=mask.dtype))
-    row = torch.stack([side, torch.ones_like(side), side]) / (2 * side + 1)
-    mode = "reflect" if min(mask.shape[2:]) > 1 else "replicate"
-    return F.conv2d(F.pad(mask, (1, 1, 1, 1), mode=mode), torch.outer(row, row)[None, None])
-
-
-def _check_images(real: Tensor, inverted: Tensor, edited: Tensor) -> None:
-    for name, images in (("real", real), ("inverted", inverted), ("edited", edited)):
-        if images.ndim != 4 or not images.is_floating_point():
-            raise InputError(f"{name} must be floating point [N, C, H, W], got {images.dtype} {list(images.shape)}.")
-        if images.shape[1:] != edited.shape[1:] or len(images) not in (1, len(edited)):
-            raise InputError(
-                f"{name} must have shape {list(edited.shape)}, as edited has, or one image for all, got "
-                f"{list(images.shape)}."
-            )
+def _check_reading(reading: str) -> None:
+    if reading not in _READINGS:
+        raise InputError(f"reading must be one of {', '.join(_READINGS)}, got '{reading}'.")

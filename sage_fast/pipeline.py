@@ -24,7 +24,7 @@ from sage_fast.editing.editor import PRESETS, FewShotEditor
 from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
-from sage_fast.fusion import fuse_frequencies, fuse_pixels
+from sage_fast.fusion import fuse_both, fuse_frequencies, fuse_pixels
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weights import load_bundle, load_directions
@@ -191,7 +191,9 @@ class FewShotPipeline:
         w_plus = self._latents(novel, numbers, alpha, seed, category)
         images = self.render(w_plus, batch)
         sources = torch.tensor(numbers, dtype=torch.int64) % len(novel.shots)
-        real, inverted = novel.shots[sources], novel.inverted[sources]
+        real, inverted = novel.shots, novel.inverted
+        if len(real) > 1:  # one shot serves all
+            real, inverted = real[sources], inverted[sources]
         fused = {name: self._fuse(name, real, inverted, images).clamp_(-1, 1) for name in fusions}
         return Result(images, w_plus, sources, fused)
 
@@ -253,11 +255,12 @@ class FewShotPipeline:
         return torch.cat(parts)
 
     def _fuse(self, name: str, real: Tensor, inverted: Tensor, edited: Tensor) -> Tensor:
-        if name in ("frequency", "both"):
-            edited = fuse_frequencies(real, inverted, edited, **_FREQUENCY[self.preset], reading=self.preset)
-        if name in ("pixel", "both"):
-            edited = fuse_pixels(real, inverted, edited.clamp(-1, 1), **_PIXEL[self.preset], reading=self.preset)
-        return edited
+        if name == "frequency":
+            return fuse_frequencies(real, inverted, edited, **_FREQUENCY[self.preset], reading=self.preset)
+        if name == "pixel":
+            return fuse_pixels(real, inverted, edited.clamp(-1, 1), **_PIXEL[self.preset], reading=self.preset)
+        settings = _FREQUENCY[self.preset] | _PIXEL[self.preset]
+        return fuse_both(real, inverted, edited, **settings, reading=self.preset)
 
     def _editor(self, method: str, n_shots: int, options: dict[str, Any]) -> FewShotEditor:
         """The fitted editor of a method; kept, since fitting reads every code."""

@@ -1,45 +1,35 @@
-#include "../bias_act.h"
-
-#include "../tensor.h"
+#include "../bias_act_layout.h"
 #include "isa.h"
 
-SAGE_DECLARE(template <class T> void bias_act(const T* x, const T* b, const BiasActParams& p, T* y))
-SAGE_DECLARE(template <class T>
-             void bias_act_backward(const T* grad, const T* y, int64_t n, const BiasActParams& p, T* out))
+SAGE_DECLARE(void bias_act(const void* x, const void* b, bool wide_bias, const BiasActParams& p, Dtype dtype, void* y))
+SAGE_DECLARE(void bias_act_backward(const void* grad, const void* y, int64_t n, const BiasActParams& p, Dtype dtype,
+                                    void* out))
 
 namespace sage_fast {
 namespace {
 
-Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, double gain, double clamp) {
+Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, double gain, double clamp, int64_t act) {
   require(dim >= 0 && (dim < x.dim() || !b), "bias_act: dim must be an axis of x");
-  x = torch::stable::contiguous(x);
-  BiasActParams p{1, 1, x.numel(), slope, gain, clamp};
-  if (b) {
-    b = torch::stable::contiguous(*b);
-    require(b->scalar_type() == x.scalar_type(), "bias_act: b must have the dtype of x");
-    p.inner = 1;
-    for (int64_t i = 0; i < x.dim(); ++i) (i < dim ? p.outer : i == dim ? p.channels : p.inner) *= x.size(i);
-  }
+  BiasActParams p = biased_as(x, b ? &*b : nullptr, dim);
+  p.slope = slope, p.gain = gain, p.clamp = clamp, p.act = Act(act);
   check(p, b ? b->numel() : -1);
-  Tensor y = torch::stable::empty_like(x);
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    if (x.numel()) SAGE_CALL(bias_act<T>)(data<T>(x), b ? data<T>(*b) : nullptr, p, mutable_data<T>(y));
-  });
+  require(p.act == Act::leaky || dtype_of(x) != Dtype::float64, "bias_act: float64 has no smooth kernels");
+  Tensor y = new_like(x);
+  if (x.numel() == 0) return y;
+  const bool wide_bias = b && b->scalar_type() != x.scalar_type();
+  SAGE_CALL(bias_act)(x.const_data_ptr(), b ? b->const_data_ptr() : nullptr, wide_bias, p, dtype_of(x),
+                      y.mutable_data_ptr());
   return y;
 }
 
-Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, double clamp) {
-  require(grad.numel() == y.numel() && grad.scalar_type() == y.scalar_type(), "bias_act_backward: grad must match y");
-  BiasActParams p{1, 1, grad.numel(), slope, gain, clamp};
+Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, double clamp, int64_t act) {
+  BiasActParams p{1, 1, y.numel(), slope, gain, clamp, Act(act)};
   check(p, -1);
-  grad = torch::stable::contiguous(grad);
-  y = torch::stable::contiguous(y);
-  Tensor out = torch::stable::empty_like(grad);
-  dispatch(grad, [&](auto zero) {
-    using T = decltype(zero);
-    SAGE_CALL(bias_act_backward<T>)(data<T>(grad), data<T>(y), grad.numel(), p, mutable_data<T>(out));
-  });
+  match(y, grad);
+  require(p.act == Act::leaky || dtype_of(y) != Dtype::float64, "bias_act: float64 has no smooth kernels");
+  Tensor out = new_like(y);
+  SAGE_CALL(bias_act_backward)(grad.const_data_ptr(), y.const_data_ptr(), y.numel(), p, dtype_of(y),
+                               out.mutable_data_ptr());
   return out;
 }
 

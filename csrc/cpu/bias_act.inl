@@ -3,66 +3,192 @@
 namespace sage_fast::SAGE_ISA {
 namespace {
 
-// Branch-free, so that the compiler vectorises the loops over it. NaN passes: every comparison with it is false.
-template <class T>
-struct Activation {
-  T high, low, floor, limit;
+template <class A>
+using Of = typename Vector<A>::type;
 
-  explicit Activation(const BiasActParams& p)
-      : high(T(p.gain)), low(T(p.slope * p.gain)), floor(T(p.floor())), limit(T(p.upper_limit())) {}
+template <class A>
+inline Of<A> splat(A value) {
+  return Of<A>{} + value;
+}
 
-  T operator()(T v) const {
-    v = v < floor ? floor : v;
-    v = v * (v > 0 ? high : low);
-    v = v > limit ? limit : v;
-    return v < -limit ? -limit : v;
+// exp(x) = (1 + p) * scale[0] * scale[1] for x <= 0, to about 1 ulp, subnormal results included; NaN stays.
+struct Power {
+  Floats p, scale[2];
+
+  explicit Power(Floats x) {
+    x = x < -150.0f ? splat(-150.0f) : x;
+    const Floats magic = splat(12582912.0f), shifted = x * 1.44269504f + magic,
+                 n = shifted - magic;  // round(x / log 2)
+    typedef Vector<int32_t>::type Ints;
+    const Ints k = (Ints)shifted - (Ints)magic, half = k >> 1;
+    Floats r = x - n * 0.693359375f;
+    r -= n * -2.12194440e-4f;
+    Floats q = r * 1.9875691500e-4f + 1.3981999507e-3f;  // the polynomial of Cephes (S. Moshier)
+    q = q * r + 8.3334519073e-3f;
+    q = q * r + 4.1665795894e-2f;
+    q = q * r + 1.6666665459e-1f;
+    q = q * r + 5.0000001201e-1f;
+    p = q * r * r + r;
+    scale[0] = (Floats)((half + 127) << 23);
+    scale[1] = (Floats)((k - half + 127) << 23);
+  }
+  Floats exp() const { return (p + 1.0f) * scale[0] * scale[1]; }
+  Floats expm1() const {
+    const Floats s = scale[0] * scale[1];
+    return p * s + (s - 1.0f);
   }
 };
 
-}  // namespace
+inline Floats absolute(Floats v) { return (Floats)((Words)v & 0x7fffffff); }
 
-// x [outer, channels, inner], b [channels] -> y
-template <class T>
-void bias_act(const T* x, const T* b, const BiasActParams& p, T* y) {
-  const Activation<T> act(p);
-  if (p.inner == 1) {  // bias along the last axis: one row at a time
-    parallel(p.outer, 1 + 16384 / (p.channels + 1), [=](int64_t begin, int64_t end) {
+// log(1 + e) for e from 0 to 1: 2 artanh(s) with s = e / (2 + e) <= 1/3
+inline Floats log1p(Floats e) {
+  const Floats s = e / (e + 2.0f), z = s * s;
+  Floats q = z * (2.0f / 15) + 2.0f / 13;
+  q = q * z + 2.0f / 11;
+  q = q * z + 2.0f / 9;
+  q = q * z + 2.0f / 7;
+  q = q * z + 2.0f / 5;
+  q = q * z + 2.0f / 3;
+  return q * z * s + s * 2.0f;
+}
+
+// value(u): the activation. slope(r): its derivative, r being its value. Both without gain and clamp.
+template <class A, Act act>
+struct Activation {
+  const A alpha, floor;
+
+  explicit Activation(const BiasActParams& p) : alpha(A(p.slope)), floor(A(p.floor())) {}
+
+  Of<A> value(Of<A> u) const {
+    if constexpr (act == Act::leaky) {
+      u = u < floor ? splat(floor) : u;
+      return u > 0 ? u : u * alpha;
+    }
+    if constexpr (act == Act::tanh) {
+      const Floats m = Power(absolute(u) * -2.0f).expm1();
+      return (Floats)((Words)(-m / (m + 2.0f)) | ((Words)u & 0x80000000));
+    }
+    if constexpr (act == Act::elu) return u > 0 ? u : Power(u > 0 ? splat(0.0f) : u).expm1() * alpha;
+    if constexpr (act == Act::selu) {
+      const Floats below = Power(u > 0 ? splat(0.0f) : u).expm1() * float(kSeluScale * kSeluAlpha);
+      return u > 0 ? u * float(kSeluScale) : below;
+    }
+    if constexpr (act == Act::softplus) {
+      return (u > 0 ? u : splat(0.0f)) + log1p(Power(-absolute(u)).exp());
+    }
+  }
+
+  Of<A> slope(Of<A> r) const {
+    if constexpr (act == Act::leaky) return r > 0 ? splat(A(1)) : splat(alpha);
+    if constexpr (act == Act::tanh) return 1.0f - r * r;
+    if constexpr (act == Act::elu) return r > 0 ? splat(1.0f) : r + alpha;
+    if constexpr (act == Act::selu) return r > 0 ? splat(float(kSeluScale)) : r + float(kSeluScale * kSeluAlpha);
+    if constexpr (act == Act::softplus) return -Power(-r).expm1();
+  }
+};
+
+// A vector at `at` of what an operand has: all lanes, or the first n.
+template <class A, class T, class F>
+inline void each_vector(int64_t n, T* out, F&& f) {
+  constexpr int64_t lanes = Vector<A>::lanes;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store_as<A>(f([i](const auto* p) { return load_as<A>(p + i); }), out + i);
+  const int64_t rest = n - i;
+  if (rest) store_first<A>(f([=](const auto* p) { return load_first<A>(p + i, rest); }), out + i, rest);
+}
+
+template <class T, Act act>
+void forward(const T* x, const void* bias, bool wide_bias, const BiasActParams& p, T* y) {
+  typedef typename Accumulator<T>::type A;
+  const Activation<A, act> activation(p);
+  const A gain = A(p.gain), limit = A(p.upper_limit());
+  const auto finish = [=](Of<A> u) {
+    const Of<A> v = activation.value(u) * gain, low = v > limit ? splat(limit) : v;
+    return low < -limit ? splat(-limit) : low;
+  };
+  // the bias in the type of the sums, `repeats` times when it runs along the last axis and is short
+  const int64_t repeats = p.inner == 1 && p.channels < 128 ? 128 / p.channels + 1 : 1;
+  const bool as_it_is = bias && repeats == 1 && (wide_bias || sizeof(T) == sizeof(A));
+  Buffer<A> own(as_it_is ? 0 : p.channels * repeats);
+  for (int64_t i = 0; bias && i < own.size(); i += p.channels) {
+    if (wide_bias || sizeof(T) == sizeof(A)) {
+      std::copy_n(static_cast<const A*>(bias), p.channels, own.data() + i);
+    } else {
+      each_vector<A>(p.channels, own.data() + i, [&](auto at) { return at(static_cast<const T*>(bias)); });
+    }
+  }
+  const A* const biases = as_it_is ? static_cast<const A*>(bias) : own.data();
+  if (p.inner == 1) {
+    const int64_t length = p.channels * repeats, n = p.outer * p.channels;
+    parallel((n + length - 1) / length, 1 + 16384 / length, [=](int64_t begin, int64_t end) {
+      const auto local = finish;  // a copy whose constants stay in registers: no store can reach it
       for (int64_t row = begin; row < end; ++row) {
-        const T* __restrict in = x + row * p.channels;
-        T* __restrict out = y + row * p.channels;
-        for (int64_t i = 0; i < p.channels; ++i) out[i] = act(in[i] + (b ? b[i] : T(0)));
+        const T* in = x + row * length;
+        each_vector<A>(std::min(length, n - row * length), y + row * length,
+                       [&](auto at) { return local(at(in) + at(biases)); });
       }
     });
     return;
   }
   parallel(p.outer * p.channels, 1 + 16384 / (p.inner + 1), [=](int64_t begin, int64_t end) {
+    const auto local = finish;
     for (int64_t run = begin; run < end; ++run) {  // a run has one bias
-      const T* __restrict in = x + run * p.inner;
-      T* __restrict out = y + run * p.inner;
-      const T bias = b ? b[run % p.channels] : T(0);
-      for (int64_t i = 0; i < p.inner; ++i) out[i] = act(in[i] + bias);
+      const T* in = x + run * p.inner;
+      const Of<A> one = splat(biases[run % p.channels]);
+      each_vector<A>(p.inner, y + run * p.inner, [&](auto at) { return local(at(in) + one); });
     }
   });
 }
 
-// The sign of x + b is the sign of y, since gain > 0 and slope >= 0; a clamped value has no slope.
-template <class T>
-void bias_act_backward(const T* grad, const T* y, int64_t n, const BiasActParams& p, T* out) {
-  const T high = T(p.gain), low = T(p.slope * p.gain), top = T(p.dead_above()), bottom = T(p.dead_below());
+// A value at the clamp has no slope. For leaky the sign of x + b is the sign of y, since gain > 0 and slope >= 0.
+template <class T, Act act>
+void backward(const T* grad, const T* y, int64_t n, const BiasActParams& p, T* out) {
+  typedef typename Accumulator<T>::type A;
+  const Activation<A, act> activation(p);
+  const A gain = A(p.gain), over = A(act == Act::leaky ? 1 : 1 / p.gain);
+  const A top = A(p.dead_above()), bottom = A(p.dead_below());
+  const auto gradient = [=](Of<A> g, Of<A> y) {
+    return (y >= top) | (y <= bottom) ? splat(A(0)) : g * (activation.slope(y * over) * gain);
+  };
   parallel(n, 16384, [=](int64_t begin, int64_t end) {
-    const T* __restrict g = grad;
-    const T* __restrict v = y;
-    T* __restrict o = out;
-    for (int64_t i = begin; i < end; ++i) {
-      T slope = v[i] > 0 ? high : low;
-      o[i] = (v[i] >= top) | (v[i] <= bottom) ? T(0) : g[i] * slope;
+    const auto local = gradient;
+    each_vector<A>(end - begin, out + begin, [&](auto at) { return local(at(grad + begin), at(y + begin)); });
+  });
+}
+
+// Calls f(T(), constant of the activation); the smooth ones are there in float sums only.
+template <class F>
+void with_act(Dtype dtype, Act act, F&& f) {
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (act == Act::leaky) f(zero, std::integral_constant<Act, Act::leaky>());
+    if constexpr (sizeof(T) < 8) {
+      if (act == Act::tanh) f(zero, std::integral_constant<Act, Act::tanh>());
+      if (act == Act::elu) f(zero, std::integral_constant<Act, Act::elu>());
+      if (act == Act::selu) f(zero, std::integral_constant<Act, Act::selu>());
+      if (act == Act::softplus) f(zero, std::integral_constant<Act, Act::softplus>());
     }
   });
 }
 
-template void bias_act(const float*, const float*, const BiasActParams&, float*);
-template void bias_act(const double*, const double*, const BiasActParams&, double*);
-template void bias_act_backward(const float*, const float*, int64_t, const BiasActParams&, float*);
-template void bias_act_backward(const double*, const double*, int64_t, const BiasActParams&, double*);
+}  // namespace
+
+// x [outer, channels, inner], b [channels] -> y; b in the dtype of x or, when wide_bias, of its sums
+void bias_act(const void* x, const void* b, bool wide_bias, const BiasActParams& p, Dtype dtype, void* y) {
+  with_act(dtype, p.act, [&](auto zero, auto act) {
+    using T = decltype(zero);
+    forward<T, decltype(act)::value>(static_cast<const T*>(x), b, wide_bias, p, static_cast<T*>(y));
+  });
+}
+
+// grad [n], y [n] -> out [n]
+void bias_act_backward(const void* grad, const void* y, int64_t n, const BiasActParams& p, Dtype dtype, void* out) {
+  with_act(dtype, p.act, [&](auto zero, auto act) {
+    using T = decltype(zero);
+    backward<T, decltype(act)::value>(static_cast<const T*>(grad), static_cast<const T*>(y), n, p,
+                                      static_cast<T*>(out));
+  });
+}
 
 }  // namespace sage_fast::SAGE_ISA

@@ -13,7 +13,7 @@ constexpr int64_t kLanes = Vector<float>::lanes;
 constexpr int64_t kPanel = 2 * kLanes;  // columns of a panel
 
 // How numbers of the transform's domain are stored; sums are float32 always.
-struct Float32 {
+struct Fp32Products {
   using type = float;
   static constexpr int64_t pair = 1;  // values multiplied by one instruction's lane
   static void put(Vector<float>::type v, float* to) { store<float>(v, to); }
@@ -43,7 +43,7 @@ inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t de
 
 #ifdef SAGE_BF16
 // Two bfloat16 a lane: the panel holds pairs of neighbouring depths side by side.
-struct Bfloat16 {
+struct Bf16Products {
   using type = uint16_t;
   static constexpr int64_t pair = 2;
   static void put(Vector<float>::type v, uint16_t* to) {

@@ -11,6 +11,7 @@
 #define SAGE_ISA avx512bf16
 #define SAGE_VECTOR_BYTES 64
 #define SAGE_BF16
+#include "../dtype.h"
 #include "parallel.h"
 #include "simd.inl"
 #include "synthesis.inl"

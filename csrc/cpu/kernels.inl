@@ -1,11 +1,16 @@
 // Every kernel, for the instruction set of the file that includes this.
 #include "kernels_std.h"
 // what they know of the world
+#include "../dtype.h"
 #include "isa.h"
 #include "parallel.h"
 #include "simd.inl"
 // the kernels
 #include "bias_act.inl"
+#include "combine_rows.inl"
+#include "edit_latents.inl"
+#include "fuse_frequencies.inl"
+#include "fuse_pixels.inl"
 #include "gaussian_low_pass.inl"
 #include "project_onto_basis.inl"
 #include "synthesis.inl"

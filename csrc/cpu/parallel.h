@@ -13,6 +13,7 @@ void parallel_for(int64_t n, int64_t grain, void* context, void (*body)(void* co
 template <class F>
 inline void parallel(int64_t n, int64_t grain, F&& body) {
   if (n <= 0) return;
+  if (n <= grain) return body(int64_t{0}, n);  // the way to the pool takes as long as a small kernel
   parallel_for(n, grain > 0 ? grain : 1, &body, [](void* context, int64_t begin, int64_t end) {
     (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
   });

@@ -1,53 +1,56 @@
 #include "../project_onto_basis.h"
+#include "layer_products.inl"
 
 namespace sage_fast::SAGE_ISA {
-namespace {
-
-// Sixteen partial sums, so that the loop vectorises without reordering a single sum at the compiler's whim.
-template <class T>
-T dot(const T* __restrict a, const T* __restrict b, int64_t n) {
-  constexpr int64_t lanes = 16;
-  T part[lanes] = {};
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    for (int64_t j = 0; j < lanes; ++j) part[j] += a[i + j] * b[i + j];
-  }
-  T sum = 0;
-  for (; i < n; ++i) sum += a[i] * b[i];
-  for (T s : part) sum += s;
-  return sum;
-}
-
-}  // namespace
 
 // w [n, layers, dim], basis [layers, dim, rank] -> out [n, layers, dim]. A task takes one layer and a run of samples:
-// the layer's basis, transposed, stays in its cache.
+// the layer's basis stays in its cache. How a value is summed does not depend on the tasks.
 template <class T>
 void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* out) {
-  constexpr int64_t block = 32;
-  const int64_t blocks = (p.n + block - 1) / block;
-  parallel(p.layers * blocks, 1, [=](int64_t begin, int64_t end) {
-    Buffer<T> rows(p.rank * p.dim);  // basis of the layer, [rank, dim]
-    int64_t loaded = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t layer = task / blocks, first = task % blocks * block;
-      if (layer != loaded) {
-        const T* b = basis + layer * p.dim * p.rank;
-        for (int64_t d = 0; d < p.dim; ++d) {
-          for (int64_t r = 0; r < p.rank; ++r) rows[r * p.dim + d] = b[d * p.rank + r];
-        }
-        loaded = layer;
+  using P = Products<T>;
+  const T* end = basis + (p.layers - 1) * p.basis_layer + (p.dim - 1) * p.basis_row + p.rank;
+  const auto layer_basis = [=](int64_t layer) {
+    return Matrix<T>{basis + layer * p.basis_layer, p.dim, p.rank, p.basis_row, end};
+  };
+  const int64_t work = 1 + p.dim * p.rank / P::lanes;  // steps a sample and product
+  if (p.n == 1) {
+    parallel(p.layers, 1 + 20000 / work, [=](int64_t begin, int64_t end_layer) {
+      const int64_t padded = round_up(p.rank, P::lanes);
+      Buffer<T> codes(padded), copy;
+      Buffer<typename P::Lane> used(padded);
+      for (int64_t r = 0; r < p.rank; ++r) used[r] = -1;
+      for (int64_t layer = begin; layer < end_layer; ++layer) {
+        P::reduce_once(w + layer * p.w_layer, layer_basis(layer), copy, codes.data());
+        for (int64_t r = p.rank; r < padded; ++r) codes[r] = 0;
+        P::expand_once(codes.data(), used.data(), layer_basis(layer), copy, nullptr, T(1), out + layer * p.dim);
       }
-      for (int64_t i = first; i < std::min(p.n, first + block); ++i) {
-        const T* in = w + (i * p.layers + layer) * p.dim;
-        T* __restrict to = out + (i * p.layers + layer) * p.dim;
-        for (int64_t d = 0; d < p.dim; ++d) to[d] = T(0);
-        for (int64_t r = 0; r < p.rank; ++r) {
-          const T* __restrict row = rows.data() + r * p.dim;
-          const T code = dot(in, row, p.dim);
-          for (int64_t d = 0; d < p.dim; ++d) to[d] += code * row[d];
-        }
+    });
+    return;
+  }
+  const int64_t size = P::panels_size(p.dim, p.rank), runs = (p.n + P::group - 1) / P::group;
+  Scratch<T> all_panels(p.layers * size);
+  T* panels = all_panels.data();
+  parallel(p.layers, 1 + 20000 / work, [=](int64_t begin, int64_t end_layer) {
+    for (int64_t layer = begin; layer < end_layer; ++layer) P::pack(layer_basis(layer), panels + layer * size);
+  });
+  parallel(p.layers * runs, 1 + 20000 / (work * P::group), [=](int64_t begin, int64_t end_task) {
+    Scratch<T> sums(P::sums_size(p.rank)), codes(P::codes_size(p.rank));
+    Buffer<int64_t> kept(p.rank);
+    for (int64_t r = 0; r < p.rank; ++r) kept[r] = r;
+    for (int64_t task = begin; task < end_task; ++task) {
+      const int64_t first = task / p.layers * P::group, layer = task % p.layers, n = std::min(P::group, p.n - first);
+      const int64_t next = std::min(task + 1, end_task - 1);
+      const T *in[P::group], *ahead[P::group];
+      T* to[P::group];
+      for (int64_t s = 0; s < n; ++s) {
+        in[s] = w + (first + s) * p.w_row + layer * p.w_layer;
+        const int64_t sample = std::min(next / p.layers * P::group + s, p.n - 1);
+        ahead[s] = w + sample * p.w_row + next % p.layers * p.w_layer;
+        to[s] = out + ((first + s) * p.layers + layer) * p.dim;
       }
+      const T* panel = panels + layer * size;
+      P::reduce(in, n, p.dim, panel, p.rank, sums, codes.data());
+      P::expand(codes.data(), n, p.rank, kept.data(), panel, p.rank, p.dim, nullptr, T(1), to, ahead, n);
     }
   });
 }

@@ -12,7 +12,6 @@
 
 namespace sage_fast::SAGE_ISA {
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 inline int64_t pitch_of(int64_t channels) { return round_up(channels, kLanes); }
 inline int64_t panels_of(int64_t c_out) { return (c_out + kPanel - 1) / kPanel; }
 

@@ -220,13 +220,17 @@ void pack(const float* weight, const PackShape& shape, void* out) {
 }  // namespace
 
 #ifdef SAGE_BF16
-void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run<Bfloat16, 2>(net, workspace); }
-int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Bfloat16, 2>(shape); }
-void synthesis_pack(const float* weight, const PackShape& shape, void* out) { pack<Bfloat16, 2>(weight, shape, out); }
+void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run<Bf16Products, 2>(net, workspace); }
+int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Bf16Products, 2>(shape); }
+void synthesis_pack(const float* weight, const PackShape& shape, void* out) {
+  pack<Bf16Products, 2>(weight, shape, out);
+}
 #else
-void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run<Float32, 4>(net, workspace); }
-int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Float32, 4>(shape); }
-void synthesis_pack(const float* weight, const PackShape& shape, void* out) { pack<Float32, 4>(weight, shape, out); }
+void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run<Fp32Products, 4>(net, workspace); }
+int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Fp32Products, 4>(shape); }
+void synthesis_pack(const float* weight, const PackShape& shape, void* out) {
+  pack<Fp32Products, 4>(weight, shape, out);
+}
 #endif
 
 }  // namespace sage_fast::SAGE_ISA

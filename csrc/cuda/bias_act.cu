@@ -1,4 +1,4 @@
-#include "../bias_act.h"
+#include "../bias_act_layout.h"
 #include "common.cuh"
 
 namespace sage_fast {
@@ -6,68 +6,164 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// x [outer, channels, inner] -> y; one thread a value, neighbours read neighbours
-template <class T>
-__global__ void forward(const T* __restrict__ x, const T* __restrict__ b, BiasActParams p, T floor, T limit,
-                        T* __restrict__ y) {
-  const T high = T(p.gain), low = T(p.slope * p.gain);
-  SAGE_FAST_GRID_STRIDE(i, p.outer * p.channels * p.inner) {
-    T v = x[i] + (b ? b[(i / p.inner) % p.channels] : T(0));
-    v = v < floor ? floor : v;
-    v *= v > 0 ? high : low;
-    v = v > limit ? limit : v;
-    y[i] = v < -limit ? -limit : v;
-  }
-}
+// value(u): the activation. slope(r): its derivative, r being its value. Both without gain and clamp. By expm1f, not by
+// expf and tanhf, which lose half of their digits under --use_fast_math.
+template <class A, Act act>
+struct Activation {
+  A alpha, floor;
 
-template <class T>
-__global__ void backward(const T* __restrict__ grad, const T* __restrict__ y, int64_t n, T low, T high, T top, T bottom,
-                         T* __restrict__ out) {
+  __device__ A value(A u) const {
+    if constexpr (act == Act::leaky) {
+      u = u < floor ? floor : u;
+      return u > 0 ? u : u * alpha;
+    } else if constexpr (act == Act::tanh) {
+      const float m = expm1f(-2 * fabsf(u));
+      return copysignf(-m / (2 + m), u);
+    } else if constexpr (act == Act::elu) {
+      return u > 0 ? u : expm1f(u) * alpha;
+    } else if constexpr (act == Act::selu) {
+      return float(kSeluScale) * (u > 0 ? u : expm1f(u) * float(kSeluAlpha));
+    } else {
+      return (u > 0 ? u : 0.0f) + log1pf(expm1f(-fabsf(u)) + 1);
+    }
+  }
+
+  __device__ A slope(A r) const {
+    if constexpr (act == Act::leaky) {
+      return r > 0 ? A(1) : alpha;
+    } else if constexpr (act == Act::tanh) {
+      return 1 - r * r;
+    } else if constexpr (act == Act::elu) {
+      return r > 0 ? 1.0f : r + alpha;
+    } else if constexpr (act == Act::selu) {
+      return r > 0 ? float(kSeluScale) : r + float(kSeluScale * kSeluAlpha);
+    } else {
+      return -expm1f(-r);
+    }
+  }
+};
+
+// x [outer, channels, inner] as n packs of N neighbours -> y; a pack has one bias, or N of them where inner is 1
+template <class T, int N, Act act>
+__global__ void forward(const T* __restrict__ x, const void* __restrict__ b, bool wide_bias, int64_t channels,
+                        int64_t inner, int64_t n, Activation<typename Accumulator<T>::type, act> activation,
+                        typename Accumulator<T>::type gain, typename Accumulator<T>::type limit, T* __restrict__ y) {
+  using A = typename Accumulator<T>::type;
   SAGE_FAST_GRID_STRIDE(i, n) {
-    T v = y[i], slope = v > 0 ? high : low;
-    out[i] = v >= top || v <= bottom ? T(0) : grad[i] * slope;
+    const Pack<T, N> in = reinterpret_cast<const Pack<T, N>*>(x)[i];
+    Pack<T, N> out;
+    // 64-bit divisions cost more than the rest together
+    const int64_t first = i * N, channel = first <= 0x7fffffff && channels * inner <= 0x7fffffff
+                                               ? uint32_t(first) / uint32_t(inner) % uint32_t(channels)
+                                               : first / inner % channels;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      A bias = 0;
+      if (b != nullptr) {
+        const int64_t c = inner == 1 ? channel + k : channel;
+        bias = wide_bias ? static_cast<const A*>(b)[c] : static_cast<A>(static_cast<const T*>(b)[c]);
+      }
+      A v = activation.value(static_cast<A>(in.v[k]) + bias) * gain;
+      v = v > limit ? limit : v;
+      out.v[k] = static_cast<T>(v < -limit ? -limit : v);
+    }
+    reinterpret_cast<Pack<T, N>*>(y)[i] = out;
   }
 }
 
-Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, double gain, double clamp) {
-  require(dim >= 0 && (dim < x.dim() || !b), "bias_act: dim must be an axis of x");
-  require(x.is_cuda(), "bias_act: x must be on the device of b");
-  Scope stream(x);
-  x = torch::stable::contiguous(x);
-  BiasActParams p{1, 1, x.numel(), slope, gain, clamp};
-  if (b) {
-    require(b->scalar_type() == x.scalar_type() && b->is_cuda(), "bias_act: b must have the dtype and device of x");
-    b = torch::stable::contiguous(*b);
-    p.inner = 1;
-    for (int64_t i = 0; i < x.dim(); ++i) (i < dim ? p.outer : i == dim ? p.channels : p.inner) *= x.size(i);
+template <class T, int N, Act act>
+__global__ void backward(const T* __restrict__ grad, const T* __restrict__ y, int64_t n,
+                         Activation<typename Accumulator<T>::type, act> activation, typename Accumulator<T>::type gain,
+                         typename Accumulator<T>::type over, typename Accumulator<T>::type top,
+                         typename Accumulator<T>::type bottom, T* __restrict__ out) {
+  using A = typename Accumulator<T>::type;
+  SAGE_FAST_GRID_STRIDE(i, n) {
+    const Pack<T, N> g = reinterpret_cast<const Pack<T, N>*>(grad)[i], r = reinterpret_cast<const Pack<T, N>*>(y)[i];
+    Pack<T, N> result;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const A y = static_cast<A>(r.v[k]), slope = activation.slope(y * over) * gain;
+      result.v[k] = static_cast<T>(y >= top || y <= bottom ? A(0) : static_cast<A>(g.v[k]) * slope);
+    }
+    reinterpret_cast<Pack<T, N>*>(out)[i] = result;
   }
-  check(p, b ? b->numel() : -1);
-  Tensor y = torch::stable::empty_like(x);
-  if (x.numel() == 0) return y;
-  dispatch(x, [&](auto zero) {
+}
+
+// Calls f(T{}, constant of the activation); the smooth ones are there in float sums only.
+template <class F>
+void with_act(Dtype dtype, Act act, F&& f) {
+  with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    forward<T><<<blocks_for(x.numel(), kThreads), kThreads, 0, stream>>>(
-        data<T>(x), b ? data<T>(*b) : nullptr, p, T(p.floor()), T(p.upper_limit()), mutable_data<T>(y));
+    if (act == Act::leaky) return f(zero, std::integral_constant<Act, Act::leaky>());
+    if constexpr (sizeof(T) < 8) {
+      if (act == Act::tanh) f(zero, std::integral_constant<Act, Act::tanh>());
+      if (act == Act::elu) f(zero, std::integral_constant<Act, Act::elu>());
+      if (act == Act::selu) f(zero, std::integral_constant<Act, Act::selu>());
+      if (act == Act::softplus) f(zero, std::integral_constant<Act, Act::softplus>());
+    } else {
+      require(false, "bias_act: float64 has no smooth kernels");
+    }
+  });
+}
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, double gain, double clamp, int64_t act) {
+  require(dim >= 0 && (dim < x.dim() || !b), "bias_act: dim must be an axis of x");
+  require(x.is_cuda() && (!b || b->is_cuda()), "bias_act: x and b must be on one device");
+  Scope stream(x);
+  BiasActParams p = biased_as(x, b ? &*b : nullptr, dim);
+  p.slope = slope, p.gain = gain, p.clamp = clamp, p.act = Act(act);
+  check(p, b ? b->numel() : -1);
+  Tensor y = new_like(x);
+  if (x.numel() == 0) return y;
+  const bool wide_bias = b && b->scalar_type() != x.scalar_type();
+  const void* bias = b ? b->const_data_ptr() : nullptr;
+  with_act(dtype_of(x), p.act, [&](auto zero, auto chosen) {
+    using T = decltype(zero);
+    using A = typename Accumulator<T>::type;
+    constexpr Act kAct = decltype(chosen)::value;
+    constexpr int kPack = pack_size<T>;
+    const Activation<A, kAct> activation{A(p.slope), A(p.floor())};
+    const int64_t n = x.numel(), along = p.inner == 1 ? p.channels : p.inner;
+    const bool packed = along % kPack == 0 && aligned(x.const_data_ptr()) && aligned(y.const_data_ptr());
+    const auto launch = [&](auto size) {
+      constexpr int N = decltype(size)::value;
+      forward<T, N, kAct><<<blocks_for(n / N, kThreads), kThreads, 0, stream>>>(data<T>(x), bias, wide_bias, p.channels,
+                                                                                p.inner, n / N, activation, A(p.gain),
+                                                                                A(p.upper_limit()), mutable_data<T>(y));
+    };
+    packed ? launch(std::integral_constant<int, kPack>()) : launch(std::integral_constant<int, 1>());
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
 }
 
-Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, double clamp) {
-  require(grad.numel() == y.numel() && grad.scalar_type() == y.scalar_type(), "bias_act_backward: grad must match y");
+Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, double clamp, int64_t act) {
   require(grad.is_cuda() && y.is_cuda(), "bias_act_backward: grad and y must be on one device");
-  BiasActParams p{1, 1, grad.numel(), slope, gain, clamp};
+  BiasActParams p{1, 1, y.numel(), slope, gain, clamp, Act(act)};
   check(p, -1);
-  Scope stream(grad);
-  grad = torch::stable::contiguous(grad);
-  y = torch::stable::contiguous(y);
-  Tensor out = torch::stable::empty_like(grad);
-  if (grad.numel() == 0) return out;
-  dispatch(grad, [&](auto zero) {
+  Scope stream(y);
+  match(y, grad);
+  Tensor out = new_like(y);
+  if (y.numel() == 0) return out;
+  with_act(dtype_of(y), p.act, [&](auto zero, auto chosen) {
     using T = decltype(zero);
-    backward<T><<<blocks_for(grad.numel(), kThreads), kThreads, 0, stream>>>(
-        data<T>(grad), data<T>(y), grad.numel(), T(slope * gain), T(gain), T(p.dead_above()), T(p.dead_below()),
-        mutable_data<T>(out));
+    using A = typename Accumulator<T>::type;
+    constexpr Act kAct = decltype(chosen)::value;
+    constexpr int kPack = pack_size<T>;
+    const Activation<A, kAct> activation{A(p.slope), A(p.floor())};
+    const double over = kAct == Act::leaky ? 1 : 1 / p.gain;
+    const int64_t n = y.numel();
+    const bool packed = n % kPack == 0 && aligned(grad.const_data_ptr()) && aligned(y.const_data_ptr()) &&
+                        aligned(out.const_data_ptr());
+    const auto launch = [&](auto size) {
+      constexpr int N = decltype(size)::value;
+      backward<T, N, kAct><<<blocks_for(n / N, kThreads), kThreads, 0, stream>>>(
+          data<T>(grad), data<T>(y), n / N, activation, A(p.gain), A(over), A(p.dead_above()), A(p.dead_below()),
+          mutable_data<T>(out));
+    };
+    packed ? launch(std::integral_constant<int, kPack>()) : launch(std::integral_constant<int, 1>());
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;

@@ -5,6 +5,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 
@@ -35,5 +37,39 @@ inline unsigned blocks_for(int64_t n, int threads) {
 #define SAGE_FAST_GRID_STRIDE(i, n)                                                                                   \
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, stride = int64_t{gridDim.x} * blockDim.x; i < (n); \
        i += stride)
+
+// What sums of T are made in.
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+
+// N neighbours, in one load or store.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+
+template <class T>
+constexpr int pack_size = 16 / static_cast<int>(sizeof(T));
+
+// Calls f(T{}) for the scalar type named by dtype.
+template <class F>
+void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(float{});
+    case Dtype::float64:
+      return f(double{});
+    case Dtype::bfloat16:
+      return f(torch::headeronly::BFloat16{});
+    case Dtype::float16:
+      return f(torch::headeronly::Half{});
+  }
+}
 
 }  // namespace sage_fast

@@ -1,3 +1,4 @@
+#include "../latents.h"
 #include "../project_onto_basis.h"
 #include "common.cuh"
 
@@ -21,14 +22,14 @@ __global__ void run(const T* __restrict__ w, const T* __restrict__ basis, Projec
   T* codes = reinterpret_cast<T*>(memory);  // [kSamples, rank]
   const int64_t layer = blockIdx.y, first = int64_t{blockIdx.x} * kSamples;
   const int rows = static_cast<int>(p.n - first < kSamples ? p.n - first : kSamples);
-  const T* b = basis + layer * p.dim * p.rank;
+  const T* b = basis + layer * p.basis_layer;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   for (int64_t job = warp; job < rows * p.rank; job += kThreads / 32) {
     const int64_t row = job / p.rank, r = job % p.rank;
-    const T* in = w + ((first + row) * p.layers + layer) * p.dim;
+    const T* in = w + (first + row) * p.w_row + layer * p.w_layer;
     T sum = 0;
-    for (int64_t d = lane; d < p.dim; d += 32) sum += in[d] * b[d * p.rank + r];
+    for (int64_t d = lane; d < p.dim; d += 32) sum += in[d] * b[d * p.basis_row + r];
     sum = warp_sum(sum);
     if (lane == 0) codes[job] = sum;
   }
@@ -36,22 +37,19 @@ __global__ void run(const T* __restrict__ w, const T* __restrict__ basis, Projec
   for (int64_t job = threadIdx.x; job < rows * p.dim; job += kThreads) {
     const int64_t row = job / p.dim, d = job % p.dim;
     T sum = 0;
-    for (int64_t r = 0; r < p.rank; ++r) sum += codes[row * p.rank + r] * b[d * p.rank + r];
+    for (int64_t r = 0; r < p.rank; ++r) sum += codes[row * p.rank + r] * b[d * p.basis_row + r];
     out[((first + row) * p.layers + layer) * p.dim + d] = sum;
   }
 }
 
 Tensor project_onto_basis(Tensor w_plus, Tensor basis) {
-  require(w_plus.dim() == 3 && basis.dim() == 3, "project_onto_basis: w_plus must be [N, L, D] and basis [L, D, R]");
-  ProjectParams p{w_plus.size(0), w_plus.size(1), w_plus.size(2), basis.size(2)};
-  require(basis.size(0) == p.layers && basis.size(1) == p.dim, "project_onto_basis: basis must be [L, D, R] of w_plus");
-  require(basis.scalar_type() == w_plus.scalar_type() && w_plus.is_cuda() && basis.is_cuda(),
-          "project_onto_basis: basis must have the dtype and device of w_plus");
-  require(p.layers <= 65535 && p.rank <= 512, "project_onto_basis: at most 65535 layers and 512 columns");
+  check_projection(w_plus, basis);
   Scope stream(w_plus);
-  w_plus = torch::stable::contiguous(w_plus);
-  basis = torch::stable::contiguous(basis);
-  Tensor out = torch::stable::empty_like(w_plus);
+  w_plus = last_axis_contiguous(w_plus);
+  basis = last_axis_contiguous(basis);
+  const ProjectParams p = projection_params(w_plus, basis);
+  require(p.layers <= 65535 && p.rank <= 512, "project_onto_basis: at most 65535 layers and 512 columns");
+  Tensor out = torch::stable::new_empty(w_plus, {p.n, p.layers, p.dim});
   if (w_plus.numel() == 0) return out;
   const dim3 grid(static_cast<unsigned>((p.n + kSamples - 1) / kSamples), static_cast<unsigned>(p.layers));
   dispatch(w_plus, [&](auto zero) {

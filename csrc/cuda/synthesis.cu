@@ -4,16 +4,15 @@
 #include <cmath>
 #include <tuple>
 
+#include "../synthesis.h"
 #include "../synthesis_epilogue.h"
 #include "common.cuh"
 
 namespace sage_fast {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = PixelGroups::kThreads;
 constexpr int kBlurThreads = 128;  // fewer: a thread of the blur keeps more registers
-constexpr int kPixels = 2;         // of a thread at a time: their loads are in flight together
-constexpr int64_t kMaxImageChannels = 4;
 
 __device__ float to_float(float v) { return v; }
 __device__ float to_float(__half v) { return __half2float(v); }
@@ -31,11 +30,12 @@ constexpr int kVector = 16 / sizeof(T);
 // 16 bytes at a time.
 template <class T>
 struct Memory {
-  __device__ void load(const T* from, float (&to)[kVector<T>]) const {
-    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
+  __device__ static uint4 fetch(const T* from) { return __ldg(reinterpret_cast<const uint4*>(from)); }
+  __device__ static void unpack(const uint4& raw, float (&to)[kVector<T>]) {
     const T* v = reinterpret_cast<const T*>(&raw);
     for (int i = 0; i < kVector<T>; ++i) to[i] = to_float(v[i]);
   }
+  __device__ void load(const T* from, float (&to)[kVector<T>]) const { unpack(fetch(from), to); }
   __device__ void store(T* to, const float (&from)[kVector<T>]) const {
     uint4 raw;
     T* v = reinterpret_cast<T*>(&raw);
@@ -44,16 +44,14 @@ struct Memory {
   }
 };
 
-// A group of 2^shift threads holds all channels of a pixel, a vector each, and walks over the pixels of sample
-// blockIdx.y; the sums over channels that make the image go through the warp and then through shared memory. K: sums
-// kept.
+// Walks over the pixels of sample blockIdx.y; the sums over channels that make the image go through the warp and then
+// through shared memory. K: sums kept.
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads, 2) styled(EpilogueArgs<T> a, ImageArgs image, int shift) {
-  constexpr int V = kVector<T>;
+__global__ void __launch_bounds__(kThreads, 2) styled(EpilogueArgs<T> a, ImageArgs image, PixelGroups groups) {
+  constexpr int V = kVector<T>, kPixels = PixelGroups::kPixels;
   __shared__ float parts[2][kPixels * kThreads * K];  // by turns, so that one barrier a round is enough
-  const int group = 1 << shift, lane = threadIdx.x & (group - 1), slot = threadIdx.x >> shift;
-  const int slots = kThreads >> shift, warps = group > 32 ? group / 32 : 1;
-  const int64_t sample = blockIdx.y, pixels = a.h * a.w, channel = int64_t{lane} * V, tile = int64_t{slots} * kPixels;
+  const int lane = groups.lane(threadIdx.x), tile = groups.tile();
+  const int64_t sample = blockIdx.y, pixels = a.h * a.w, channel = int64_t{lane} * V;
   const bool active = channel < a.c;
   const Memory<T> memory;
 
@@ -65,46 +63,45 @@ __global__ void __launch_bounds__(kThreads, 2) styled(EpilogueArgs<T> a, ImageAr
   }
 
   int turn = 0;
-  for (int64_t first = blockIdx.x * tile; first < pixels; first += gridDim.x * tile, turn ^= 1) {
-    float v[kPixels][V] = {};
+  for (int64_t first = int64_t{blockIdx.x} * tile; first < pixels; first += int64_t{gridDim.x} * tile, turn ^= 1) {
+    uint4 raw[kPixels] = {};
 #pragma unroll
     for (int u = 0; u < kPixels; ++u) {
-      const int64_t pixel = first + u * slots + slot;
-      if (active && pixel < pixels) memory.load(a.x + (sample * pixels + pixel) * a.c + channel, v[u]);
+      const int64_t pixel = first + groups.at(threadIdx.x, u);
+      if (active && pixel < pixels) raw[u] = memory.fetch(a.x + (sample * pixels + pixel) * a.c + channel);
     }
 #pragma unroll
     for (int u = 0; u < kPixels; ++u) {
-      const int64_t pixel = first + u * slots + slot;
+      const int at = groups.at(threadIdx.x, u);
+      const int64_t pixel = first + at;
       const bool inside = pixel < pixels;
-      activate(a, numbers, inside ? noise_at(a, sample, pixel) : 0.f, v[u]);
+      float v[V];
+      memory.unpack(raw[u], v);
+      activate(a, numbers, inside ? noise_at(a, sample, pixel) : 0.f, v);
       float sums[K];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        sums[k] = active ? dot(weight[k], v[u]) : 0.f;
-        for (int offset = (group < 32 ? group : 32) / 2; offset > 0; offset /= 2) {
+        sums[k] = active ? dot(weight[k], v) : 0.f;
+        for (int offset = (groups.size() < 32 ? groups.size() : 32) / 2; offset > 0; offset /= 2) {
           sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], offset);
         }
       }
       if (lane % 32 == 0) {
 #pragma unroll
-        for (int k = 0; k < K; ++k) parts[turn][((u * slots + slot) * warps + lane / 32) * K + k] = sums[k];
+        for (int k = 0; k < K; ++k) parts[turn][groups.part(at, lane / 32) * K + k] = sums[k];
       }
       if (a.next && active && inside) {
-        for (int i = 0; i < V; ++i) v[u][i] *= numbers.next[i];
-        memory.store(a.y + (sample * pixels + pixel) * a.c + channel, v[u]);
+        for (int i = 0; i < V; ++i) v[i] *= numbers.next[i];
+        memory.store(a.y + (sample * pixels + pixel) * a.c + channel, v);
       }
     }
     __syncthreads();
-    for (int job = threadIdx.x; job < tile * image.channels; job += kThreads) {
-      const int k = job / int(tile), at = job % int(tile);
-      const int64_t pixel = first + at, plane = sample * image.channels + k;
-      if (pixel >= pixels) continue;
-      float sum = image.bias[k];
-      for (int w = 0; w < warps; ++w) sum += parts[turn][(at * warps + w) * K + k];
-      if (image.skip) {
-        sum += upsampled(image.skip + plane * (pixels / 4), a.h / 2, a.w / 2, pixel / a.w, pixel % a.w);
-      }
-      image.image[plane * pixels + pixel] = sum;
+    for (int job = threadIdx.x; job < tile * int(image.channels); job += kThreads) {
+      const int k = job / tile, at = job % tile;
+      if (first + at >= pixels) continue;
+      float sum = 0;
+      for (int w = 0; w < groups.warps(); ++w) sum += parts[turn][groups.part(at, w) * K + k];
+      finish_image(image, sample, k, first + at, a.h, a.w, sum);
     }
   }
 }
@@ -190,15 +187,12 @@ std::tuple<Tensor, Tensor> styled_epilogue(Tensor x, Tensor factor, Tensor bias,
         channels, floats(image_weight, x, n * channels * a.pitch, bad), floats(image_bias, x, channels, bad),
         skip ? floats(*skip, x, n * channels * (h / 2) * (w / 2), bad) : nullptr, mutable_data<float>(image)};
     require(!skip || (h % 2 == 0 && w % 2 == 0), "styled_epilogue: a skip needs even sides");
-    int shift = 0;
-    while (int64_t{kVector<T>} << shift < a.c) ++shift;
-    // enough blocks for every multiprocessor, few enough that what a thread keeps of its channels serves many pixels
-    const int64_t tile = int64_t{kThreads >> shift} * kPixels, tiles = (h * w + tile - 1) / tile;
-    const dim3 grid(unsigned(std::min(tiles, std::max<int64_t>(2048 / n, 1))), unsigned(n));
+    const PixelGroups groups((a.c + kVector<T> - 1) / kVector<T>);
+    const dim3 grid(unsigned(groups.blocks(n, h * w)), unsigned(n));
     if (channels <= 3) {
-      styled<T, 3><<<grid, kThreads, 0, stream>>>(a, to, shift);
+      styled<T, 3><<<grid, kThreads, 0, stream>>>(a, to, groups);
     } else {
-      styled<T, 4><<<grid, kThreads, 0, stream>>>(a, to, shift);
+      styled<T, 4><<<grid, kThreads, 0, stream>>>(a, to, groups);
     }
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

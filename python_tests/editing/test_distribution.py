@@ -25,16 +25,17 @@ def _pooled():
 
 
 def _distribution(kind="joint", shrinkage=0.0, n_bases=1, **changes):
-    codes = _pooled()
+    codes = _pooled() + 1
     mean = codes.mean(0)
     made = ClassDistribution(
         class_embedding=_random(L, D, seed=3),
         bases=_random(n_bases, L, D, seed=4),
         similar_categories=torch.arange(3),
-        mean=mean + 1,
+        mean=mean,
         direction_mask=torch.ones(L, K, dtype=torch.bool),
         directions=_random(L, D, K, seed=5),
-        pooled=codes - mean,
+        codes=codes,
+        rows=torch.arange(M),
         kind=kind,
         shrinkage=shrinkage,
     )
@@ -103,7 +104,7 @@ def test_samples_do_not_depend_on_how_the_batch_is_split(kind, sizes):
 def test_samples_do_not_depend_on_the_split_at_the_size_of_a_matrix_product():
     pooled = _random(700, 8, 60)
     distribution = _distribution(
-        pooled=pooled, mean=torch.zeros(8, 60), directions=_random(8, 64, 60), bases=_random(1, 8, 64),
+        codes=pooled, rows=torch.arange(700), mean=torch.zeros(8, 60), directions=_random(8, 64, 60), bases=_random(1, 8, 64),
         direction_mask=torch.ones(8, 60, dtype=torch.bool),
     )  # fmt: skip
     noise = _random(70, 700)

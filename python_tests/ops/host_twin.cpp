@@ -1,5 +1,6 @@
 // The thread functions of the CUDA kernels, called in loops in place of a grid; for tests on machines without a GPU.
 #include <cmath>
+#include <vector>
 
 #include "counter_normal.h"
 #include "synthesis_epilogue.h"
@@ -37,34 +38,46 @@ extern "C" void twin_blur(const int64_t* sizes, const float* numbers, const floa
   }
 }
 
-// One thread after the other in place of the groups of csrc/cuda/synthesis.cu; their sums are added where they meet.
+// The blocks, rounds and threads of csrc/cuda/synthesis.cu one after the other; a warp's sums are added where they
+// meet.
 extern "C" void twin_styled(const int64_t* sizes, const float* numbers, const float* x, const float* factor,
                             const float* bias, const float* noise, const float* next, int64_t channels,
                             const float* weight, const float* image_bias, const float* skip, float* y, float* image) {
   const auto a = arguments(sizes, numbers, x, factor, bias, noise, next, y);
-  const int64_t pixels = a.h * a.w;
-  for (int64_t sample = 0; sample < a.n; ++sample) {
-    for (int64_t channel = 0; channel < a.c; channel += V) {
-      const ChannelNumbers<V> mine(a, sample, channel);
-      for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-        float v[V];
-        Memory{}.load(a.x + (sample * pixels + pixel) * a.c + channel, v);
-        activate(a, mine, noise_at(a, sample, pixel), v);
-        for (int64_t k = 0; k < channels; ++k) {
-          float w[V];
-          read(weight + (sample * channels + k) * a.pitch + channel, w);
-          image[(sample * channels + k) * pixels + pixel] += dot(w, v);
+  const ImageArgs to{channels, weight, image_bias, skip, image};
+  const PixelGroups groups((a.c + V - 1) / V);
+  const int64_t pixels = a.h * a.w, blocks = groups.blocks(a.n, pixels), tile = groups.tile();
+  for (int64_t job = 0; job < a.n * blocks; ++job) {
+    const int64_t sample = job / blocks;
+    for (int64_t first = job % blocks * tile; first < pixels; first += blocks * tile) {
+      std::vector<float> parts(PixelGroups::kPixels * PixelGroups::kThreads * channels);
+      for (int thread = 0; thread < PixelGroups::kThreads; ++thread) {
+        const int64_t channel = groups.lane(thread) * V;
+        if (channel >= a.c) continue;
+        const ChannelNumbers<V> mine(a, sample, channel);
+        for (int u = 0; u < PixelGroups::kPixels; ++u) {
+          const int at = groups.at(thread, u);
+          const int64_t pixel = first + at;
+          if (pixel >= pixels) continue;
+          float v[V], w[V];
+          Memory{}.load(a.x + (sample * pixels + pixel) * a.c + channel, v);
+          activate(a, mine, noise_at(a, sample, pixel), v);
+          for (int64_t k = 0; k < channels; ++k) {
+            read(weight + (sample * channels + k) * a.pitch + channel, w);
+            parts.at(groups.part(at, groups.lane(thread) / 32) * channels + k) += dot(w, v);
+          }
+          if (!a.next) continue;
+          for (int i = 0; i < V; ++i) v[i] *= mine.next[i];
+          Memory{}.store(a.y + (sample * pixels + pixel) * a.c + channel, v);
         }
-        if (!a.next) continue;
-        for (int i = 0; i < V; ++i) v[i] *= mine.next[i];
-        Memory{}.store(a.y + (sample * pixels + pixel) * a.c + channel, v);
       }
-    }
-    for (int64_t i = 0; i < channels * pixels; ++i) {
-      const int64_t plane = sample * channels + i / pixels, pixel = i % pixels;
-      float& sum = image[plane * pixels + pixel];
-      sum += image_bias[i / pixels];
-      if (skip) sum += upsampled(skip + plane * (pixels / 4), a.h / 2, a.w / 2, pixel / a.w, pixel % a.w);
+      for (int64_t i = 0; i < tile * channels; ++i) {
+        const int64_t k = i / tile, at = i % tile;
+        if (first + at >= pixels) continue;
+        float sum = 0;
+        for (int w = 0; w < groups.warps(); ++w) sum += parts[groups.part(int(at), w) * channels + k];
+        finish_image(to, sample, k, first + at, a.h, a.w, sum);
+      }
     }
   }
 }

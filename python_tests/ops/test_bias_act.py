@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from torch.nn import functional as F
 
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.ops import bias_act, bias_act_reference
 from sage_fast.ops.bias_act import ACTIVATIONS
 
-WITH_KERNELS = ("linear", "relu", "lrelu")
+WITH_KERNELS = ("linear", "relu", "lrelu")  # and a kink: derivatives jump there
 OPTIONS = [dict(), dict(clamp=0.8), dict(gain=0.5), dict(gain=3.0, clamp=1.0), dict(gain=-1.0), dict(clamp=0.0)]
 NUMPY = {
     "linear": lambda x: x,
@@ -41,7 +40,7 @@ def away_from_kinks(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("act", WITH_KERNELS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize(
     "shape, dim", [((2, 5, 59, 97), 1), ((59, 97), 1), ((97,), 0), ((3, 7, 5), -1), ((3, 7, 5), 0)]
 )
@@ -103,7 +102,7 @@ def test_default_gain(act):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("act", WITH_KERNELS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gradients_equal_those_of_the_reference(device, act, options):
     x = away_from_kinks(normal(4, 5, 6, 3, device=device)).requires_grad_()
     b = torch.zeros(5, device=device, requires_grad=True)
@@ -134,19 +133,63 @@ def test_opcheck(device):
     torch.library.opcheck(ops.bias_act.default, (x.detach().transpose(0, 2), None, 0, 0.0, 1.0, -1.0))
     y = ops.bias_act(x.detach(), None, 0, 0.2, 1.4, 0.8)
     torch.library.opcheck(ops.bias_act_backward.default, (x, y, 0.2, 1.4, 0.8))
+    last = normal(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    torch.library.opcheck(ops.bias_act.default, (last, b, 1, 0.2, 1.4, -1.0, 1))
+    torch.library.opcheck(ops.bias_act.default, (last.detach().bfloat16(), b, 1, 0.2, 1.4, -1.0, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("act", ["lrelu", "tanh", "swish"])
-def test_low_precision(no_worse_than_plain, act, dtype):
-    x, b = normal(4, 5, 33).to(dtype), normal(5).to(dtype)
-    plain = {
-        "lrelu": lambda x: F.leaky_relu(x, 0.2) * 2**0.5,
-        "tanh": torch.tanh,
-        "swish": lambda x: F.silu(x) * 2**0.5,
-    }
-    exact = bias_act_reference(x.double(), b.double(), act=act)
-    no_worse_than_plain(bias_act(x, b, act=act), plain[act](x + b[:, None]), exact)
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act != "linear"])  # whose gradient is exact
+def test_low_precision(device, no_worse_than_plain, act, dtype):
+    """Values and both gradients."""
+    x, b = normal(4, 5, 33, device=device).to(dtype), normal(5, device=device).to(dtype)
+    grad = normal(4, 5, 33, device=device).to(dtype)
+
+    def all_of(op, convert):
+        arguments = [convert(t).requires_grad_() for t in (x, b)]
+        y = op(*arguments, act=act)
+        return [y, *torch.autograd.grad(y, arguments, convert(grad))]
+
+    ours, plain = all_of(bias_act, torch.clone), all_of(bias_act_reference, torch.clone)
+    for case in zip(ours, plain, all_of(bias_act_reference, torch.Tensor.double)):
+        no_worse_than_plain(*case)
+
+
+@pytest.mark.parametrize("act", ["tanh", "elu", "selu", "softplus"])
+def test_smooth_activations_are_exact_to_a_few_units(device, act):
+    x = torch.cat([torch.linspace(-110, 110, 40001), torch.logspace(-38, 2, 4001), -torch.logspace(-38, 2, 4001)])
+    y, exact = bias_act(x.to(device), act=act).cpu().double(), bias_act_reference(x.double(), act=act)
+    unit = torch.finfo(torch.float32).eps * exact.abs().clamp_min(2.0**-126)
+    assert ((y - exact).abs() / unit).max() < 4
+
+
+@pytest.mark.parametrize("act", ["tanh", "elu", "selu", "softplus"])
+def test_second_derivatives_of_smooth_kernels(device, act):
+    """float32, since the kernels are: against the composition in float64."""
+    x = normal(3, 4, 5, device=device)
+
+    def second(op, x):
+        x = x.detach().requires_grad_()
+        y = op(x, act=act, gain=1.5, clamp=1.2)
+        (first,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(
+        second(bias_act, x), second(bias_act_reference, x.double()).float(), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("c", [1, 3, 40, 130])
+def test_channels_last(device, dtype, c):
+    x = normal(2, c, 7, 5, device=device).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    for dim in range(4):
+        b = normal(x.shape[dim], device=device).to(dtype)
+        y, expected = (op(x, b, dim, act="lrelu") for op in (bias_act, bias_act_reference))
+        torch.testing.assert_close(y, expected)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
 
 
 @pytest.mark.parametrize("op", [bias_act, bias_act_reference])

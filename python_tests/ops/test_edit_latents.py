@@ -70,6 +70,85 @@ def test_gradcheck(rows, masked):
     assert torch.autograd.gradgradcheck(op, tensors)
 
 
+KERNEL_SIZES = [
+    (1, 1, 1, 1),
+    (1, 2, 59, 7),
+    (3, 3, 64, 33),
+    (4, 2, 130, 100),
+    (37, 3, 97, 20),
+    (5, 2, 16, 0),
+]  # N, L, D, K
+
+
+def classes(n, n_latent, k, rows=3, device="cpu"):
+    """mask bool [rows, L, K] and class_index [N], both arbitrary."""
+    rng = torch.Generator().manual_seed(n)
+    mask = torch.rand(rows, n_latent, k, generator=rng) < 0.5
+    return mask.to(device), torch.randint(rows, (n,), generator=rng).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n, n_latent, dim, k", KERNEL_SIZES)
+def test_kernel_equals_reference(device, n, n_latent, dim, k, dtype):
+    kernel = torch.ops.sage_fast.edit_latents.default
+    e, codes, directions, _ = (t.to(device) for t in arguments(n, n_latent, dim, k, dtype, rows=3))
+    mask, index = classes(n, n_latent, k, device=device)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-13
+    own = e[index]
+    cases = [(e, mask, index), (e, mask[:1], index), (e, None, index), (own, mask[:1], None), (e[:1], mask[:1], None)]
+    for base, chosen, rows in [*cases, (own, mask[index], None)]:
+        printed = None if chosen is None else chosen[0] if len(chosen) == 1 else chosen
+        expected = edit_latents_reference(base, codes, directions, 1.7, printed, rows)
+        ours = kernel(base, codes, directions, 1.7, chosen, rows)
+        torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_kernel_takes_any_rows(device):
+    e, codes, directions, _ = (t.to(device) for t in arguments(9, 3, 20, 6))
+    mask, index = classes(9, 3, 6, rows=9, device=device)
+    expected = edit_latents_reference(e, codes, directions, 2.0, mask, index)
+    wide = directions.repeat(1, 1, 2)[..., :6]
+    other = codes.transpose(0, 1).contiguous().transpose(0, 1), e.repeat(2, 1, 1)[::2]
+    kernel = torch.ops.sage_fast.edit_latents.default
+    every_second = e.transpose(0, 1).contiguous().transpose(0, 1)
+    for base, n, A in ((e, other[0], wide), (every_second, codes.mT.contiguous().mT, directions.mT.contiguous().mT)):
+        torch.testing.assert_close(kernel(base, n, A, 2.0, mask, index), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_kernel_gradients(device, n):
+    e, codes, directions, _ = (t.to(device).requires_grad_() for t in arguments(n, 2, 3, 3, torch.float64, rows=3))
+    mask, index = classes(n, 2, 3, device=device)
+    for base_mask in (None, mask[:1], mask):
+        op = lambda *t: torch.ops.sage_fast.edit_latents.default(*t, 1.3, base_mask, index)  # noqa: B023, E731
+        assert torch.autograd.gradcheck(op, (e, codes, directions))
+        assert torch.autograd.gradgradcheck(op, (e, codes, directions))
+
+
+def test_opcheck(device):
+    e, codes, directions, _ = (t.to(device).requires_grad_() for t in arguments(5, 2, 6, 3, rows=3))
+    mask, index = classes(5, 2, 3, device=device)
+    op = torch.ops.sage_fast.edit_latents.default
+    torch.library.opcheck(op, (e, codes, directions, 1.5, mask, index))
+    torch.library.opcheck(op, (e[:1].detach(), codes.detach(), directions.detach(), 1.5, None, None))
+
+
+def test_a_sample_is_summed_by_itself(same_bits_for_all_thread_counts):
+    e, codes, directions, _ = arguments(41, 3, 150, 60, rows=3)
+    mask, index = classes(41, 3, 60)
+    kernel = torch.ops.sage_fast.edit_latents.default
+    whole = kernel(e, codes, directions, 2.0, mask, index)
+    assert torch.equal(kernel(e, codes[7:18], directions, 2.0, mask, index[7:18]), whole[7:18])
+    same_bits_for_all_thread_counts(lambda: kernel(e, codes, directions, 2.0, mask, index))
+
+
+def test_kernel_refuses_a_class_that_is_not_there():
+    e, codes, directions, _ = arguments(5, 2, 6, 3, rows=3)
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match="class_index must be 0 to B - 1"):
+            torch.ops.sage_fast.edit_latents.default(e, codes, directions, 1.0, None, torch.tensor([0, 1, wrong, 0, 0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(no_worse_than_plain, dtype):
     e, codes, directions, mask = (t.to(dtype) for t in arguments(n=33, k=40))
@@ -96,7 +175,16 @@ def test_nan_and_infinity_stay_in_their_sample_and_layer(value):
         (dict(codes=torch.zeros(3, 5)), r"got \[3, 5\]"),
         (dict(class_embedding=torch.zeros(4, 3, 9)), r"class_embedding must have shape \[N, 3, 8\].* got \[4, 3, 9\]"),
         (dict(class_embedding=torch.zeros(2, 3, 8)), "class_embedding must hold 1 or 4 rows, as codes do, got 2"),
-        (dict(mask=torch.zeros(5)), r"mask must have shape \[3, 5\], got \[5\]"),
+        (dict(mask=torch.zeros(5)), r"mask must have shape \[3, 5\] or \[4, 3, 5\], got \[5\]"),
+        (
+            dict(class_index=torch.zeros(3, dtype=torch.int64)),
+            r"class_index must be int64 \[4\], .* got torch.int64 \[3\]",
+        ),
+        (dict(class_index=torch.zeros(4)), r"class_index must be int64 \[4\], .* got torch.float32 \[4\]"),
+        (
+            dict(directions=torch.zeros(3, 8, 5).double()),
+            "directions must be torch.float32 on cpu, .* got torch.float64",
+        ),
     ],
 )
 def test_bad_input(op, change, message):

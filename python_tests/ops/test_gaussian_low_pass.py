@@ -32,6 +32,52 @@ def test_kernel_equals_reference(device, size, sigma, dtype):
     torch.testing.assert_close(gaussian_low_pass(x, sigma), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("border", ["circular", "reflect"])
+@pytest.mark.parametrize("unit", ["frequency", "pixels"])
+@pytest.mark.parametrize("size", [(59, 97), (97, 32), (1, 1), (1, 2), (2, 5), (3, 1), (130, 70)])
+def test_borders_and_units(device, size, unit, border, dtype):
+    x = images(2, 3, *size, dtype=dtype, device=device)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-13
+    for sigma in (0.05, 0.9, 4.0, 13.0, 300.0):
+        expected = gaussian_low_pass_reference(x, sigma, border, unit)
+        actual = gaussian_low_pass(x, sigma, border, unit)
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("op", [gaussian_low_pass, gaussian_low_pass_reference])
+@pytest.mark.parametrize("border, mode", [("circular", "wrap"), ("reflect", "mirror")])
+@pytest.mark.parametrize("sigma", [0.4, 2.0, 7.5, 40.0])
+def test_pixels_are_those_of_scipy(op, border, mode, sigma):
+    x = images(1, 1, 64, 48, dtype=torch.float64)
+    blurred = scipy.ndimage.gaussian_filter(x[0, 0].numpy(), sigma, mode=mode, truncate=9)
+    np.testing.assert_allclose(op(x, sigma, border, "pixels")[0, 0], blurred, atol=1e-12)
+
+
+def test_pixels_are_those_of_opencv():
+    cv2 = pytest.importorskip("cv2")
+    x = images(1, 1, 80, 90)
+    blurred = cv2.GaussianBlur(x[0, 0].numpy(), (49, 49), 4.0, borderType=cv2.BORDER_REFLECT_101)
+    np.testing.assert_allclose(gaussian_low_pass(x, 4.0, "reflect", "pixels")[0, 0], blurred, atol=2e-6)
+
+
+@pytest.mark.parametrize("sigma", [1e-300, 1e-3, 1e300])
+@pytest.mark.parametrize("border", ["circular", "reflect"])
+@pytest.mark.parametrize("unit", ["frequency", "pixels"])
+def test_extreme_widths(device, unit, border, sigma):
+    """The image itself, or its mean; the mirrored one counts the outermost pixels once in 2 n - 2."""
+    x = images(1, 1, 6, 5, dtype=torch.float64, device=device)
+    low = gaussian_low_pass(x, sigma, border, unit)
+    if (sigma < 1) == (unit == "pixels"):
+        torch.testing.assert_close(low, x)
+    else:
+        weights = [torch.ones(n, dtype=x.dtype, device=device) for n in (6, 5)]
+        for line in weights if border == "reflect" else ():
+            line[[0, -1]] = 0.5
+        mean = torch.einsum("nchw,h,w->nc", x, *weights) / (weights[0].sum() * weights[1].sum())
+        torch.testing.assert_close(low, mean[..., None, None].expand_as(x))
+
+
 def test_memory_layouts(device, laid_out):
     x = laid_out(images(3, 4, 12, 9, device=device))
     torch.testing.assert_close(gaussian_low_pass(x), gaussian_low_pass_reference(x), atol=2e-6, rtol=2e-6)
@@ -86,11 +132,13 @@ def test_infinite_sigma_gives_a_copy():
     assert torch.equal(x, y) and x.data_ptr() != y.data_ptr()
 
 
+@pytest.mark.parametrize("border", ["circular", "reflect"])
+@pytest.mark.parametrize("unit", ["frequency", "pixels"])
 @pytest.mark.parametrize("sigma", [0.7, 5.0])
-def test_gradcheck(device, sigma):
+def test_gradcheck(device, sigma, unit, border):
     x = images(1, 2, 4, 5, dtype=torch.float64, device=device).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: gaussian_low_pass(x, sigma), x)
-    assert torch.autograd.gradgradcheck(lambda x: gaussian_low_pass(x, sigma) ** 2, x)
+    assert torch.autograd.gradcheck(lambda x: gaussian_low_pass(x, sigma, border, unit), x)
+    assert torch.autograd.gradgradcheck(lambda x: gaussian_low_pass(x, sigma, border, unit) ** 2, x)
 
 
 def test_gradient_equals_that_of_the_reference(device):
@@ -104,6 +152,7 @@ def test_opcheck(device):
     op, x = torch.ops.sage_fast.gaussian_low_pass.default, images(2, 3, 5, 6, device=device)
     torch.library.opcheck(op, (x.requires_grad_(), 2.0))
     torch.library.opcheck(op, (x.detach().mT, 2.0))
+    torch.library.opcheck(op, (x, 2.0, True, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -145,3 +194,13 @@ def test_threads(same_bits_for_all_thread_counts):
 def test_bad_input(op, x, sigma, message):
     with pytest.raises(InputError, match=message):
         op(x, sigma)
+
+
+def test_bad_settings():
+    x = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(InputError, match="border must be one of circular, reflect, got 'zero'"):
+        gaussian_low_pass(x, border="zero")
+    with pytest.raises(InputError, match="unit must be one of frequency, pixels, got 'cm'"):
+        gaussian_low_pass(x, unit="cm")
+    with pytest.raises(InputError, match="sigma must be positive and finite, in pixels, got inf"):
+        gaussian_low_pass(x, math.inf, unit="pixels")

@@ -87,7 +87,7 @@ def test_the_threads_of_the_epilogue_on_the_host(host_twin, shape, skip, noise, 
     n, h, w, _, _, channels = shape
     for next_style in (t["next_style"], None):
         t["next_style"] = next_style
-        y, image = torch.full_like(t["x"], float("nan")), torch.zeros(n, channels, h, w)
+        y, image = torch.full_like(t["x"], float("nan")), torch.full((n, channels, h, w), float("nan"))
         outputs = [ctypes.c_int64(channels), *map(pointer, (t["image_weight"], t["image_bias"], t["skip"], y, image))]
         host_twin.twin_styled(*twin_arguments(shape, t, rule, 0.3), *outputs)
         expected_y, expected_image = call(styled_epilogue_reference, t, rule)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import scipy.signal
@@ -54,6 +56,54 @@ def test_kernel_equals_reference_on_tiny_images(device, shape, up, down):
         torch.testing.assert_close(
             upfirdn2d(x, f, **options), upfirdn2d_reference(x, f, **options), atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("c", [2, 3, 19, 40])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_channels_last(device, dtype, c, name):
+    """Read as it lies and given back so, in both directions."""
+    x = images(2, c, 21, 18, dtype=dtype, device=device)
+    for f in (BINOMIAL, RANDOM):
+        last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+        y, expected = upfirdn2d(last, f, **SETTINGS[name]), upfirdn2d_reference(x, f, **SETTINGS[name])
+        torch.testing.assert_close(y, expected, **TOLERANCE[dtype])
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        (grad,) = torch.autograd.grad(y.sum(), last)
+        plain = x.detach().requires_grad_()
+        (expected,) = torch.autograd.grad(upfirdn2d_reference(plain, f, **SETTINGS[name]).sum(), plain)
+        torch.testing.assert_close(grad, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("planes", [1, 5, 16, 37])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (9, 9), (17, 17), (16, 33), (70, 70)])
+@pytest.mark.parametrize("name", ["blur", "up 2", "down 2", "down 2, uneven", "up 3, down 2"])
+def test_any_number_of_planes(device, planes, size, name):
+    """Small planes are worked on side by side, some of them alone at the end."""
+    x = images(1, planes, *size, device=device)
+    options = SETTINGS[name] | (dict(padding=5) if size == (1, 1) else {})
+    torch.testing.assert_close(
+        upfirdn2d(x, BINOMIAL, **options), upfirdn2d_reference(x, BINOMIAL, **options), **TOLERANCE[torch.float32]
+    )
+
+
+def test_wide_rows_are_cut(device):
+    for shape, options in (((1, 600, 3, 90), dict(up=2, padding=2)), ((1, 1, 3, 40000), dict(down=2, padding=3))):
+        x = images(*shape, device=device).to(memory_format=torch.channels_last)
+        y, expected = upfirdn2d(x, BINOMIAL, **options), upfirdn2d_reference(x, BINOMIAL, **options)
+        torch.testing.assert_close(y, expected, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif("SAGE_FAST_LARGE_TESTS" not in os.environ, reason="needs 13 GiB; set SAGE_FAST_LARGE_TESTS=1")
+@pytest.mark.parametrize("last", [False, True])
+def test_more_than_2_to_the_31_values(device, last):
+    x = torch.zeros(1, 33000, 256, 256, dtype=torch.bfloat16, device=device)
+    x[0, -1, -1, -1] = 16
+    if last:
+        x = torch.zeros(1, 256, 256, 33000, dtype=torch.bfloat16, device=device).permute(0, 3, 1, 2)
+        x[0, -1, -1, -1] = 16
+    y = upfirdn2d(x, BINOMIAL, padding=(2, 1, 2, 1))
+    assert y[0, -1, -2:, -2:].tolist() == (16 * BINOMIAL[:2, :2]).tolist() and y[0, -2, -1, -1] == 0
 
 
 def test_memory_layouts(device, laid_out):
@@ -139,19 +189,41 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision(no_worse_than_plain, dtype):
-    x = images(2, 3, 20, 21)
-    half, f = x.to(dtype), BINOMIAL
-    exact = upfirdn2d_reference(half.double(), f.double(), padding=2)
-    plain = F.conv2d(half, f.to(dtype).expand(3, 1, 4, 4), padding=2, groups=3)
-    no_worse_than_plain(upfirdn2d(half, f, padding=2), plain, exact)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("c, size", [(3, (20, 21)), (35, (9, 17)), (2, (65, 70))])
+def test_low_precision(device, no_worse_than_plain, dtype, layout, c, size):
+    half = images(2, c, *size, device=device).to(dtype).to(memory_format=layout)
+    exact, f = half.double(), BINOMIAL.to(device)
+    weight = f.to(dtype).expand(c, 1, 4, 4)
+    for down in (1, 2):
+        options = dict(down=down, padding=2)
+        plain = F.conv2d(half, weight, padding=2, stride=down, groups=c)
+        no_worse_than_plain(upfirdn2d(half, f, **options), plain, upfirdn2d_reference(exact, f, **options))
+    options = dict(up=2, padding=(2, 1, 2, 1), gain=4.0)
+    plain = F.conv_transpose2d(half, 4 * weight, stride=2, padding=1, groups=c)
+    y = upfirdn2d(half, f, **options)
+    no_worse_than_plain(y, plain, upfirdn2d_reference(exact, f, **options))
+    assert y.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_that_of_torch(device, dtype):
+    """Through the identity filter every value comes back; doubled, it is rounded as torch rounds."""
+    bits = torch.arange(-(2**15), 2**15, device=device).to(torch.int16)
+    x = bits.view(dtype).reshape(1, 1, 256, 256)
+    one = torch.ones(1, 1, device=device)
+    torch.testing.assert_close(upfirdn2d(x, one), x, atol=0, rtol=0, equal_nan=True)
+    for factor in (1.01, 300.0, 0.003):
+        expected = (x.float() * torch.tensor(factor, dtype=torch.float32, device=device)).to(dtype)
+        torch.testing.assert_close(upfirdn2d(x, one, gain=factor), expected, atol=0, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["blur", "up 2", "down 2", "up 3, down 2"])
-def test_nan_and_infinity_spread_as_in_the_reference(device, name, value):
+def test_nan_and_infinity_spread_as_in_the_reference(device, name, value, layout):
     for f in (BINOMIAL, RANDOM):
-        x = images(1, 2, 9, 9, device=device)
+        x = images(1, 2, 9, 9, device=device).to(memory_format=layout)
         x[0, 0, 4, 5] = value
         y, expected = upfirdn2d(x, f, **SETTINGS[name]), upfirdn2d_reference(x, f, **SETTINGS[name])
         assert torch.isfinite(y[0, 1]).all()
@@ -161,8 +233,10 @@ def test_nan_and_infinity_spread_as_in_the_reference(device, name, value):
 
 
 def test_threads(same_bits_for_all_thread_counts):
-    x = images(5, 3, 59, 97)
-    same_bits_for_all_thread_counts(lambda: upfirdn2d(x, BINOMIAL, up=2, padding=(2, 1, 2, 1)))
+    for x in (images(5, 3, 59, 97), images(7, 64, 17, 17)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = x.to(memory_format=layout)
+            same_bits_for_all_thread_counts(lambda x=x: upfirdn2d(x, BINOMIAL, up=2, padding=(2, 1, 2, 1)))
 
 
 def test_upsampling_keeps_a_constant_image(device):

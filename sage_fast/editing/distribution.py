@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sage_fast.errors import InputError
-from sage_fast.ops import edit_latents
+from sage_fast.ops import combine_rows, edit_latents
 
 __all__ = ["COVARIANCES", "ClassDistribution"]
 
@@ -24,7 +25,7 @@ _BLOCK = 64  # samples to a matrix product; another size rounds otherwise, and t
 class ClassDistribution:
     """``base + alpha * A (mask * n)`` with n ~ N(mean, covariance): what ``FewShotEditor.adapt`` returns.
 
-    The covariance is that of the pooled codes of the similar categories and is never formed: with the m codes as rows
+    The covariance is that of the pooled codes of the similar categories and is never formed: with those m codes as rows
     of X, ``mean + (X - mean)^T eps / sqrt(m - 1)`` with eps ~ N(0, I_m) has exactly their sample covariance, over all
     layers at once. Offsets from ``latent_avg`` throughout. Immutable; do not write into its tensors, distributions
     share them.
@@ -36,7 +37,8 @@ class ClassDistribution:
         mean: [L, K].
         direction_mask: bool [L, K], directions that are used.
         directions: A [L, D, K].
-        pooled: codes minus ``mean`` [m, L, K].
+        codes: codes of the seen categories [M, L, K], shared and never copied.
+        rows: int64 [m], those of the similar categories, whose mean ``mean`` is.
         kind: ``"joint"``, ``"per_layer"`` or ``"diagonal"``.
         shrinkage: 0 to 1, weight of the covariance's own diagonal in place of it.
         alpha: strength of the edit unless ``sample`` is given another.
@@ -48,15 +50,26 @@ class ClassDistribution:
     mean: Tensor
     direction_mask: Tensor
     directions: Tensor = field(repr=False)
-    pooled: Tensor = field(repr=False)
+    codes: Tensor = field(repr=False)
+    rows: Tensor = field(repr=False)
     kind: str = "joint"
     shrinkage: float = 0.0
     alpha: float = 2.0
 
     @property
+    def pooled(self) -> Tensor:
+        """The codes of the similar categories minus ``mean`` [m, L, K]."""
+        return self.codes[self.rows] - self.mean
+
+    @cached_property
+    def _used(self) -> Tensor:
+        """Numbers 0 to L K - 1 of the directions that are used."""
+        return self.direction_mask.flatten().nonzero().flatten()
+
+    @property
     def n_random(self) -> int:
         """Standard normal numbers that one sample takes."""
-        m, n_latent, k = self.pooled.shape
+        m, (n_latent, k) = len(self.rows), self.mean.shape
         if self.kind == "diagonal":
             return n_latent * k
         return (m if self.kind == "joint" else n_latent * m) + (n_latent * k if self.shrinkage else 0)
@@ -109,29 +122,46 @@ class ClassDistribution:
         alpha = self.alpha if alpha is None else alpha
         before = first % _BLOCK  # each sample keeps its row in its block
         after = -(before + len(noise)) % _BLOCK
-        blocks = F.pad(noise, (0, 0, before, after)).split(_BLOCK) if len(noise) else ()
-        edited = [self._edit(block, alpha, first - before + i * _BLOCK) for i, block in enumerate(blocks)]
-        return torch.cat(edited)[before : before + len(noise)] if edited else self.bases[:0]
+        if not len(noise):
+            return self.bases[:0]
+        if self.kind == "joint" and not self.shrinkage and self.mean.device.type == "cpu":
+            # each sample is summed by itself, so all can be drawn at once, and only the directions that are used
+            codes = F.pad(self._draw(noise, self._used), (0, 0, 0, 0, before, after)).split(_BLOCK)
+        else:
+            codes = tuple(self.codes_with(block) for block in F.pad(noise, (0, 0, before, after)).split(_BLOCK))
+        edited = [self._edit(block, alpha, first - before + i * _BLOCK) for i, block in enumerate(codes)]
+        return torch.cat(edited)[before : before + len(noise)]
 
     def codes_with(self, noise: Tensor) -> Tensor:
         """Codes n ~ N(mean, covariance) [n, L, K] before the mask, from standard normals [n, n_random]."""
-        m, n_latent, k = self.pooled.shape
-        deviation = self.pooled.square().sum(0).div(m - 1).sqrt()  # [L, K]
+        m, (n_latent, k) = len(self.rows), self.mean.shape
+        if self.kind == "joint" and not self.shrinkage:
+            return self._draw(noise, torch.arange(n_latent * k, device=noise.device))
+        pooled = self.pooled
+        deviation = pooled.square().sum(0).div(m - 1).sqrt()  # [L, K]
         if self.kind == "diagonal":
             return self.mean + deviation * noise.view(-1, n_latent, k)
         scale = math.sqrt((1 - self.shrinkage) / (m - 1))
         if self.kind == "joint":
-            spread = (noise[:, :m] @ self.pooled.flatten(1)).view(-1, n_latent, k)
+            spread = (noise[:, :m] @ pooled.flatten(1)).view(-1, n_latent, k)
         else:
             eps = noise[:, : n_latent * m].view(-1, n_latent, m)
-            spread = torch.einsum("nlm,mlk->nlk", eps, self.pooled)
+            spread = torch.einsum("nlm,mlk->nlk", eps, pooled)
         codes = self.mean + scale * spread
         if self.shrinkage:
             codes = codes + math.sqrt(self.shrinkage) * deviation * noise[:, -n_latent * k :].view(-1, n_latent, k)
         return codes
 
-    def _edit(self, noise: Tensor, alpha: float, first: int) -> Tensor:
+    def _draw(self, noise: Tensor, used: Tensor) -> Tensor:
+        """Joint codes [n, L, K] of the directions that are used; the others stay at zero."""
+        mean = self.mean.flatten()
+        spread = combine_rows(noise, self.codes.flatten(1), mean, self.rows, used)
+        codes = noise.new_zeros(len(noise), len(mean))
+        codes[:, used] = torch.add(mean[used], spread, alpha=1 / math.sqrt(len(self.rows) - 1))
+        return codes.view(-1, *self.mean.shape)
+
+    def _edit(self, codes: Tensor, alpha: float, first: int) -> Tensor:
         """Edit one block of samples; sample j takes base (first + j) mod B."""
-        numbers = torch.arange(first, first + len(noise), device=self.bases.device)
-        base = self.bases[numbers % len(self.bases)]
-        return edit_latents(base, self.codes_with(noise), self.directions, alpha, self.direction_mask)
+        numbers = torch.arange(first, first + len(codes), device=self.bases.device)
+        base = self.bases if len(self.bases) == 1 else self.bases[numbers % len(self.bases)]
+        return edit_latents(base, codes, self.directions, alpha, self.direction_mask)

@@ -12,7 +12,6 @@ from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import (
     READINGS,
     CategoryIrrelevantDictionary,
-    commonality,
     layer_groups,
 )
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
@@ -43,8 +42,18 @@ class _Pool(NamedTuple):
 
     categories: Tensor  # [T]
     mean: Tensor  # [L, K]
-    pooled: Tensor  # [m, L, K], minus the mean
+    rows: Tensor  # int64 [m], of the codes of the seen categories
     mask: Tensor  # bool [L, K]
+
+
+class _Seen(NamedTuple):
+    """What ``fit`` keeps of the seen categories for the retrieval and for Eq. 19."""
+
+    coordinates: Tensor  # of the class embeddings on the basis of the query [S, L, R]
+    rest: Tensor  # squared length of what lies outside that basis [S, L]
+    counts: Tensor  # latents [S]
+    sums: Tensor  # of their codes [S, L, K]
+    sizes: Tensor  # of the absolute values of their codes [S, L, K]
 
 
 class FewShotEditor:
@@ -149,9 +158,11 @@ class FewShotEditor:
         embeddings = self.relevant.class_embeddings_
         check_w_plus(w_plus, *embeddings.shape[1:])
         check_labels(labels, len(w_plus), len(embeddings))
-        self.codes_ = self.irrelevant.transform(w_plus.detach())  # [N, L, K]
-        self.codes_ -= self.irrelevant.transform(embeddings)[labels]
+        self.codes_ = self.irrelevant.transform(
+            w_plus.detach(), self.irrelevant.transform(embeddings), labels
+        )  # [N, L, K]
         self.labels_ = labels
+        self._seen = self._statistics()
         self._all = None if self.adaptive_editing else self._pool_all()
         return self
 
@@ -176,7 +187,8 @@ class FewShotEditor:
             mean=pool.mean,
             direction_mask=pool.mask,
             directions=self.irrelevant.directions,
-            pooled=pool.pooled,
+            codes=self.codes_,
+            rows=pool.rows,
             kind=self.covariance,
             shrinkage=self.shrinkage,
             alpha=self.alpha,
@@ -184,14 +196,31 @@ class FewShotEditor:
 
     def similar_categories(self, shots: Tensor) -> Tensor:
         """Labels [T] of the seen categories nearest to the shots' class embedding, nearest first."""
-        embeddings = self.relevant.class_embeddings_
-        rank = min(_QUERY_COMPONENTS, *embeddings.shape[::2])
-        query = self.relevant.project(shots.mean(0, keepdim=True), rank)  # [1, L, D]
-        if self.reading == "default":
-            embeddings = self.relevant.project(embeddings, rank)
-        distances = (embeddings - query).square().sum(2)  # [S, L]
+        query = self.relevant.coordinates(shots.mean(0, keepdim=True), self._query_rank)  # [1, L, R]
+        seen, rest = self._seen.coordinates, self._seen.rest
+        distances = (seen - query).square().sum(2)  # [S, L]; the query lies in the span
+        if self.reading != "default":
+            distances = distances + rest
         distances = distances.sum(1) if self.reading == "paper" else distances.sqrt().sum(1)
         return distances.argsort(stable=True)[: self.n_similar]
+
+    @property
+    def _query_rank(self) -> int:
+        return min(_QUERY_COMPONENTS, *self.relevant.class_embeddings_.shape[::2])
+
+    def _statistics(self) -> _Seen:
+        """What every novel category asks of the seen ones, once."""
+        embeddings = self.relevant.class_embeddings_
+        rest = embeddings - self.relevant.project(embeddings, self._query_rank)
+        counts = torch.bincount(self.labels_, minlength=len(embeddings))
+        order = self.labels_.argsort(stable=True)
+        sums, sizes = embeddings.new_zeros(2, len(embeddings), *self.codes_.shape[1:]).unbind()
+        for label, rows in enumerate(order.split(counts.tolist())):  # a category at a time stays in the cache
+            codes = self.codes_[rows]
+            torch.sum(codes, 0, out=sums[label])
+            torch.sum(codes.abs_(), 0, out=sizes[label])
+        coordinates = self.relevant.coordinates(embeddings, self._query_rank)
+        return _Seen(coordinates, rest.square().sum(2), counts, sums, sizes)
 
     def _estimates(self, shots: Tensor) -> Tensor:
         """The class embedding for each t_B [B, L, D]: the projection of the mean is the mean projection of Eq. 17."""
@@ -214,26 +243,33 @@ class FewShotEditor:
 
     def _pool_all(self) -> _Pool:
         """The pooled codes of all seen categories (Eq. 15)."""
-        used = commonality(self.codes_, self.labels_, self.reading) > self.beta
-        return self._pool(self.labels_.unique(), self.codes_, used)
+        categories = self._seen.counts.nonzero().flatten()
+        return self._pool(categories, self._commonality(categories) > self.beta)
 
     def _pool_similar(self, categories: Tensor) -> _Pool:
         """The codes of some categories, and the directions that are commonest in them (Eq. 19)."""
-        rows = torch.isin(self.labels_, categories).nonzero().flatten()
-        codes = self.codes_[rows]
-        if len(codes) == 0:
+        if not self._seen.counts[categories].any():
             raise InputError("none of the similar categories has a latent; fit the editor on all seen categories.")
-        ranking = commonality(codes, self.labels_[rows], self.reading).argsort(dim=1, descending=True, stable=True)
+        ranking = self._commonality(categories).argsort(dim=1, descending=True, stable=True)
         used = torch.zeros_like(ranking, dtype=torch.bool).scatter_(1, ranking[:, : self.n_directions], True)
-        return self._pool(categories, codes, used)
+        return self._pool(categories, used)
 
-    def _pool(self, categories: Tensor, codes: Tensor, used: Tensor) -> _Pool:
-        if len(codes) < 2:
+    def _commonality(self, categories: Tensor) -> Tensor:
+        """Eq. 19 as :func:`commonality`, of some categories, from their sums."""
+        sizes, counts = self._seen.sizes[categories], self._seen.counts[categories]
+        if self.reading == "released":
+            return sizes.sum(0) / counts.sum()
+        held = counts > 0
+        return (sizes[held] / counts[held].view(-1, 1, 1)).mean(0)
+
+    def _pool(self, categories: Tensor, used: Tensor) -> _Pool:
+        rows = torch.isin(self.labels_, categories).nonzero().flatten()
+        if len(rows) < 2:
             raise InputError("a covariance needs at least 2 latents of seen categories, got 1; embed more images.")
         edited = torch.zeros(len(used), 1, dtype=torch.bool, device=used.device)
         edited[self._edited_layers()] = True
-        mean = codes.mean(0)
-        return _Pool(categories, mean, codes - mean, used & edited)
+        mean = self._seen.sums[categories].sum(0) / len(rows)
+        return _Pool(categories, mean, rows, used & edited)
 
     def _edited_layers(self) -> list[int]:
         """Layers of the reading that the dictionary knows."""

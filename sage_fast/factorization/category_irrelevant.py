@@ -27,6 +27,9 @@ READINGS = ("paper", "released", "default")
 """What the paper prints, what its authors' code computes, and what is used here unless asked otherwise."""
 
 
+_BLOCK = 512  # latents to a matrix product
+
+
 class CategoryIrrelevantDictionary:
     """Directions A that change an image without changing its category (Eq. 8).
 
@@ -61,20 +64,30 @@ class CategoryIrrelevantDictionary:
         """A+ [L, K, D], rank-revealing: singular values below max(D, K) * eps of the layer's largest count as zero."""
         return torch.linalg.pinv(self.directions)
 
-    def transform(self, delta_w: Tensor) -> Tensor:
+    def transform(self, delta_w: Tensor, class_codes: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """``A+ delta_w`` per layer: the codes of least squares, of minimal norm where A does not have full rank.
 
         Implements Eq. 18 of [SAGE]; linear in ``delta_w``.
 
         Args:
             delta_w: [N, L, D].
+            class_codes: [S, L, K], with ``labels`` int64 [N]: subtracted by category. With ``transform(e)`` the latents
+                themselves give the codes of their residuals, which need not be stored.
         Returns:
             codes [N, L, K].
         Raises:
             InputError: another L or D.
         """
         check_w_plus(delta_w, *self.directions.shape[:2])
-        return torch.einsum("lkd,nld->nlk", self.pseudo_inverse, delta_w)
+        inverse = self.pseudo_inverse.mT  # [L, D, K]
+        codes = delta_w.new_empty(len(delta_w), len(inverse), self.n_directions)
+        for block in range(0, len(delta_w), _BLOCK):  # its results stay in the cache for the subtraction
+            rows = slice(block, block + _BLOCK)
+            for layer in range(len(inverse)):
+                torch.mm(delta_w[rows, layer], inverse[layer], out=codes[rows, layer])
+            if class_codes is not None and labels is not None:
+                codes[rows] -= class_codes[labels[rows]]
+        return codes
 
     def inverse_transform(self, codes: Tensor) -> Tensor:
         """``A n`` [N, L, D] of codes [N, L, K]: the edit that the codes stand for (Eq. 8)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
@@ -61,6 +62,10 @@ class CategoryRelevantDictionary:
         """
         return project_onto_basis(w_plus, self.leading(n_components))
 
+    def coordinates(self, w_plus: Tensor, n_components: int | None = None) -> Tensor:
+        """``B_f^T w`` [N, L, n_components]: distances between them are those of the projections."""
+        return torch.einsum("ldr,nld->nlr", self.leading(n_components), w_plus)
+
     def leading(self, n_components: int | None = None) -> Tensor:
         """The first ``n_components`` directions [L, D, n_components]; ``basis_`` when absent."""
         self._check_fitted()
@@ -68,7 +73,7 @@ class CategoryRelevantDictionary:
             return self.basis_
         if not 1 <= n_components <= self._directions.shape[2]:
             raise InputError(self._too_many(n_components))
-        return self._directions[:, :, :n_components].contiguous()
+        return self._directions[:, :, :n_components]
 
     def _decompose(self, embeddings: Tensor) -> CategoryRelevantDictionary:
         if self.n_components > min(embeddings.shape[0], embeddings.shape[2]):

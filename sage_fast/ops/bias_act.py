@@ -26,11 +26,26 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float, float]] =
     "softplus": (lambda x, _: F.softplus(x), 0.0, 1.0),
     "swish": (lambda x, _: F.silu(x), 0.0, math.sqrt(2)),
 }
-_NEGATIVE_SLOPE = {
-    "linear": 1.0,
-    "relu": 0.0,
-    "lrelu": None,
-}  # None: alpha. These have kernels; smooth ones are PyTorch's
+#: name -> (number of the kernel, its slope below zero; None: alpha). Not here, since plain PyTorch is as fast or faster:
+#: linear (one op, x + b), sigmoid, swish. In float64 the smooth ones are PyTorch's too: nobody trains in it.
+_KERNELS: dict[str, tuple[int, float | None]] = {
+    "relu": (0, 0.0),
+    "lrelu": (0, None),
+    "tanh": (1, 1.0),
+    "elu": (2, None),
+    "selu": (3, 1.0),
+    "softplus": (4, 1.0),
+}
+#: number -> derivative by y / gain of the slope, which is made of y / gain; composed, since only second derivatives of
+#: smooth activations take it
+_CURVATURE: dict[int, Callable[[Tensor], Tensor]] = {
+    1: lambda r: -2 * r,
+    2: lambda r: (r <= 0).to(r.dtype),
+    3: lambda r: (r <= 0).to(r.dtype),
+    4: lambda r: torch.exp(-r),
+}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def bias_act(
@@ -46,28 +61,27 @@ def bias_act(
 
     Args:
         x: any shape, floating.
-        b: bias [x.shape[dim]] or None; taken in the dtype of x.
+        b: bias [x.shape[dim]] or None; taken in the dtype of x, or as float32 where x has 16 bits.
         act: one of ``ACTIVATIONS``.
         alpha: slope of ``lrelu`` (default 0.2) or scale of ``elu`` (default 1) on the negative side.
         gain: factor; None takes the activation's own (sqrt(2) for relu, lrelu and swish, as [StyleGAN2] does, else 1).
         clamp: values go to [-clamp, clamp]; None leaves them.
     Returns:
-        The shape and dtype of x.
+        The shape, dtype and memory format of x.
     Raises:
         InputError: an unknown activation, a bias of another length, a negative clamp, or alpha for an activation without.
     """
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
-    if x.dtype == torch.bfloat16 and _native.has_kernel("bias_act", x.device.type):
-        alpha_given = alpha if act in ("lrelu", "elu") else None
-        return bias_act(x.float(), b, dim, act, alpha_given, gain, clamp).to(x.dtype)
+    kernel, slope = _KERNELS.get(act, (None, None))
+    dtype = x.dtype
     # the kernels' derivative reads the sign of x + b off the output, which needs gain > 0 and alpha >= 0
-    if act in _NEGATIVE_SLOPE and gain > 0 and alpha >= 0 and x.dtype in (torch.float32, torch.float64):
+    if kernel is not None and gain > 0 and alpha >= 0 and dtype in _DTYPES and (kernel == 0 or dtype != torch.float64):
         if _native.has_kernel("bias_act", x.device.type):
-            b, slope = b if b is None else b.to(x.dtype), _NEGATIVE_SLOPE[act]
-            limit = -1.0 if clamp is None else float(clamp)
-            return torch.ops.sage_fast.bias_act(
-                x, b, dim % max(1, x.ndim), alpha if slope is None else slope, gain, limit
-            )
+            if b is not None and b.dtype != dtype and not (b.dtype == torch.float32 and dtype in _HALVES):
+                b = b.to(dtype)
+            dim, limit = dim % max(1, x.ndim), -1.0 if clamp is None else clamp
+            slope = alpha if slope is None else slope
+            return _native.call(torch.ops.sage_fast.bias_act.default, x, b, dim, slope, gain, limit, kernel)
     return bias_act_reference(x, b, dim, act, alpha if act in ("lrelu", "elu") else None, gain, clamp)
 
 
@@ -100,51 +114,58 @@ def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
     if clamp is not None and clamp < 0:
         raise InputError(f"clamp must be None or at least 0, got {clamp}.")
     if b is not None:
+        shape = x.shape
         if b.device != x.device:
             raise InputError(f"b must be on {x.device}, as x is, got {b.device}.")
-        if not -x.ndim <= dim < x.ndim:
-            raise InputError(f"dim must be an axis of x, which has {x.ndim}, got {dim}.")
-        if b.shape != (x.shape[dim],):
-            raise InputError(
-                f"b must have shape [{x.shape[dim]}], the length of x along dim {dim}, got {list(b.shape)}."
-            )
+        if not -len(shape) <= dim < len(shape):
+            raise InputError(f"dim must be an axis of x, which has {len(shape)}, got {dim}.")
+        if b.shape != (shape[dim],):
+            raise InputError(f"b must have shape [{shape[dim]}], the length of x along dim {dim}, got {list(b.shape)}.")
     _, default_alpha, default_gain = ACTIVATIONS[act]
     return float(default_alpha if alpha is None else alpha), float(default_gain if gain is None else gain)
 
 
 def _setup_context(ctx, inputs, output):
     _, b, ctx.dim, *ctx.settings = inputs
-    ctx.has_bias, ctx.sum_over = b is not None, [i for i in range(output.ndim) if i != ctx.dim]
+    ctx.bias_dtype, ctx.sum_over = None if b is None else b.dtype, [i for i in range(output.ndim) if i != ctx.dim]
     ctx.save_for_backward(output)
 
 
 def _backward(ctx, grad):
     (y,) = ctx.saved_tensors
-    grad_x = torch.ops.sage_fast.bias_act_backward(grad, y, *ctx.settings)
-    if not (ctx.has_bias and ctx.needs_input_grad[1]):
-        return grad_x, *[None] * 5
-    return grad_x, grad_x.sum(ctx.sum_over) if ctx.sum_over else grad_x, *[None] * 4
+    grad_x = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, y, *ctx.settings)
+    if ctx.bias_dtype is None or not ctx.needs_input_grad[1]:
+        return grad_x, *[None] * 6
+    exact = torch.float32 if grad_x.dtype in _HALVES else grad_x.dtype
+    grad_b = grad_x.sum(ctx.sum_over, dtype=exact) if ctx.sum_over else grad_x
+    return grad_x, grad_b.to(ctx.bias_dtype), *[None] * 5
 
 
 def _setup_context_backward(ctx, inputs, output):
-    _, y, *ctx.settings = inputs
-    ctx.save_for_backward(y)
+    grad, y, *ctx.settings = inputs
+    ctx.save_for_backward(grad, y)
 
 
 def _backward_backward(ctx, grad):
-    """Linear in the incoming gradient, piecewise constant in y: the second derivative is the same map."""
-    (y,) = ctx.saved_tensors
-    return torch.ops.sage_fast.bias_act_backward(grad, y, *ctx.settings), None, None, None, None
+    """Linear in the incoming gradient: there it is the same map. In y it is constant where the activation is straight."""
+    incoming, y = ctx.saved_tensors
+    _, gain, clamp, kernel = ctx.settings
+    grad_incoming = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, y, *ctx.settings)
+    if kernel == 0 or not ctx.needs_input_grad[1]:
+        return grad_incoming, *[None] * 5
+    grad_y = grad * incoming * _CURVATURE[kernel](y / gain)
+    return grad_incoming, grad_y if clamp < 0 else torch.where(y.abs() < clamp, grad_y, 0), *[None] * 4
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 @_native.when_loaded
 def _register() -> None:
-    torch.library.register_fake(
-        "sage_fast::bias_act", lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format)
-    )
-    torch.library.register_fake(
-        "sage_fast::bias_act_backward", lambda grad, *_: torch.empty_like(grad, memory_format=torch.contiguous_format)
-    )
+    torch.library.register_fake("sage_fast::bias_act", _fake)
+    torch.library.register_fake("sage_fast::bias_act_backward", lambda grad, y, *settings: _fake(y))
     torch.library.register_autograd("sage_fast::bias_act", _backward, setup_context=_setup_context)
     torch.library.register_autograd(
         "sage_fast::bias_act_backward", _backward_backward, setup_context=_setup_context_backward

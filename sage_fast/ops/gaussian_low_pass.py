@@ -1,4 +1,4 @@
-"""Gaussian low-pass filter with its width in the frequency domain (Eq. 23)."""
+"""Gaussian low-pass filter, its width in frequencies (Eq. 23) or in pixels."""
 
 from __future__ import annotations
 
@@ -12,64 +12,109 @@ from sage_fast.errors import InputError
 
 __all__ = ["gaussian_low_pass", "gaussian_low_pass_reference"]
 
+BORDERS, UNITS = ("circular", "reflect"), ("frequency", "pixels")
+_TAIL = 9.0  # standard deviations at which the reference's Gaussian in pixels ends: exp(-40)
 
-def gaussian_low_pass(images: Tensor, sigma: float = 5.0) -> Tensor:
+
+def gaussian_low_pass(images: Tensor, sigma: float = 5.0, border: str = "circular", unit: str = "frequency") -> Tensor:
     """Multiply the spectrum of each channel by ``exp(-d^2 / (2 sigma^2))``, d in cycles per image.
 
-    Implements the low-pass of Eq. 23 of [SAGE]. Images are taken as periodic and the mean is kept exactly. It equals a circular
-    Gaussian blur of ``H / (2 pi sigma)`` pixels (8.1 at 256 px for sigma 5). Differentiable any number of times.
+    Implements the low-pass of Eq. 23 of [SAGE]; a constant is kept exactly. With the defaults images are periodic, as
+    for the FFT, and it equals a circular Gaussian blur of ``H / (2 pi sigma)`` pixels (8.1 at 256 px for sigma 5).
+    Differentiable any number of times.
 
     Args:
         images: [N, C, H, W], floating, any range.
-        sigma: width of the pass band, cycles per image, positive; infinity returns the images.
+        sigma: positive. Width of the pass band, where infinity returns the images; with ``unit="pixels"`` the standard
+            deviation of the blur.
+        border: ``"circular"``, or ``"reflect"``: mirrored about the outermost pixels, which are not repeated. That is
+            PyTorch's ``reflect``, OpenCV's ``BORDER_REFLECT_101`` and SciPy's ``mirror`` (not its ``reflect``).
+        unit: ``"frequency"``, cycles per image of H (of W) pixels; or ``"pixels"``, the sampled Gaussian with sum one
+            of SciPy and OpenCV, in full where they cut it at 4 sigma.
     Returns:
         The shape and dtype of images.
     Raises:
-        InputError: not images, or a sigma that is not positive.
+        InputError: not images, a sigma that is not positive (in pixels: nor finite), an unknown border or unit.
     """
-    _check(images, sigma)
+    _check(images, sigma, border, unit)
     if math.isinf(sigma) or images.numel() == 0:
         return images.clone()
-    if _kernel_pays(images, sigma) and _native.has_kernel("gaussian_low_pass", images.device.type):
-        return torch.ops.sage_fast.gaussian_low_pass(images, float(sigma))
-    return gaussian_low_pass_reference(images, sigma)
+    if kernel_pays("gaussian_low_pass", images, sigma, unit):
+        return torch.ops.sage_fast.gaussian_low_pass(images, float(sigma), border == "reflect", unit == "pixels")
+    return gaussian_low_pass_reference(images, sigma, border, unit)
 
 
-def _kernel_pays(images: Tensor, sigma: float) -> bool:
-    """On the CPU the blur's work grows with its width; beyond about 60 pixels to each side the FFT is ahead."""
-    side = max(images.shape[2:])
-    reach = min(side / 2, 6 * side / (2 * math.pi * sigma))
-    return images.dtype in (torch.float32, torch.float64) and (images.device.type != "cpu" or reach <= 60)
+def kernel_pays(op: str, images: Tensor, sigma: float, unit: str = "frequency") -> bool:
+    """Whether a kernel of ``op`` takes the images, and is ahead of the FFT.
+
+    A pass band up to the highest frequency needs all the pixels of a row for each: on large images the FFT wins.
+    """
+    wide = unit == "frequency" and max(images.shape[2:]) > 512 and 12 * sigma > max(images.shape[2:])
+    return not wide and images.dtype in (torch.float32, torch.float64) and _native.has_kernel(op, images.device.type)
 
 
-def gaussian_low_pass_reference(images: Tensor, sigma: float = 5.0) -> Tensor:
-    """The same with PyTorch's FFT (in float32 at least)."""
-    _check(images, sigma)
+def gaussian_low_pass_reference(
+    images: Tensor, sigma: float = 5.0, border: str = "circular", unit: str = "frequency"
+) -> Tensor:
+    """The same with PyTorch's FFT (in float32 at least), of the mirrored image where the border reflects."""
+    _check(images, sigma, border, unit)
     h, w = images.shape[2:]
     x = images if images.dtype == torch.float64 else images.float()
-    fy = torch.fft.fftfreq(h, 1 / h, device=x.device, dtype=x.dtype)[:, None]
-    fx = torch.fft.rfftfreq(w, 1 / w, device=x.device, dtype=x.dtype)[None]
-    response = torch.exp(-(fy.square() + fx.square()) / (2 * sigma**2))
-    return torch.fft.irfft2(torch.fft.rfft2(x) * response, s=(h, w)).to(images.dtype)
+    if border == "reflect":  # rows 0 to H - 1, then H - 2 to 1: as periodic as mirrored
+        x = torch.cat([x, x[..., 1:-1, :].flip(-2)], -2)
+        x = torch.cat([x, x[..., 1:-1].flip(-1)], -1)
+    down, across = (
+        _response(period, sigma * period / n if unit == "frequency" else sigma, unit)
+        for period, n in zip(x.shape[2:], (h, w), strict=True)
+    )
+    response = (down[:, None] * across[: x.shape[3] // 2 + 1]).to(x)
+    return torch.fft.irfft2(torch.fft.rfft2(x) * response, s=x.shape[2:])[..., :h, :w].to(images.dtype)
 
 
-def _check(images: Tensor, sigma: float) -> None:
+def _response(n: int, sigma: float, unit: str) -> Tensor:
+    """[n], float64: of each frequency of a circle of n pixels."""
+    if unit == "frequency":
+        return torch.exp(-(torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) / sigma).square() / 2)
+    sigma = min(sigma, 2.0 * n)  # beyond it only the mean is left
+    x = torch.arange(-math.ceil(_TAIL * sigma), math.ceil(_TAIL * sigma) + 1)
+    taps = torch.zeros(n, dtype=torch.float64).index_add_(0, x % n, torch.exp(-(x.double() / sigma).square() / 2))
+    return torch.fft.fft(taps / taps.sum()).real
+
+
+def _check(images: Tensor, sigma: float, border: str, unit: str) -> None:
     if images.ndim != 4 or not images.is_floating_point():
         raise InputError(f"images must be floating point [N, C, H, W], got {images.dtype} {list(images.shape)}.")
-    if not sigma > 0:
-        raise InputError(f"sigma must be positive, in cycles per image, got {sigma}.")
+    if border not in BORDERS:
+        raise InputError(f"border must be one of {', '.join(BORDERS)}, got '{border}'.")
+    if unit not in UNITS:
+        raise InputError(f"unit must be one of {', '.join(UNITS)}, got '{unit}'.")
+    if not sigma > 0 or (unit == "pixels" and math.isinf(sigma)):
+        kind = "positive, in cycles per image" if unit == "frequency" else "positive and finite, in pixels"
+        raise InputError(f"sigma must be {kind}, got {sigma}.")
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.sigma = inputs[1]
+    ctx.settings = inputs[1:]
 
 
 def _backward(ctx, grad):
-    """A symmetric linear map: its own transpose."""
-    return gaussian_low_pass(grad.contiguous(), ctx.sigma), None
+    """On a circle a symmetric map; mirrored, one after its columns for the outermost pixels are halved."""
+    sigma, reflect, pixels = ctx.settings
+    share = _outermost_halved(grad) if reflect else 1
+    low = gaussian_low_pass(grad.contiguous() / share, sigma, BORDERS[reflect], UNITS[pixels])
+    return low * share, None, None, None
+
+
+def _outermost_halved(images: Tensor) -> Tensor:
+    """[H, W]: 1, half of it at the ends of each axis; they stand once in a period of the mirrored line, others twice."""
+    h, w = (torch.ones(n, dtype=images.dtype, device=images.device) for n in images.shape[2:])
+    for line in (h, w):
+        if len(line) > 1:
+            line[[0, -1]] = 0.5
+    return torch.outer(h, w)
 
 
 @_native.when_loaded
 def _register() -> None:
-    torch.library.register_fake("sage_fast::gaussian_low_pass", lambda images, sigma: images.new_empty(images.shape))
+    torch.library.register_fake("sage_fast::gaussian_low_pass", lambda images, *_, **__: images.new_empty(images.shape))
     torch.library.register_autograd("sage_fast::gaussian_low_pass", _backward, setup_context=_setup_context)

@@ -26,13 +26,18 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
         InputError: shapes or dtypes that do not belong together.
     """
     _check(w_plus, basis)
-    if w_plus.device.type == "cpu" and (len(w_plus) < 32 or basis.shape[2] > 16):
-        # few latents or a wide basis: two batched products are ahead of the kernel
+    if w_plus.device.type == "cpu" and _products_are_ahead(w_plus, basis):
         return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
     native = w_plus.dtype in (torch.float32, torch.float64) and basis.shape[2] > 0
     if native and _native.has_kernel("project_onto_basis", w_plus.device.type):
         return torch.ops.sage_fast.project_onto_basis(w_plus, basis)
     return project_onto_basis_reference(w_plus, basis)
+
+
+def _products_are_ahead(w_plus: Tensor, basis: Tensor) -> bool:
+    """Where two batched products were measured ahead of the kernel: calls of microseconds, wide bases of short rows."""
+    _, dim, r = basis.shape
+    return w_plus.numel() * r < 50_000 or (dim <= 128 and r > 16)
 
 
 def project_onto_basis_reference(w_plus: Tensor, basis: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     """The projection is its own transpose; in B, d(B B^T w) pairs w with B^T grad and grad with B^T w."""
     w_plus, basis = ctx.saved_tensors
-    grad_w = project_onto_basis(grad.contiguous(), basis) if ctx.needs_input_grad[0] else None
+    grad_w = project_onto_basis(grad, basis) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return grad_w, None
     grad_codes = torch.einsum("ldr,nld->nlr", basis, grad)

@@ -14,6 +14,7 @@ from sage_fast.errors import InputError
 __all__ = ["upfirdn2d", "upfirdn2d_reference"]
 
 Padding = int | Sequence[int]
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def upfirdn2d(
@@ -34,20 +35,22 @@ def upfirdn2d(
 
     Args:
         x: images [N, C, H, W], floating.
-        f: filter [kh, kw], or [k] for the outer product of itself; at most 32 a side; taken in the dtype of x.
+        f: filter [kh, kw], or [k] for the outer product of itself; at most 32 a side, of any dtype.
         up, down: integer factors, the same for rows and columns.
         padding: one integer, or (left, right, top, bottom), counted in upsampled pixels.
         gain: factor on the result; ``up ** 2`` keeps the brightness of a filter that sums to one.
     Returns:
-        [N, C, OH, OW] with OH = (H * up + top + bottom - kh) // down + 1.
+        [N, C, OH, OW] with OH = (H * up + top + bottom - kh) // down + 1, in the dtype and memory format of x.
     Raises:
         InputError: a shape, factor or padding that leaves no output.
     """
-    f, pad = _tidy(x, f, up, down, padding)
-    if x.dtype == torch.bfloat16 and _native.has_kernel("upfirdn2d", x.device.type):
-        return upfirdn2d(x.float(), f.float(), up, down, pad, flip_filter, gain).to(x.dtype)
-    if _native.has_kernel("upfirdn2d", x.device.type) and x.dtype in (torch.float32, torch.float64):
-        return torch.ops.sage_fast.upfirdn2d(x, f, up, down, *pad, flip_filter, float(gain))
+    pad = _tidy(x, f, up, down, padding)
+    if x.dtype in _DTYPES and _native.has_kernel("upfirdn2d", x.device.type):
+        if x.device.type != "cpu":  # where a kernel cannot look at the filter first
+            f = (torch.outer(f, f) if f.ndim == 1 else f).to(x)
+        elif f.device != x.device or f.dtype not in _DTYPES:
+            f = f.to(x)
+        return _native.call(torch.ops.sage_fast.upfirdn2d.default, x, f, up, down, *pad, flip_filter, gain)
     return upfirdn2d_reference(x, f, up, down, pad, flip_filter, gain)
 
 
@@ -61,7 +64,8 @@ def upfirdn2d_reference(
     gain: float = 1.0,
 ) -> Tensor:
     """The same in plain PyTorch, step by step."""
-    f, (left, right, top, bottom) = _tidy(x, f, up, down, padding)
+    left, right, top, bottom = _tidy(x, f, up, down, padding)
+    f = (torch.outer(f, f) if f.ndim == 1 else f).to(x)
     n, c, h, w = x.shape
     # 1. zeros after each pixel
     x = x.reshape(n, c, h, 1, w, 1)
@@ -76,36 +80,38 @@ def upfirdn2d_reference(
     return x[:, :, ::down, ::down].reshape(n, c, *_out_size(height, width, f, down)) * gain
 
 
-def _tidy(x: Tensor, f: Tensor, up: int, down: int, padding: Padding) -> tuple[Tensor, tuple[int, int, int, int]]:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise InputError(f"x must be floating point images [N, C, H, W], got {x.dtype} {list(x.shape)}.")
-    if f.ndim not in (1, 2) or not all(1 <= k <= 32 for k in f.shape):
-        raise InputError(f"f must have shape [k] or [kh, kw] with sides from 1 to 32, got {list(f.shape)}.")
+def _tidy(x: Tensor, f: Tensor, up: int, down: int, padding: Padding) -> tuple[int, int, int, int]:
+    shape, sides = x.shape, f.shape
+    if len(shape) != 4 or not x.is_floating_point():
+        raise InputError(f"x must be floating point images [N, C, H, W], got {x.dtype} {list(shape)}.")
+    if len(sides) not in (1, 2) or not all(1 <= k <= 32 for k in sides):
+        raise InputError(f"f must have shape [k] or [kh, kw] with sides from 1 to 32, got {list(sides)}.")
     if f.requires_grad:
         raise InputError("f must not require a gradient: upfirdn2d does not learn its filter; pass f.detach().")
     for name, factor in (("up", up), ("down", down)):
-        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+        if type(factor) is not int or factor < 1:
             raise InputError(f"{name} must be a positive integer, got {factor!r}.")
-    pad = tuple(padding) if isinstance(padding, Sequence) else (padding,) * 4
+    pad = (padding,) * 4 if isinstance(padding, int) else tuple(padding) if isinstance(padding, Sequence) else ()
     if len(pad) != 4 or not all(isinstance(p, int) for p in pad):
         raise InputError(f"padding must be one integer or (left, right, top, bottom), got {padding!r}.")
-    f = torch.outer(f, f) if f.ndim == 1 else f
-    height, width = x.shape[2] * up + pad[2] + pad[3], x.shape[3] * up + pad[0] + pad[1]
-    if min(x.shape[2:]) < 1 or height < f.shape[0] or width < f.shape[1]:
+    height, width = shape[2] * up + pad[2] + pad[3], shape[3] * up + pad[0] + pad[1]
+    if shape[2] < 1 or shape[3] < 1 or height < sides[0] or width < sides[-1]:
         raise InputError(
             f"padding {list(pad)} leaves images of {height} x {width} px, expected at least the filter's "
-            f"{f.shape[0]} x {f.shape[1]}; x is {list(x.shape)}."
+            f"{sides[0]} x {sides[-1]}; x is {list(shape)}."
         )
-    return f.to(x), pad  # type: ignore[return-value]
+    return pad
 
 
 def _out_size(height: int, width: int, f: Tensor, down: int) -> tuple[int, int]:
-    return (height - f.shape[0]) // down + 1, (width - f.shape[1]) // down + 1
+    return (height - f.shape[0]) // down + 1, (width - f.shape[-1]) // down + 1
 
 
 def _fake(x, f, up, down, left, right, top, bottom, flip_filter, gain):
     height, width = x.shape[2] * up + top + bottom, x.shape[3] * up + left + right
-    return x.new_empty(*x.shape[:2], *_out_size(height, width, f, down))
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    y = x.new_empty(*x.shape[:2], *_out_size(height, width, f, down))
+    return torch.empty_like(y, memory_format=torch.channels_last) if last else y
 
 
 def _setup_context(ctx, inputs, output):
@@ -118,15 +124,14 @@ def _backward(ctx, grad):
     """The transpose swaps up and down, flips the filter, and pads so that the size comes back."""
     (f,) = ctx.saved_tensors
     up, down, left, _, top, _, flip_filter, gain = ctx.settings
-    kh, kw = f.shape
+    kh, kw = f.shape[0], f.shape[-1]
     height, width = ctx.size
     left, top = kw - 1 - left, kh - 1 - top
     # one less than a multiple of `up` more rows would do too: take those that give exactly `height` rows
     bottom = (height - 1) * up + kh - grad.shape[2] * down - top
     right = (width - 1) * up + kw - grad.shape[3] * down - left
-    grad_x = torch.ops.sage_fast.upfirdn2d(
-        grad.contiguous(), f, down, up, left, right, top, bottom, not flip_filter, gain
-    )
+    op = torch.ops.sage_fast.upfirdn2d.default
+    grad_x = _native.call(op, grad, f, down, up, left, right, top, bottom, not flip_filter, gain)
     return grad_x, *[None] * 9
 
 

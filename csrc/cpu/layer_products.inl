@@ -1,0 +1,270 @@
+// Products of a matrix [dim, cols] with many short vectors, for project_onto_basis and edit_latents. Many samples share
+// the matrix packed into panels; for one sample it is read once, as it lies.
+
+#pragma once
+
+namespace sage_fast::SAGE_ISA {
+namespace {
+
+// [rows, cols], `stride` apart, inside memory that ends at `end`.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t rows, cols, stride;
+  const T* end;
+};
+
+// Memory that is written before it is read.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+template <class T>
+struct Products {
+  using V = typename Vector<T>::type;
+  static constexpr int64_t lanes = Vector<T>::lanes;
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Lane Bits __attribute__((vector_size(SAGE_VECTOR_BYTES)));
+
+  static constexpr int64_t vectors = 4, width = vectors * lanes;    // of a panel
+  static constexpr int64_t tile = SAGE_VECTOR_BYTES == 64 ? 4 : 2;  // samples whose sums fit the registers
+  static constexpr int64_t group = 8;                               // samples at a time: they stay in the L1 cache
+  static constexpr int64_t columns = 5;                             // of a matrix that meet a tile at once
+
+  template <size_t... i>
+  static V low(V a, V b, std::index_sequence<i...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (i % 2 * lanes + i / 2)...);
+#else
+    return __builtin_shuffle(a, b, Bits{Lane(i % 2 * lanes + i / 2)...});
+#endif
+  }
+  template <size_t... i>
+  static V high(V a, V b, std::index_sequence<i...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (i % 2 * lanes + (lanes + i) / 2)...);
+#else
+    return __builtin_shuffle(a, b, Bits{Lane(i % 2 * lanes + (lanes + i) / 2)...});
+#endif
+  }
+  static constexpr auto all = std::make_index_sequence<lanes>();
+
+  // A square of lanes x lanes; each round moves one bit of the row number into the lane number.
+  static void transpose(V* v) {
+    for (int64_t done = 1; done < lanes; done *= 2) {
+      V w[lanes];
+      for (int64_t i = 0; i < lanes / 2; ++i) {
+        w[2 * i] = low(v[i], v[i + lanes / 2], all);
+        w[2 * i + 1] = high(v[i], v[i + lanes / 2], all);
+      }
+      for (int64_t i = 0; i < lanes; ++i) v[i] = w[i];
+    }
+  }
+
+  // Lane i: the sum of all lanes of v[i]. The rounds of transpose, with the two halves added.
+  template <int64_t half = lanes / 2>
+  static V sum_of_each(const V* v) {
+    V w[half];
+    for (int64_t i = 0; i < half; ++i) w[i] = low(v[i], v[i + half], all) + high(v[i], v[i + half], all);
+    if constexpr (half == 1) {
+      return w[0];
+    } else {
+      return sum_of_each<half / 2>(w);
+    }
+  }
+
+  static V only(V v, Bits bits) { return V(Bits(v) & bits); }
+
+  // All bits in the lanes below n.
+  static Bits below(int64_t n) {
+    Bits bits;
+    for (int64_t i = 0; i < lanes; ++i) bits[i] = i < n ? -1 : 0;
+    return bits;
+  }
+
+  // `lanes` rows from row `first` on, whose vectors may be loaded in whole: the matrix itself or, near its end, a copy.
+  static Matrix<T> rows_from(const Matrix<T>& m, int64_t first, Buffer<T>& copy) {
+    const int64_t padded = round_up(m.cols, lanes), held = std::clamp<int64_t>(m.rows - first, 0, lanes);
+    const T* data = m.data + first * m.stride;
+    if (held == lanes && data + (lanes - 1) * m.stride + padded <= m.end) return {data, lanes, m.cols, m.stride, m.end};
+    copy.assign(lanes * padded);
+    for (int64_t i = 0; i < held; ++i) std::copy_n(data + i * m.stride, m.cols, copy.data() + i * padded);
+    return {copy.data(), lanes, m.cols, padded, copy.data() + lanes * padded};
+  }
+
+  static int64_t panels_size(int64_t rows, int64_t cols) { return round_up(rows, width) * cols; }
+
+  // [rows, cols] -> panels [rows / width, cols, width], zero beyond the last row.
+  static void pack(const Matrix<T>& m, T* panels) {
+    Buffer<T> copy;
+    for (int64_t d = 0; d < round_up(m.rows, width); d += lanes) {
+      const Matrix<T> rows = rows_from(m, d, copy);
+      T* to = panels + d / width * width * m.cols + d % width;
+      for (int64_t c = 0; c < m.cols; c += lanes) {
+        V v[lanes];
+        for (int64_t i = 0; i < lanes; ++i) v[i] = load(rows.data + i * rows.stride + c);
+        transpose(v);
+        for (int64_t j = 0; j < std::min(lanes, m.cols - c); ++j) store<T>(v[j], to + (c + j) * width);
+      }
+    }
+  }
+
+  // sums[s * cols + c] = partial sums of w[s] . column c, for S samples and C columns of the panels.
+  template <int64_t S, int64_t C>
+  static void dots(const T* const* w, const T* const* tails, int64_t dim, const T* panels, int64_t cols, V* sums) {
+    V sum[S][C];
+    for (int64_t s = 0; s < S; ++s) {
+      for (int64_t c = 0; c < C; ++c) sum[s][c] = V{};
+    }
+    for (int64_t d = 0; d < dim; d += width) {
+      const T* at[S];
+      for (int64_t s = 0; s < S; ++s) at[s] = d + width <= dim ? w[s] + d : tails[s];
+      const T* panel = panels + d * cols;
+      for (int64_t v = 0; v < width; v += lanes) {
+        V in[S];
+        for (int64_t s = 0; s < S; ++s) in[s] = load(at[s] + v);
+        for (int64_t c = 0; c < C; ++c) {
+          const V column = load(panel + c * width + v);
+          for (int64_t s = 0; s < S; ++s) sum[s][c] += in[s] * column;
+        }
+      }
+    }
+    for (int64_t s = 0; s < S; ++s) {
+      for (int64_t c = 0; c < C; ++c) sums[s * cols + c] = sum[s][c];
+    }
+  }
+
+  template <int64_t S>
+  static void dots_of_all_columns(const T* const* w, const T* const* tails, int64_t dim, const T* panels, int64_t cols,
+                                  V* sums) {
+    int64_t c = 0;
+    for (; c + columns <= cols; c += columns) dots<S, columns>(w, tails, dim, panels + c * width, cols, sums + c);
+    for (; c + 2 <= cols; c += 2) dots<S, 2>(w, tails, dim, panels + c * width, cols, sums + c);
+    for (; c < cols; ++c) dots<S, 1>(w, tails, dim, panels + c * width, cols, sums + c);
+  }
+
+  // codes [n, cols] = w [n, dim] times the packed matrix, n up to `group`. codes has room for `lanes` more.
+  static void reduce(const T* const* w, int64_t n, int64_t dim, const T* panels, int64_t cols, const Scratch<T>& sums,
+                     T* codes) {
+    const int64_t full = dim / width * width;
+    T padded[group][width];  // the last panel of each sample, where it is not full
+    const T* tails[group];
+    for (int64_t s = 0; s < n; ++s) {
+      for (int64_t d = full; d < round_up(dim, width); ++d) padded[s][d - full] = d < dim ? w[s][d] : T(0);
+      tails[s] = padded[s];
+    }
+    V* partial = reinterpret_cast<V*>(sums.data());
+    int64_t s = 0;
+    for (; s + tile <= n; s += tile) dots_of_all_columns<tile>(w + s, tails + s, dim, panels, cols, partial + s * cols);
+    for (; s < n; ++s) dots_of_all_columns<1>(w + s, tails + s, dim, panels, cols, partial + s * cols);
+    for (int64_t i = 0; i < n * cols; i += lanes) store<T>(sum_of_each(partial + i), codes + i);
+  }
+  static int64_t sums_size(int64_t cols) { return (group * cols + lanes) * lanes; }
+  static int64_t codes_size(int64_t cols) { return group * cols + lanes; }
+
+  // Rows of samples lie far apart, where the processor does not look ahead by itself.
+  static void prefetch(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
+  }
+
+  // out[s] = base[s] + alpha * sum_j codes[s * stride + j] * column kept[j], for S samples and one panel; base may be
+  // null.
+  template <int64_t S>
+  static void expand_panel(const T* codes, int64_t stride, int64_t count, const int64_t* kept, const T* panel,
+                           const T* const* base, T alpha, T* const* out, int64_t d, int64_t dim) {
+    V sum[S][vectors];
+    for (int64_t s = 0; s < S; ++s) {
+      for (int64_t v = 0; v < vectors; ++v) sum[s][v] = V{};
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      V column[vectors];
+      for (int64_t v = 0; v < vectors; ++v) column[v] = load(panel + kept[j] * width + v * lanes);
+      for (int64_t s = 0; s < S; ++s) {
+        for (int64_t v = 0; v < vectors; ++v) sum[s][v] += codes[s * stride + j] * column[v];
+      }
+    }
+    for (int64_t s = 0; s < S; ++s) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = d + v * lanes;
+        if (at + lanes <= dim) {
+          store<T>(base ? load(base[s] + at) + alpha * sum[s][v] : sum[s][v], out[s] + at);
+        } else {
+          for (int64_t i = at; i < dim; ++i) {
+            out[s][i] = base ? base[s][i] + alpha * sum[s][v][i - at] : sum[s][v][i - at];
+          }
+        }
+      }
+    }
+  }
+
+  // out [n, dim] from codes [n, count] over the columns `kept` of a packed matrix; base may be null. Rows `ahead` [n]
+  // are fetched meanwhile.
+  static void expand(const T* codes, int64_t n, int64_t count, const int64_t* kept, const T* panels, int64_t cols,
+                     int64_t dim, const T* const* base, T alpha, T* const* out, const T* const* ahead,
+                     int64_t n_ahead) {
+    for (int64_t d = 0; d < dim; d += width) {
+      const T* panel = panels + d * cols;
+      const int64_t held = std::min(width, dim - d);
+      for (int64_t s = 0; s < n_ahead; ++s) prefetch(ahead[s] + d, held);
+      int64_t s = 0;
+      for (; s + tile <= n; s += tile) {
+        expand_panel<tile>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d,
+                           dim);
+      }
+      for (; s < n; ++s) {
+        expand_panel<1>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d,
+                        dim);
+      }
+    }
+  }
+
+  // codes [cols, rounded up to whole vectors] = w [rows] times a matrix as it lies.
+  static void reduce_once(const T* w, const Matrix<T>& m, Buffer<T>& copy, T* codes) {
+    for (int64_t c = 0; c < m.cols; c += lanes) {
+      V sum[4] = {};  // the additions of one sum would wait for each other
+      for (int64_t d = 0; d < m.rows; d += lanes) {
+        const Matrix<T> rows = rows_from(m, d, copy);
+        const int64_t held = std::min(lanes, m.rows - d);
+        if (held == lanes) {
+          for (int64_t i = 0; i < lanes; ++i) sum[i % 4] += w[d + i] * load(rows.data + i * rows.stride + c);
+        } else {
+          for (int64_t i = 0; i < held; ++i) sum[0] += w[d + i] * load(rows.data + i * rows.stride + c);
+        }
+      }
+      store<T>((sum[0] + sum[1]) + (sum[2] + sum[3]), codes + c);
+    }
+  }
+
+  // out [rows] = base + alpha * m codes, the lanes in `used` only; codes and used are rounded up to whole vectors.
+  static void expand_once(const T* codes, const Lane* used, const Matrix<T>& m, Buffer<T>& copy, const T* base, T alpha,
+                          T* out) {
+    for (int64_t d = 0; d < m.rows; d += lanes) {
+      const Matrix<T> rows = rows_from(m, d, copy);
+      V sum[lanes] = {};
+      for (int64_t c = 0; c < m.cols; c += lanes) {
+        const V code = load(codes + c);
+        Bits bits;
+        std::memcpy(&bits, used + c, sizeof(bits));
+        for (int64_t i = 0; i < lanes; ++i) sum[i] += code * only(load(rows.data + i * rows.stride + c), bits);
+      }
+      T values[lanes];
+      store<T>(sum_of_each(sum), values);
+      const int64_t held = std::min(lanes, m.rows - d);
+      for (int64_t i = 0; i < held; ++i) out[d + i] = base ? base[d + i] + alpha * values[i] : values[i];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace sage_fast::SAGE_ISA

@@ -1,0 +1,90 @@
+"""Weighted sums of some rows and columns of a table, as joint codes are drawn (Eq. 20)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sage_fast import _native
+from sage_fast.errors import InputError
+
+__all__ = ["combine_rows", "combine_rows_reference"]
+
+
+def combine_rows(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``weights @ (table - centre)[rows][:, columns]``, without a copy of the rows.
+
+    The draw of Eq. 20 of [SAGE] is such a sum: of pooled codes less their mean, with normal weights. Differentiable any
+    number of times in weights, table and centre. On a CPU a row of the result depends on its own weights alone, to the
+    last bit.
+
+    Args:
+        weights: [N, m], floating.
+        table: [M, C].
+        centre: [C].
+        rows: int64 [m], 0 to M - 1; columns: int64 [K], 0 to C - 1.
+    Returns:
+        [N, K].
+    Raises:
+        InputError: shapes or dtypes that do not belong together.
+    """
+    _check(weights, table, centre, rows, columns)
+    native = weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.float64)
+    if native and _native.has_kernel("combine_rows", "cpu"):
+        return torch.ops.sage_fast.combine_rows.default(weights, table, centre, rows, columns)
+    return combine_rows_reference(weights, table, centre, rows, columns)
+
+
+def combine_rows_reference(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same in plain PyTorch."""
+    _check(weights, table, centre, rows, columns)
+    return weights @ _picked(table, centre, rows, columns)
+
+
+def _picked(table: Tensor, centre: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return table[rows][:, columns] - centre[columns]
+
+
+def _check(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns: Tensor) -> None:
+    if weights.ndim != 2 or table.ndim != 2 or not weights.is_floating_point():
+        raise InputError(
+            f"weights must be floating point [N, m] and table [M, C], got {weights.dtype} {list(weights.shape)} and "
+            f"{list(table.shape)}."
+        )
+    if centre.shape != table.shape[1:]:
+        raise InputError(f"centre must have shape [{table.shape[1]}], as table has columns, got {list(centre.shape)}.")
+    for name, tensor in (("table", table), ("centre", centre)):
+        if tensor.dtype != weights.dtype or tensor.device != weights.device:
+            raise InputError(
+                f"{name} must be {weights.dtype} on {weights.device}, as weights are, got {tensor.dtype} on {tensor.device}."
+            )
+    for name, index in (("rows", rows), ("columns", columns)):
+        if index.ndim != 1 or index.dtype != torch.int64:
+            raise InputError(f"{name} must be int64 and flat, got {index.dtype} {list(index.shape)}.")
+    if len(rows) != weights.shape[1]:
+        raise InputError(f"rows must hold {weights.shape[1]} numbers, one for each weight, got {len(rows)}.")
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    weights, table, centre, rows, columns = ctx.saved_tensors
+    grad_weights = grad @ _picked(table, centre, rows, columns).T if ctx.needs_input_grad[0] else None
+    grad_table = grad_centre = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        grad_picked = weights.T @ grad  # [m, K]
+        grad_rows = grad.new_zeros(len(rows), table.shape[1]).index_add(1, columns, grad_picked)
+        grad_table = table.new_zeros(table.shape).index_add(0, rows, grad_rows)
+        grad_centre = -grad_rows.sum(0)
+    return grad_weights, grad_table, grad_centre, None, None
+
+
+@_native.when_loaded
+def _register() -> None:
+    def fake(weights, table, centre, rows, columns):
+        return weights.new_empty(len(weights), len(columns))
+
+    torch.library.register_fake("sage_fast::combine_rows", fake)
+    torch.library.register_autograd("sage_fast::combine_rows", _backward, setup_context=_setup_context)
