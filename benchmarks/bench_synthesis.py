@@ -6,6 +6,10 @@ autocast. Peers run as they are published, in float32 on a CPU, with the weights
 
     pytest benchmarks/bench_synthesis.py --benchmark-enable --bench-threads 2 --peer-path ~/stylegan2-ada-pytorch
 
+On a machine with a GPU ``test_synthesis_on_a_gpu`` times whole calls there, by CUDA events, with and without a CUDA graph:
+
+    pytest benchmarks/bench_synthesis.py -k gpu --benchmark-enable -s
+
 Set MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ to 4 GB, as ``make bench`` does: without them glibc maps and
 unmaps large activations at every op, which flatters us (our workspace is kept) by up to 1.9 times.
 """
@@ -13,17 +17,26 @@ unmaps large activations at every op, which flatters us (our workspace is kept) 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from statistics import median
+from unittest import mock
 
 import pytest
 import torch
 from peers import load_peers
 
+from sage_fast import _native
+from sage_fast.models.graphs import GraphedSynthesis
 from sage_fast.models.inference import choose_road, fused_network
 from sage_fast.models.stylegan2 import Generator
-from sage_fast.ops.synthesis import SynthesisNetwork, has_bf16, synthesis_reference
+from sage_fast.ops import synthesis_cuda, synthesis_epilogue
+from sage_fast.ops.synthesis import SynthesisNetwork, has_products, synthesis_reference
 
 #: name -> resolution, channel_base, channel_max
 CONFIGS = {
@@ -32,6 +45,7 @@ CONFIGS = {
     "64": (64, 16384, 512),
     "256p": (256, 16384, 512),
     "256F": (256, 32768, 512),
+    "1024F": (1024, 32768, 512),
 }
 _MOST = 400e9  # FLOP a call: larger batches say nothing new on a CPU and take minutes
 
@@ -65,10 +79,10 @@ def channels_last(network: SynthesisNetwork) -> SynthesisNetwork:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("n", [1, 4, 8, 64])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "1024F"])
 def test_synthesis(compare, request, name, n, precision):
     bf16 = precision == "bfloat16"
-    if bf16 and not has_bf16(torch.device("cpu")):
+    if bf16 and not has_products(torch.bfloat16, torch.device("cpu")):
         pytest.skip("this processor has no bfloat16 products")
     G = generator(name)
     work = n * flop(G)
@@ -97,6 +111,74 @@ def test_synthesis(compare, request, name, n, precision):
     compare.rounds = 5 if work > 20e9 else 11
     dtype = torch.bfloat16 if bf16 else torch.float32
     compare(f"{name}, N {n}, {precision}", timed(lambda: G.synthesis(w_plus)), rivals, flops=work, dtype=dtype)
+
+
+# the most telling first, in case the time runs out
+GPU_CASES = list(itertools.product(["bfloat16", "float16"], ["256F", "1024F"], [1, 8, 64, 4]))
+_gpu_generator = functools.lru_cache(maxsize=1)(lambda name: generator(name).to("cuda"))
+
+
+@pytest.mark.parametrize(("precision", "name", "n"), GPU_CASES)
+@torch.no_grad()
+def test_synthesis_on_a_gpu(request, capsys, precision, name, n):
+    """Medians of whole calls; a line of JSON each, at once, so that what was measured stays when the run is cut off."""
+    if "cuda" not in _native.load().devices:
+        pytest.skip(f"no kernels on 'cuda': {_native.load().reasons['cuda']}")
+    G, dtype = _gpu_generator(name), getattr(torch, precision)
+    w_plus = torch.randn(n, G.n_latent, 512, generator=torch.Generator().manual_seed(n)).cuda()
+    noise = [getattr(G.noises, f"noise_{i}") for i in range(G.n_latent - 1)]
+    network = fused_network(G)
+    last = channels_last(network)
+    graph = GraphedSynthesis(G, n, dtype)
+    plain_epilogues = mock.patch.multiple(
+        synthesis_cuda,
+        styled_epilogue=synthesis_epilogue.styled_epilogue_reference,
+        blur_epilogue=synthesis_epilogue.blur_epilogue_reference,
+    )
+    calls = {
+        "ours": lambda: G.synthesis(w_plus),
+        "ours, graph": lambda: graph(w_plus),
+        "plain PyTorch, channels last": lambda: synthesis_reference(last, w_plus, noise),
+        "our road, plain epilogues": plain_epilogues(lambda: synthesis_cuda.draw(network, w_plus, noise, dtype)),
+    }
+    calls = {who: torch.autocast("cuda", dtype)(call) for who, call in calls.items()}
+    for peer, draw in load_peers(request.config.getoption("--peer-path"), G).items():
+        calls[peer] = functools.partial(draw, w_plus)  # chooses float16 itself
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with torch.autocast("cuda", dtype):
+            assert choose_road(G, w_plus)[0] == "fused"
+        expected = calls["ours"]().float()
+        for who, call in calls.items():
+            error = (call().float() - expected).abs().max() / expected.abs().max()
+            assert error < 0.1, f"{who} differs by {error:.2e}"
+        if not request.config.getoption("--benchmark-enable"):
+            return
+        ms = _gpu_medians(calls)
+    images = {who: round(n / (t / 1e3), 1) for who, t in ms.items()}
+    tflops = round(n * flop(G) / min(ms["ours"], ms["ours, graph"]) / 1e9, 1)
+    row = dict(case=f"{name}, N {n}, {precision}", device=torch.cuda.get_device_name(), ms=ms, images_per_s=images)
+    with capsys.disabled():
+        print("\n" + json.dumps(row | dict(tflop_per_s=tflops)))
+
+
+def _gpu_medians(calls: dict[str, Callable[[], torch.Tensor]], rounds: int = 7) -> dict[str, float]:
+    """Milliseconds a call by CUDA events, the calls interleaved."""
+
+    def measure(call: Callable[[], torch.Tensor], repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+
+    repeats = {who: max(1, min(30, int(20 / measure(call, 2)))) for who, call in calls.items()}
+    times: dict[str, list[float]] = {who: [] for who in calls}
+    for _ in range(rounds):
+        for who, call in calls.items():
+            times[who].append(measure(call, repeats[who]))
+    return {who: round(median(values), 4) for who, values in times.items()}
 
 
 @pytest.mark.parametrize("n", [8])

@@ -1,7 +1,8 @@
 """Other people's StyleGAN2, from local clones (``--peer-path``), with the weights of one of our generators.
 
 A clone of NVlabs/stylegan2-ada-pytorch ("ada"), NVlabs/stylegan3 ("sg3", its StyleGAN2 networks) or
-rosinality/stylegan2-pytorch ("ros") is recognised by its files. Their code runs in this process, on its CPU roads.
+rosinality/stylegan2-pytorch ("ros") is recognised by its files. Their code runs in this process: on its CPU roads, or, for a
+generator on a GPU, NVlabs' as they publish it, in float16 at the four largest sizes.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ def _load(path: Path, generator: Generator) -> tuple[str, Draw]:
         return "sg3", _nvlabs(path, "training.networks_stylegan2", generator)
     if (path / "training" / "networks.py").exists():
         return "ada", _nvlabs(path, "training.networks", generator)
-    if (path / "op" / "fused_act.py").exists():
+    if (path / "op" / "fused_act.py").exists() and generator.latent_avg.device.type == "cpu":
         return "ros", _rosinality(path, generator)
-    raise SystemExit(f"--peer-path: {path} is no clone of stylegan2-ada-pytorch, stylegan3 or rosinality's port")
+    raise SystemExit(
+        f"--peer-path: {path} is no clone of stylegan2-ada-pytorch, stylegan3 or, on a CPU, rosinality's port"
+    )
 
 
 @contextmanager
@@ -79,8 +82,9 @@ def _imports_from(path: Path) -> Iterator[None]:
 
 def _nvlabs(path: Path, module: str, generator: Generator) -> Draw:
     net, _ = _nvlabs_networks(path, module, generator)
-    net.eval().requires_grad_(False)
-    return lambda w_plus: net(w_plus, noise_mode="const", force_fp32=True)
+    device = generator.latent_avg.device
+    net.eval().requires_grad_(False).to(device)
+    return lambda w_plus: net(w_plus, noise_mode="const", force_fp32=device.type == "cpu")
 
 
 def _nvlabs_networks(
@@ -92,7 +96,7 @@ def _nvlabs_networks(
         img_channels=generator.n_channels,
         channel_base=max(size * c for size, c in sizes.items()),
         channel_max=max(generator.channels),
-        num_fp16_res=0,
+        num_fp16_res=0 if generator.latent_avg.device.type == "cpu" else 4,
     )
     with _imports_from(path):
         networks = importlib.import_module(module)

@@ -27,6 +27,14 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def("synthesis_pack(Tensor weight, bool up, bool bf16) -> Tensor");
   m.def("synthesis_has_bf16(Tensor any) -> bool");
   m.def(
+      "styled_epilogue(Tensor x, Tensor factor, Tensor bias, Tensor? noise, float strength, Tensor? next_style, "
+      "Tensor image_weight, Tensor image_bias, Tensor? skip, float slope, float gain, float clamp) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "blur_epilogue(Tensor x, Tensor factor, Tensor bias, Tensor? noise, float strength, Tensor next_style, "
+      "float slope, float gain, float clamp) -> Tensor");
+  m.def("counter_normal(Tensor samples, int seed, int stream, int numel) -> Tensor");
+  m.def(
       "edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, float alpha, Tensor? mask, "
       "Tensor? class_index) -> Tensor");
   m.def("combine_rows(Tensor weights, Tensor table, Tensor centre, Tensor rows, Tensor columns) -> Tensor");

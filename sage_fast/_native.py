@@ -19,7 +19,7 @@ import torch
 
 from sage_fast.errors import InputError, SageFastWarning
 
-__all__ = ["NATIVE_OPS", "Native", "call", "has_kernel", "load", "when_loaded"]
+__all__ = ["CUDA_OPS", "NATIVE_OPS", "Native", "call", "has_kernel", "load", "when_loaded"]
 
 #: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
 NATIVE_OPS = (
@@ -34,6 +34,8 @@ NATIVE_OPS = (
     "conv3x3",
     "synthesis",
 )
+#: ops with a kernel on CUDA alone: parts of its fused synthesis
+CUDA_OPS = ("styled_epilogue", "blur_epilogue", "counter_normal")
 BUILD_MODES = ("auto", "aot", "jit", "none")
 _REMEDY = "Install a C++ compiler and reinstall (pip install --no-build-isolation .), or set SAGE_FAST_BUILD=none to stay without."
 
@@ -67,7 +69,7 @@ def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``op`` runs natively on ``device_type`` ("cpu", "cuda"); warns once a device when it should but cannot."""
     native = _native or load()
     if device_type in native.devices:
-        return op in NATIVE_OPS
+        return op in NATIVE_OPS or (device_type == "cuda" and op in CUDA_OPS)
     if op in NATIVE_OPS and device_type not in _warned and build_mode() != "none":
         _warned.add(device_type)
         reason = native.reasons.get(device_type, "there are no kernels for this kind of device")

@@ -41,7 +41,7 @@ def _roads(device: str) -> dict[str, str]:
     """Which road a generator takes for inference, under autocast and with gradients, and why."""
     import torch
 
-    from sage_fast.models.inference import choose_road, wants_bf16
+    from sage_fast.models.inference import choose_road, wanted_dtype
     from sage_fast.models.stylegan2 import Generator
 
     generator = Generator(4, style_dim=1, n_mapping=1, channels=[1]).to(device)
@@ -51,7 +51,11 @@ def _roads(device: str) -> dict[str, str]:
         road, reason = choose_road(generator, w_plus)
         roads["inference"] = f"{road} ({reason})"
         if road == "fused":
-            products = "bfloat16" if wants_bf16(w_plus.device) else "float32: the processor has no bfloat16 products"
+            products = (
+                "bfloat16"
+                if wanted_dtype(w_plus.device) == torch.bfloat16
+                else "float32: the processor has no bfloat16 products"
+            )
             roads["inference under autocast bfloat16"] = f"fused ({products})"
     return roads
 
@@ -63,9 +67,9 @@ def _all_ops() -> list[str]:
 
 
 def _state(native: Any, op: str, device: str) -> str:
-    from sage_fast._native import NATIVE_OPS
+    from sage_fast._native import CUDA_OPS, NATIVE_OPS
 
-    if op not in NATIVE_OPS:
+    if op not in NATIVE_OPS and (device != "cuda" or op not in CUDA_OPS):
         return "composed"
     if device in native.devices:
         return "native"

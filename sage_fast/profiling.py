@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
-from sage_fast.models.inference import choose_road, fused_network, wants_bf16
+from sage_fast.models.inference import choose_road, fused_network, wanted_dtype
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.ops.synthesis import synthesis_times
 
@@ -125,8 +125,8 @@ def _layers(generator: Generator, n: int) -> list[LayerTime]:
 
 def _fused_call(generator: Generator, w_plus: Tensor) -> Callable[[], list[float]]:
     noise = [getattr(generator.noises, f"noise_{i}") for i in range(generator.n_latent - 1)]
-    network, bf16 = fused_network(generator), wants_bf16(w_plus.device)
-    return lambda: synthesis_times(network, w_plus, noise, bf16).tolist()
+    network, dtype = fused_network(generator), wanted_dtype(w_plus.device)
+    return lambda: synthesis_times(network, w_plus, noise, dtype).tolist()
 
 
 def _layered_call(generator: Generator, w_plus: Tensor) -> Callable[[], list[float]]:

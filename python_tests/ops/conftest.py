@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +85,17 @@ def no_worse_than_plain() -> Callable[[Tensor, Tensor, Tensor], None]:
         assert error <= 2 * allowed, f"error {error:.3g}, plain PyTorch has {allowed:.3g}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def host_twin(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The thread functions of the CUDA synthesis, compiled for this processor: ``host_twin.cpp``."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler on this machine")
+    here, library = Path(__file__).parent, tmp_path_factory.mktemp("twin") / "host_twin.so"
+    command = [compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    command += [f"-I{here.parents[1] / 'csrc'}", str(here / "host_twin.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return ctypes.CDLL(str(library))

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from sage_fast.errors import InputError
-from sage_fast.models.inference import choose_road, fused_network
+from sage_fast.models.inference import choose_road, counter_noise, fused_network, wanted_dtype
 from sage_fast.models.stylegan2 import Generator
-from sage_fast.ops.synthesis import has_bf16, synthesis, synthesis_reference
+from sage_fast.ops import synthesis_cuda
+from sage_fast.ops.synthesis import has_products, synthesis, synthesis_reference
 
 # every size from 4 px; channels that fill no vector, more than a panel, and one
 CHANNELS = {
@@ -23,6 +24,12 @@ CHANNELS = {
     "32 px": [96, 64, 48, 32],
     "64 px": [24, 24, 16, 9, 6],
 }
+
+
+@pytest.fixture(autouse=True)
+def whole_products(monkeypatch):
+    """cuDNN would otherwise round float32 to the 10 bits of TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def generator(channels: list[int], n_channels: int = 3, style_dim: int = 19) -> Generator:
@@ -56,26 +63,73 @@ def test_equals_the_reference_in_float64(device, name, n_channels):
     G = generator(CHANNELS[name], n_channels).to(device)
     w_plus, network = latents(G, 3).to(device), fused_network(G)
     ours, plain = synthesis(network, w_plus, maps(G)), synthesis_reference(network, w_plus, maps(G))
-    exact = generator(CHANNELS[name], n_channels).double()
+    exact = generator(CHANNELS[name], n_channels).to(device).double()
     exact.load_state_dict(G.state_dict())
     expected = exact.synthesis(w_plus.double())
     assert relative(plain, expected) < 3e-6
     assert relative(ours, expected) < 4e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CHANNELS)
-def test_bfloat16_follows_the_rule_for_low_precision(device, name):
-    """At most twice the error of plain PyTorch with bfloat16 products."""
-    if not has_bf16(torch.device(device)):
-        pytest.skip("this processor has no bfloat16 products")
+def test_low_precision_follows_the_rule(device, name, dtype):
+    """At most twice the error of plain PyTorch with products in the same dtype."""
+    if not has_products(dtype, torch.device(device)):
+        pytest.skip(f"this processor has no {dtype} products")
     G = generator(CHANNELS[name]).to(device)
     w_plus, network = latents(G, 8).to(device), fused_network(G)
     exact = synthesis_reference(network, w_plus, maps(G)).double()
-    ours = synthesis(network, w_plus, maps(G), bf16=True).double()
-    with torch.autocast(device, torch.bfloat16):
+    ours = synthesis(network, w_plus, maps(G), dtype).double()
+    with torch.autocast(device, dtype):
         plain = synthesis_reference(network, w_plus, maps(G)).double()
     error, allowed = (float((x - exact).square().mean().sqrt()) for x in (ours, plain))
     assert 0 < error <= 2 * allowed
+
+
+@pytest.mark.parametrize("n_channels", [1, 4])
+@pytest.mark.parametrize("name", CHANNELS)
+def test_the_cuda_road_on_the_cpu(name, n_channels):
+    """Its padding, scales and batched products, with plain PyTorch in place of the kernels."""
+    G = generator(CHANNELS[name], n_channels)
+    w_plus, network = latents(G, 3), dataclasses.replace(fused_network(G), clamp=2.0)
+    w_plus[0] = 0  # styles are the biases then
+    noise = [m.expand(3 if i % 2 else 1, -1, -1, -1) for i, m in enumerate(maps(G))]
+    expected = synthesis_reference(network, w_plus, noise)
+    assert relative(synthesis_cuda.draw(network, w_plus, noise, torch.float32), expected) < 3e-6
+    assert synthesis_cuda.draw(network, w_plus[:0], noise, torch.float32).shape == expected[:0].shape
+    marks = []
+    synthesis_cuda.draw(network, w_plus, noise, torch.float32, lambda: marks.append(1))
+    assert len(marks) == len(network.layers) + 1
+
+
+def test_the_cuda_road_divides_large_batches(monkeypatch):
+    G = generator(CHANNELS["odd"])
+    w_plus, network = latents(G, 5), fused_network(G)
+    noise = [torch.randn(5, *m.shape[1:]) if i % 2 else m for i, m in enumerate(maps(G))]
+    whole = synthesis_cuda.draw(network, w_plus, noise, torch.float32)
+    monkeypatch.setattr(synthesis_cuda, "_MOST_VALUES", 2 * 24 * 33**2 + 5)
+    torch.testing.assert_close(synthesis_cuda.draw(network, w_plus, noise, torch.float32), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cuda_road_in_low_precision_on_the_cpu(dtype):
+    """Also with weights, styles and inputs that leave the range of float16 when they are multiplied as they are."""
+    G = generator(CHANNELS["32 px"])
+    G.conv1.conv.weight.mul_(3000)
+    G.convs[1].conv.modulation.bias.mul_(1000)
+    w_plus, network = latents(G, 4), fused_network(G)
+    exact = synthesis_reference(network, w_plus, maps(G))
+    ours = synthesis_cuda.draw(network, w_plus, maps(G), dtype)
+    assert 0 < relative(ours, exact) < 12 * torch.finfo(dtype).eps
+
+
+def test_counter_noise_belongs_to_the_sample(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus, samples = latents(G, 3).to(device), torch.tensor([4, 2, 9], device=device)
+    together = G.synthesis(w_plus, noise=counter_noise(G, samples, seed=1))
+    alone = G.synthesis(w_plus[1:2], noise=counter_noise(G, samples[1:2], seed=1))
+    torch.testing.assert_close(alone[0], together[1], atol=1e-5, rtol=1e-5)
+    assert not torch.isclose(G.synthesis(w_plus, noise=counter_noise(G, samples, seed=2)), together).all()
 
 
 def test_the_generator_takes_it_and_gets_the_same_images(device, monkeypatch):
@@ -138,16 +192,25 @@ def test_without_kernels_the_reference_runs(on_reference):
     torch.testing.assert_close(synthesis(fused_network(G), w_plus, maps(G)), fused, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_sample_does_not_depend_on_the_batch(device, bf16):
-    """The same bits alone and among others: 65 images are several bands, 1 is a part of one."""
-    if bf16 and not has_bf16(torch.device(device)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_does_not_depend_on_the_batch(device, dtype):
+    """On the CPU the same bits alone and among others: 65 images are several bands, 1 is a part of one. cuDNN chooses by size."""
+    if not has_products(dtype, torch.device(device)):
         pytest.skip("this processor has no bfloat16 products")
     G = generator(CHANNELS["32 px"]).to(device)
     w_plus, network = latents(G, 65).to(device), fused_network(G)
-    together = synthesis(network, w_plus, maps(G), bf16)
+    together = synthesis(network, w_plus, maps(G), dtype)
     for i in (0, 7, 64):
-        assert torch.equal(synthesis(network, w_plus[i : i + 1], maps(G), bf16)[0], together[i])
+        alone = synthesis(network, w_plus[i : i + 1], maps(G), dtype)[0]
+        assert torch.equal(alone, together[i]) if device == "cpu" else relative(alone, together[i]) < 0.02
+
+
+def test_autocast_chooses_the_products(device):
+    where = torch.device(device)
+    assert wanted_dtype(where) == torch.float32
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(device, dtype):
+            assert wanted_dtype(where) == (dtype if has_products(dtype, where) else torch.float32)
 
 
 def test_same_bits_for_all_thread_counts(same_bits_for_all_thread_counts):
@@ -190,8 +253,8 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from ops.test_synthesis import CHANNELS, generator, latents, maps, relative
 from sage_fast.models.inference import fused_network
-from sage_fast.ops.synthesis import has_bf16, synthesis, synthesis_reference
-assert not has_bf16(torch.device("cpu"))
+from sage_fast.ops.synthesis import has_products, synthesis, synthesis_reference
+assert not has_products(torch.bfloat16, torch.device("cpu"))
 for name in ("4 px", "odd", "32 px"):
     G = generator(CHANNELS[name])
     w = latents(G, 2)
@@ -204,6 +267,8 @@ for name in ("4 px", "odd", "32 px"):
 
 
 def test_fake_kernel(device):
+    if device == "cuda":
+        pytest.skip("one op on the CPU alone")
     G = generator(CHANNELS["8 px"]).to(device)
     network, w_plus = fused_network(G), latents(G, 2).to(device)
     packed, empty = network.packed(False), w_plus.new_empty(0)
@@ -223,6 +288,10 @@ def test_bad_input(device):
         synthesis(network, w_plus, maps(G)[:2])
     with pytest.raises(InputError, match=r"noise map 1 must have shape \[1 or 2, 1, 8, 8\]"):
         synthesis(network, w_plus, [maps(G)[0]] * 3)
+    with pytest.raises(InputError, match="dtype must be one that the kernels"):
+        synthesis(network, w_plus, maps(G), torch.float64)
+    if device == "cuda":
+        return
     layers = [w_plus.new_empty(0)] * 6
     with pytest.raises(ValueError, match="layers must hold 6"):
         torch.ops.sage_fast.synthesis(w_plus, network.input, layers[:5], layers[:4], [0.0], 0.2, 1.0, -1.0, False)

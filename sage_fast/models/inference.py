@@ -1,6 +1,6 @@
 """Which road a generator's synthesis takes, and its weights as the fused kernels want them.
 
-* ``"fused"``: the whole network in one native call, for inference in float32 (bfloat16 products under autocast);
+* ``"fused"``: the whole network through fused kernels, for inference in float32 (low-precision products under autocast);
 * ``"differentiable"``: layer by layer, native ops with derivatives, plain PyTorch convolutions;
 * ``"reference"``: the same layers on the plain-PyTorch reference of every op, where nothing was compiled.
 """
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sage_fast import _native
-from sage_fast.ops.synthesis import ImageLayer, StyledLayer, SynthesisNetwork, has_bf16
+from sage_fast.ops.counter_normal import counter_normal
+from sage_fast.ops.synthesis import ImageLayer, StyledLayer, SynthesisNetwork, has_products
+from sage_fast.ops.synthesis_cuda import MAX_CHANNELS
 
 if TYPE_CHECKING:
     from sage_fast.models.stylegan2 import Generator
 
-__all__ = ["choose_road", "fused_network", "wants_bf16"]
+__all__ = ["choose_road", "counter_noise", "fused_network", "wanted_dtype"]
 
 _Key = tuple[tuple[int, int], ...]
 _networks: WeakKeyDictionary[nn.Module, tuple[_Key, SynthesisNetwork]] = WeakKeyDictionary()
@@ -42,16 +44,28 @@ def choose_road(generator: Generator, w_plus: Tensor) -> tuple[str, str]:
         return "differentiable", "the fused kernels take float32 weights and latents"
     if any(t.is_inference() for t in tensors):
         return "differentiable", "weights made in inference mode do not say when they change"
-    if max(generator.channels) > 4096:
-        return "differentiable", "more than 4096 channels"
+    most = MAX_CHANNELS if device == "cuda" else 4096
+    if max(generator.channels) > most:
+        return "differentiable", f"more than {most} channels"
     return "fused", "no gradients, float32"
 
 
-def wants_bf16(device: torch.device) -> bool:
-    """Whether autocast to bfloat16 is on and the processor multiplies bfloat16."""
-    if not torch.is_autocast_enabled(device.type) or torch.get_autocast_dtype(device.type) != torch.bfloat16:
-        return False
-    return has_bf16(device)
+def wanted_dtype(device: torch.device) -> torch.dtype:
+    """What the fused kernels are to multiply in: autocast's choice where the device has such products, else float32."""
+    if not torch.is_autocast_enabled(device.type):
+        return torch.float32
+    dtype = torch.get_autocast_dtype(device.type)
+    return dtype if has_products(dtype, device) else torch.float32
+
+
+def counter_noise(generator: Generator, samples: Tensor, seed: int = 0) -> list[Tensor]:
+    """Noise maps [N, 1, h, w] of every styled layer that depend only on ``seed`` and a sample's number (``samples``, int64 [N]).
+
+    Given to :meth:`Generator.synthesis` as ``noise``, they make an image depend neither on its batch nor, but for rounding, on
+    the device.
+    """
+    sizes = [4 << ((i + 1) // 2) for i in range(generator.n_latent - 1)]
+    return [counter_normal(samples, seed, i, size**2).view(-1, 1, size, size) for i, size in enumerate(sizes)]
 
 
 def fused_network(generator: Generator) -> SynthesisNetwork:
@@ -87,5 +101,10 @@ def _affine(conv: Any) -> tuple[Tensor, Tensor]:
 
 def _tensors(generator: Generator) -> list[Tensor]:
     """Everything that synthesis reads but the noise and the resampling filter, which never change."""
-    parts = (generator.input, generator.conv1, generator.to_rgb1, generator.convs, generator.to_rgbs)
-    return [p for part in parts for p in part.parameters()]
+    todo: list[nn.Module] = [generator.input, generator.conv1, generator.to_rgb1, generator.convs, generator.to_rgbs]
+    found: list[Tensor] = []
+    while todo:  # by hand: ``parameters()`` takes twice as long, a good part of a small synthesis
+        module = todo.pop()
+        found += [p for p in module._parameters.values() if p is not None]
+        todo += [m for m in module._modules.values() if m is not None]
+    return found

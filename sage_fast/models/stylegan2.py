@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sage_fast.errors import InputError
-from sage_fast.models.inference import choose_road, fused_network, wants_bf16
+from sage_fast.models.inference import choose_road, fused_network, wanted_dtype
 from sage_fast.ops import bias_act, modulated_conv2d, upfirdn2d
 from sage_fast.ops.conv3x3 import conv3x3
 from sage_fast.ops.synthesis import synthesis as fused_synthesis
@@ -131,7 +131,7 @@ class Generator(nn.Module):
         self._check_w_plus(w_plus)
         maps = self._noise_maps(noise, w_plus, rng)
         if choose_road(self, w_plus)[0] == "fused":
-            return fused_synthesis(fused_network(self), w_plus, maps, bf16=wants_bf16(w_plus.device))
+            return fused_synthesis(fused_network(self), w_plus, maps, dtype=wanted_dtype(w_plus.device))
         w = w_plus.unbind(1)
         x = self.conv1(self.input(len(w_plus)), w[0], maps[0])
         image = self.to_rgb1(x, w[1])

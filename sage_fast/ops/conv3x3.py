@@ -50,7 +50,8 @@ def _kernel_pays(x: Tensor, weight: Tensor) -> bool:
         and x.shape[2] == x.shape[3] >= _MIN_SIDE
         and x.shape[2] % 4 == c_in % 16 == c_out % 16 == 0
         and max(c_in, c_out) <= 4096
-        and _native.has_kernel("conv3x3", x.device.type)
+        and x.device.type == "cpu"  # cuDNN has such transforms of its own
+        and _native.has_kernel("conv3x3", "cpu")
     )
 
 

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops import synthesis_cuda
 
 __all__ = [
     "ImageLayer",
     "StyledLayer",
     "SynthesisNetwork",
-    "has_bf16",
+    "has_products",
     "synthesis",
     "synthesis_reference",
     "synthesis_times",
@@ -64,9 +65,10 @@ class SynthesisNetwork:
     gain: float = math.sqrt(2)
     clamp: float | None = None
     _packed: dict[bool, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _prepared: dict[torch.dtype, synthesis_cuda.Prepared] = field(default_factory=dict, repr=False, compare=False)
 
     def packed(self, bf16: bool) -> list[Tensor]:
-        """The native op's form: for each layer the transformed weights, their squares, affine map and biases."""
+        """The CPU op's form: for each layer the transformed weights, their squares, affine map and biases."""
         if bf16 not in self._packed:
             tensors = []
             for i, layer in enumerate(self.layers):
@@ -77,37 +79,66 @@ class SynthesisNetwork:
             self._packed[bf16] = tensors
         return self._packed[bf16]
 
+    def prepared(self, dtype: torch.dtype) -> synthesis_cuda.Prepared:
+        """The form of :mod:`sage_fast.ops.synthesis_cuda`."""
+        if dtype not in self._prepared:
+            self._prepared[dtype] = synthesis_cuda.prepare(self, dtype)
+        return self._prepared[dtype]
 
-def synthesis(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], bf16: bool = False) -> Tensor:
+
+def synthesis(
+    network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Draw images from one absolute latent per layer; no derivatives.
 
     Implements the generator of Karras et al. 2020 [StyleGAN2] with one weight for the whole batch: the style scales
     activations, demodulation scales outputs. On the CPU the 3 x 3 convolutions take 2.25 (plain, float32) multiplications a
     pixel instead of 9, by Winograd's and Toom and Cook's transforms, and each layer's epilogue is part of the way back from
-    them; see ``csrc/cpu/styled_conv.inl``.
+    them; see ``csrc/cpu/styled_conv.inl``. On a GPU cuDNN convolves, and an epilogue a layer does the rest in one pass; see
+    :mod:`sage_fast.ops.synthesis_cuda`.
 
     Args:
         network: weights, on the device of ``w_plus``.
         w_plus: [N, L, D] float32, L = 2 x the number of sizes.
         noise: one map [1 or N, 1, h, w] a styled layer, or None.
-        bf16: products in bfloat16 with float32 sums, where :func:`has_bf16`.
+        dtype: of the products, whose sums are float32, where :func:`has_products`.
     Returns:
-        [N, C, R, R] float32. The same bits for every batch size and number of threads.
+        [N, C, R, R] float32. On the CPU the same bits for every batch size and number of threads.
     Raises:
         InputError: latents or noise that do not fit the network.
     """
     _check(network, w_plus, noise)
     if not _native.has_kernel("synthesis", w_plus.device.type):
         return synthesis_reference(network, w_plus, noise)
-    return torch.ops.sage_fast.synthesis(*_arguments(network, w_plus, noise, bf16))
+    _check_dtype(dtype, w_plus.device)
+    if w_plus.device.type == "cuda":
+        return synthesis_cuda.draw(network, w_plus, noise, dtype)
+    return torch.ops.sage_fast.synthesis(*_arguments(network, w_plus, noise, dtype == torch.bfloat16))
 
 
 def synthesis_times(
-    network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], bf16: bool = False
+    network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Seconds that the native :func:`synthesis` spends in each styled layer, then in each layer to the image: float64."""
+    """Seconds that the native :func:`synthesis` spends in each styled layer, then in each layer to the image: float64.
+
+    On a GPU the images are part of the styled layers, and the styles of all are part of the first.
+    """
     _check(network, w_plus, noise)
-    return torch.ops.sage_fast.synthesis_times(*_arguments(network, w_plus, noise, bf16))
+    _check_dtype(dtype, w_plus.device)
+    if w_plus.device.type != "cuda":
+        return torch.ops.sage_fast.synthesis_times(*_arguments(network, w_plus, noise, dtype == torch.bfloat16))
+    events: list[torch.cuda.Event] = []
+
+    def mark() -> None:
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record(torch.cuda.current_stream(w_plus.device))
+
+    synthesis_cuda.draw(network, w_plus, noise, dtype, mark)
+    torch.cuda.synchronize(w_plus.device)
+    runs = len(network.layers) + 1  # marks of one pass; a large batch takes several
+    passes = [events[i : i + runs] for i in range(0, len(events), runs)]
+    layers = [sum(p[i].elapsed_time(p[i + 1]) for p in passes) / 1e3 for i in range(runs - 1)]
+    return torch.tensor([*layers, *[0.0] * len(network.images)], dtype=torch.float64)
 
 
 def _arguments(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], bf16: bool) -> tuple:
@@ -123,11 +154,21 @@ def _arguments(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor
     return w_plus, network.input, layers, images, strengths, network.slope, network.gain, clamp, bf16
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the kernels of a device multiply bfloat16 faster than float32."""
-    return _native.has_kernel("synthesis", device.type) and bool(
-        torch.ops.sage_fast.synthesis_has_bf16(torch.empty(0, device=device))
-    )
+def has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels of a device multiply in ``dtype``: float32, or what is faster than it there."""
+    if not _native.has_kernel("synthesis", device.type):
+        return False
+    if device.type == "cuda":
+        return dtype in (torch.float32, torch.float16) or (dtype == torch.bfloat16 and torch.cuda.is_bf16_supported())
+    bf16 = dtype == torch.bfloat16 and torch.ops.sage_fast.synthesis_has_bf16(torch.empty(0))
+    return dtype == torch.float32 or bool(bf16)
+
+
+def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    if not has_products(dtype, device):
+        raise InputError(
+            f"dtype must be one that the kernels on '{device.type}' multiply in, got {dtype}; use torch.float32."
+        )
 
 
 def synthesis_reference(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
