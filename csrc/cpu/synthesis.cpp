@@ -1,9 +1,7 @@
 #include "../synthesis.h"
 
-#include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "../tensor.h"
@@ -25,21 +23,6 @@ void synthesis_pack(const float* weight, const PackShape& shape, void* out);
 #endif
 
 namespace sage_fast {
-
-Workspace::~Workspace() {
-  for (float* block : data_) std::free(block);
-}
-
-float* Workspace::get(Slot slot, int64_t floats) {
-  if (size_[slot] < floats) {
-    std::free(data_[slot]);
-    size_[slot] = 0;
-    data_[slot] = static_cast<float*>(std::aligned_alloc(64, (floats / 16 + 1) * 64));
-    if (data_[slot] == nullptr) throw std::bad_alloc();
-    size_[slot] = floats;
-  }
-  return data_[slot];
-}
 
 namespace {
 
