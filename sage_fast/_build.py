@@ -2,7 +2,8 @@
 
 Three objects: ``_ops_cpu`` (schemas and CPU kernels), ``_ops_cuda`` (CUDA kernels, where nvcc and a CUDA build of torch are
 present) and ``_host`` (pybind11, no torch header: the same CPU kernels on NumPy arrays). The first two use the LibTorch stable
-ABI: one binary serves torch 2.11 and later. This file imports nothing of the package, since setup.py reads it before the package exists.
+ABI: one binary serves torch 2.11 and later. This file imports nothing of the package, since setup.py reads it before the
+package exists.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def has_cuda() -> str | None:
 
 
 def extensions(root: Path) -> list[Any]:
-    """The setuptools extensions; sources relative to ``root``."""
+    """The setuptools extensions, for :func:`build_command`; sources relative to ``root``."""
     import pybind11
     from setuptools import Extension
     from torch.utils.cpp_extension import CppExtension, CUDAExtension

@@ -75,9 +75,9 @@ def of_one_float(*arrays: np.ndarray | None) -> bool:
 
 
 def _one_kind(arrays: dict[str, Any]) -> type | None:
-    """Tensor, np.ndarray or another type with DLPack, that of all arrays; None where the first is no array at all."""
+    """Tensor, np.ndarray or another type with DLPack, that of all arrays; None where nothing is an array."""
     kinds = {name: _kind(array) for name, array in arrays.items()}
-    first = next(iter(kinds), None)
+    first = next((name for name, kind in kinds.items() if kind is not None), None)
     if first is None:
         return None
     for name, kind in kinds.items():
