@@ -23,16 +23,14 @@ def extensions():
     if MODE in ("jit", "none"):
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension
-
-        found = build["extensions"](ROOT)
+        found, command = build["extensions"](ROOT), build["build_command"]()
     except ImportError as error:
         if MODE == "aot":
             raise
         print(f"sage_fast: nothing is compiled now ({error}); the kernels are built at first use.", file=sys.stderr)
         return {}
 
-    class Build(BuildExtension):
+    class Build(command):
         """Leaves ``_build_info.json`` beside the objects, with the reason when the compiler fails."""
 
         def run(self):

@@ -2,6 +2,8 @@
 // given, edited is first that of Eq. 23: clamped(edited + low).
 #pragma once
 
+#include <cmath>
+
 #include "contract.h"
 
 namespace sage_fast {
@@ -14,6 +16,12 @@ struct FusePixelsParams {
   double beta;
   Blend blend;
   double side, middle;  // of the row [side, middle, side] whose outer square blurs the mask; their sum is one
+
+  // blur: standard deviation of that row in pixels
+  void set_blur(double blur) {
+    const double beside = std::exp(-1 / (2 * blur * blur)), sum = 1 + 2 * beside;
+    side = beside / sum, middle = 1 / sum;
+  }
 };
 
 }  // namespace sage_fast

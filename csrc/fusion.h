@@ -36,9 +36,10 @@ inline FusePixelsParams fuse_pixels_params(Tensor& real, Tensor& inverted, Tenso
   const int64_t real_step = source_step(real, edited), inverted_step = source_step(inverted, edited);
   const int64_t low_step = low ? source_step(*low, edited) : 0;
   edited = torch::stable::contiguous(edited);
-  const double side = std::exp(-1 / (2 * blur * blur)), sum = 1 + 2 * side;
-  return {edited.size(0), edited.size(1), edited.size(2), edited.size(3), real_step, inverted_step,
-          low_step,       beta,           Blend(blend),   side / sum,     1 / sum};
+  FusePixelsParams p{edited.size(0), edited.size(1), edited.size(2), edited.size(3), real_step,
+                     inverted_step,  low_step,       beta,           Blend(blend)};
+  p.set_blur(blur);
+  return p;
 }
 
 }  // namespace sage_fast

@@ -1,9 +1,11 @@
-// The pybind11 host module: what was built, and with what. No torch header, so it loads whatever torch there is.
+// The pybind11 host module: what was built, with what, and the kernels on NumPy arrays. No torch header, so it loads
+// whatever torch there is.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
 #include "cpu/isa.h"
+#include "host.h"
 
 namespace py = pybind11;
 
@@ -44,7 +46,11 @@ py::dict build_report() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Build report of sage_fast's compiled objects.";
+  m.doc() =
+      "The kernels of sage_fast on NumPy arrays, without torch. Contiguous arrays are read in place, others are "
+      "copied; "
+      "results are new, or written to out. The GIL is released while a kernel runs.";
   m.def("build_report", &build_report,
         "Compiler, language standard, instruction set that the kernels use here, features of this processor.");
+  sage_fast::define_ops(m);
 }

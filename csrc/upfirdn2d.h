@@ -25,6 +25,15 @@ inline void check(const UpfirdnParams& p) {
           "upfirdn2d: padding leaves images smaller than the filter");
 }
 
+// A filter f [k] or [kh, kw] of any strides (counted in values) -> taps [kh, kw], of [k] the outer product of itself.
+template <class T>
+void read_taps(const T* f, bool one_row, int64_t row_stride, int64_t stride, const UpfirdnParams& p, double* taps) {
+  const auto at = [=](int64_t i, int64_t j) { return static_cast<double>(f[i * row_stride + j * stride]); };
+  for (int64_t i = 0; i < p.kh; ++i) {
+    for (int64_t j = 0; j < p.kw; ++j) taps[i * p.kw + j] = one_row ? at(0, i) * at(0, j) : at(i, j);
+  }
+}
+
 #ifdef __CUDACC__
 #define SAGE_FAST_BOTH __host__ __device__
 #else

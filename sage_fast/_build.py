@@ -1,8 +1,9 @@
 """One description of the compiled objects, used by setup.py (ahead of time) and by the first-use build.
 
 Three objects: ``_ops_cpu`` (schemas and CPU kernels), ``_ops_cuda`` (CUDA kernels, where nvcc and a CUDA build of torch are
-present) and ``_host`` (pybind11, no torch header). The first two use the LibTorch stable ABI: one binary serves torch 2.11 and
-later. This file imports nothing of the package, since setup.py reads it before the package exists.
+present) and ``_host`` (pybind11, no torch header: the same CPU kernels on NumPy arrays). The first two use the LibTorch stable
+ABI: one binary serves torch 2.11 and later. This file imports nothing of the package, since setup.py reads it before the
+package exists.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def has_cuda() -> str | None:
 
 
 def extensions(root: Path) -> list[Any]:
-    """The setuptools extensions; sources relative to ``root``."""
+    """The setuptools extensions, for :func:`build_command`; sources relative to ``root``."""
     import pybind11
     from setuptools import Extension
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
@@ -88,9 +89,10 @@ def extensions(root: Path) -> list[Any]:
         ),
         Extension(
             "sage_fast._host",
-            sources("module.cpp", "cpu/isa.cpp"),
+            sources("module.cpp", "host*.cpp"),
             include_dirs=[*include, pybind11.get_include()],
-            extra_compile_args={"cxx": common},
+            extra_compile_args={"cxx": [*common, "-pthread"]},
+            extra_link_args=["-pthread"],
             language="c++",
         ),
     ]
@@ -108,6 +110,34 @@ def extensions(root: Path) -> list[Any]:
             )
         )
     return found
+
+
+def build_command() -> type:
+    """torch's build command, which hands the CPU kernels that ``_ops_cpu`` compiled to ``_host`` too.
+
+    They know neither torch nor Python, and take most of the time of a build.
+    """
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildOnce(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.parallel = None  # one object after the other, each in parallel by ninja: _host takes from _ops_cpu
+
+        def build_extension(self, ext):
+            if ext.name.endswith("_host"):
+                kernels = [source for other in self.extensions for source in other.sources if is_kernel(source)]
+                folder = os.path.abspath(self.build_temp)
+                ext.extra_objects = self.compiler.object_filenames(kernels, output_dir=folder)
+            super().build_extension(ext)
+
+    return BuildOnce
+
+
+def is_kernel(source: str) -> bool:
+    """Whether a source of ``_ops_cpu`` is one of ``_host`` too."""
+    path = Path(source)
+    return path.parent.name == "cpu" and (path.stem.startswith("isa") or path.stem == "workspace")
 
 
 def describe(failure: str | None = None) -> dict[str, Any]:
@@ -128,11 +158,10 @@ def describe(failure: str | None = None) -> dict[str, Any]:
 def compile_into(folder: Path) -> None:
     """Compile every object into ``folder / "sage_fast"`` with setuptools and ninja."""
     from setuptools import Distribution
-    from torch.utils.cpp_extension import BuildExtension
 
     folder.mkdir(parents=True, exist_ok=True)
     distribution = Distribution({"name": "sage_fast", "ext_modules": extensions(Path.cwd())})
-    command = BuildExtension(distribution, use_ninja=shutil.which("ninja") is not None)
+    command = build_command()(distribution, use_ninja=shutil.which("ninja") is not None)
     command.build_lib, command.build_temp = str(folder), str(folder / "temp")
     command.ensure_finalized()
     command.run()

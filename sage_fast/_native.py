@@ -7,6 +7,8 @@ reference ops working, with one :class:`~sage_fast.errors.SageFastWarning` that 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import threading
 import warnings
@@ -19,7 +21,7 @@ import torch
 
 from sage_fast.errors import InputError, SageFastWarning
 
-__all__ = ["CUDA_OPS", "NATIVE_OPS", "Native", "call", "has_kernel", "load", "when_loaded"]
+__all__ = ["CUDA_OPS", "NATIVE_OPS", "Native", "call", "has_kernel", "host", "load", "when_loaded"]
 
 #: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
 NATIVE_OPS = (
@@ -47,6 +49,23 @@ class Native:
     folder: Path | None = None
     devices: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def host(self) -> Any:
+        """The host module (kernels on NumPy arrays) beside the objects; None where there is none."""
+        from sage_fast import _build
+
+        path = None if self.folder is None else _build.find(self.folder, "_host")
+        spec = None if path is None else importlib.util.spec_from_file_location("sage_fast._host", path)
+        if spec is None or spec.loader is None:
+            return None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            self.reasons["host"] = _first_line(error)
+            return None
+        return module
 
 
 _lock = threading.RLock()
@@ -89,6 +108,11 @@ def load() -> Native:
             if _native is None:
                 _native = _load()
     return _native
+
+
+def host() -> Any:
+    """The pybind11 module of the same kernels on NumPy arrays, from where the ops were loaded; None without one."""
+    return (_native or load()).host
 
 
 def when_loaded(register: Callable[[], None]) -> Callable[[], None]:

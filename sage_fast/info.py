@@ -31,7 +31,7 @@ def build_report() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "build_mode": _native.build_mode(),
         "built": _build.read_info(folder),
-        "host": _host_report(folder),
+        "host": _host_report(native),
         "synthesis": {device: _roads(device) for device in native.devices},
         "ops": {op: {device: _state(native, op, device) for device in ("cpu", "cuda")} for op in _all_ops()},
     }
@@ -76,21 +76,10 @@ def _state(native: Any, op: str, device: str) -> str:
     return f"reference: {native.reasons.get(device, 'no kernel')}"
 
 
-def _host_report(folder: Path) -> dict[str, Any]:
+def _host_report(native: Any) -> dict[str, Any]:
     """The pybind11 module's own account, read from the same build as the ops."""
-    import importlib.util
-
-    from sage_fast import _build
-
-    path = _build.find(folder, "_host")
-    if path is None:
-        return {}
-    spec = importlib.util.spec_from_file_location("sage_fast._host", path)
-    if spec is None or spec.loader is None:
-        return {}
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        return {"error": str(error)}
-    return dict(module.build_report())
+    host = native.host
+    if host is None:
+        return {"error": native.reasons["host"]} if "host" in native.reasons else {}
+    functions = [name for name in _all_ops() if hasattr(host, name)]
+    return {**host.build_report(), "functions": functions, "threads": host.num_threads()}

@@ -1,9 +1,5 @@
 #include "../bias_act_layout.h"
-#include "isa.h"
-
-SAGE_DECLARE(void bias_act(const void* x, const void* b, bool wide_bias, const BiasActParams& p, Dtype dtype, void* y))
-SAGE_DECLARE(void bias_act_backward(const void* grad, const void* y, int64_t n, const BiasActParams& p, Dtype dtype,
-                                    void* out))
+#include "kernels.h"
 
 namespace sage_fast {
 namespace {

@@ -1,36 +1,12 @@
 #include "../edit_latents.h"
 
-#include <algorithm>
-#include <numeric>
-#include <vector>
-
 #include "../latents.h"
+#include "edit_runs.h"
 #include "huge_pages.h"
-#include "isa.h"
-
-SAGE_DECLARE(template <class T> void edit_latents(const T* embeddings, const T* codes, const T* directions,
-                                                  const bool* mask, const int64_t* row, const int64_t* order,
-                                                  const int64_t* starts, int64_t runs, const EditParams& p, T* out))
+#include "kernels.h"
 
 namespace sage_fast {
 namespace {
-
-constexpr int64_t kRun = 16;  // samples of a task
-
-// The row of class_embedding of each sample.
-std::vector<int64_t> rows_of(const std::optional<Tensor>& class_index, const EditParams& p) {
-  std::vector<int64_t> rows(p.n);
-  if (class_index.has_value()) {
-    const Tensor index = torch::stable::contiguous(*class_index);
-    for (int64_t i = 0; i < p.n; ++i) {
-      rows[i] = data<int64_t>(index)[i];
-      require(rows[i] >= 0 && rows[i] < p.rows, "edit_latents: class_index must be 0 to B - 1");
-    }
-  } else if (p.rows > 1) {
-    std::iota(rows.begin(), rows.end(), 0);
-  }
-  return rows;
-}
 
 Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, double alpha, std::optional<Tensor> mask,
                     std::optional<Tensor> class_index) {
@@ -43,24 +19,15 @@ Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, dou
   Tensor out = torch::stable::new_empty(codes, {p.n, p.layers, p.dim});
   if (p.n * p.layers * p.dim == 0) return out;
 
-  const std::vector<int64_t> rows = rows_of(class_index, p);
-  std::vector<int64_t> order(p.n), starts;
-  std::iota(order.begin(), order.end(), 0);
-  const bool sorted = p.mask_rows > 1;  // samples of one mask together
-  if (sorted) std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rows[a] < rows[b]; });
-  for (int64_t i = 0; i < p.n; ++i) {
-    if (i == 0 || i - starts.back() == kRun || (sorted && rows[order[i]] != rows[order[i - 1]])) starts.push_back(i);
-  }
-  const int64_t runs = static_cast<int64_t>(starts.size());
-  starts.push_back(p.n);
-
+  if (class_index.has_value()) class_index = torch::stable::contiguous(*class_index);
+  const EditRuns runs(class_index.has_value() ? data<int64_t>(*class_index) : nullptr, p);
   dispatch(codes, [&](auto zero) {
     using T = decltype(zero);
     T* to = mutable_data<T>(out);
     prefer_huge_pages(to, p.n * p.layers * p.dim * sizeof(T));
     SAGE_CALL(edit_latents<T>)(data<T>(class_embedding), data<T>(codes), data<T>(directions),
-                               mask.has_value() ? data<bool>(*mask) : nullptr, rows.data(), order.data(), starts.data(),
-                               runs, p, to);
+                               mask.has_value() ? data<bool>(*mask) : nullptr, runs.rows.data(), runs.order.data(),
+                               runs.starts.data(), runs.count(), p, to);
   });
   return out;
 }

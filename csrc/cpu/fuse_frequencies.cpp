@@ -1,11 +1,8 @@
 #include "../fuse_frequencies.h"
 
 #include "../fusion.h"
-#include "isa.h"
+#include "kernels.h"
 #include "low_pass_plan.h"
-
-SAGE_DECLARE(template <class T> void fuse_frequencies(const LowPass<T>& plan, const T* real, const T* inverted,
-                                                      const T* edited, const FuseFrequenciesParams& p, T* shared, T* y))
 
 namespace sage_fast {
 namespace {

@@ -1,10 +1,7 @@
 #include "../fuse_pixels.h"
 
 #include "../fusion.h"
-#include "isa.h"
-
-SAGE_DECLARE(template <class T> void fuse_pixels(const T* real, const T* inverted, const T* edited, const T* low,
-                                                 const FusePixelsParams& p, T* y))
+#include "kernels.h"
 
 namespace sage_fast {
 namespace {

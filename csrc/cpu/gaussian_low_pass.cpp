@@ -1,8 +1,6 @@
 #include "../tensor.h"
-#include "isa.h"
+#include "kernels.h"
 #include "low_pass_plan.h"
-
-SAGE_DECLARE(template <class T> void gaussian_low_pass(const LowPass<T>& plan, const T* x, int64_t planes, T* y))
 
 namespace sage_fast {
 namespace {

@@ -2,9 +2,7 @@
 
 #include "../latents.h"
 #include "huge_pages.h"
-#include "isa.h"
-
-SAGE_DECLARE(template <class T> void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* out))
+#include "kernels.h"
 
 namespace sage_fast {
 namespace {

@@ -4,20 +4,15 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "../tensor.h"
-#include "isa.h"
-
-SAGE_DECLARE(void upfirdn2d(const void* x, const double* filter, const UpfirdnParams& p, Dtype dtype, void* y))
+#include "kernels.h"
 
 namespace sage_fast {
 namespace {
 
 template <class T>
-void copy_taps(const Tensor& f, double* taps) {
-  const int64_t rows = f.dim() == 2 ? f.size(0) : 1, columns = f.size(f.dim() - 1);
-  const int64_t row = f.dim() == 2 ? f.stride(0) : 0, column = f.stride(f.dim() - 1);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) taps[i * columns + j] = static_cast<double>(data<T>(f)[i * row + j * column]);
-  }
+void read_taps(const Tensor& f, const UpfirdnParams& p, double* taps) {
+  const bool one_row = f.dim() == 1;
+  sage_fast::read_taps(data<T>(f), one_row, one_row ? 0 : f.stride(0), f.stride(f.dim() - 1), p, taps);
 }
 
 Tensor upfirdn2d(Tensor x, Tensor f, int64_t up, int64_t down, int64_t left, int64_t right, int64_t top, int64_t bottom,
@@ -41,22 +36,20 @@ Tensor upfirdn2d(Tensor x, Tensor f, int64_t up, int64_t down, int64_t left, int
                   flip_filter,
                   gain};
   check(p);
-  double taps[32 * 32], side[32];
-  double* const read = f.dim() == 2 ? taps : side;
+  double taps[32 * 32];
   switch (dtype_of(f)) {
     case Dtype::float32:
-      copy_taps<float>(f, read);
+      read_taps<float>(f, p, taps);
       break;
     case Dtype::float64:
-      copy_taps<double>(f, read);
+      read_taps<double>(f, p, taps);
       break;
     case Dtype::bfloat16:
-      copy_taps<torch::headeronly::BFloat16>(f, read);
+      read_taps<torch::headeronly::BFloat16>(f, p, taps);
       break;
     case Dtype::float16:
-      copy_taps<torch::headeronly::Half>(f, read);
+      read_taps<torch::headeronly::Half>(f, p, taps);
   }
-  for (int64_t i = 0; f.dim() == 1 && i < p.kh * p.kw; ++i) taps[i] = side[i / p.kw] * side[i % p.kw];
   Tensor y = new_images(x, n, c, p.out_h(), p.out_w(), last);
   SAGE_CALL(upfirdn2d)(x.const_data_ptr(), taps, p, dtype_of(x), y.mutable_data_ptr());
   return y;

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops._arrays import takes_arrays
 
 __all__ = ["ACTIVATIONS", "bias_act", "bias_act_reference"]
 
@@ -48,6 +49,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+@takes_arrays("x", "b")
 def bias_act(
     x: Tensor,
     b: Tensor | None = None,
@@ -72,17 +74,36 @@ def bias_act(
         InputError: an unknown activation, a bias of another length, a negative clamp, or alpha for an activation without.
     """
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
-    kernel, slope = _KERNELS.get(act, (None, None))
     dtype = x.dtype
-    # the kernels' derivative reads the sign of x + b off the output, which needs gain > 0 and alpha >= 0
-    if kernel is not None and gain > 0 and alpha >= 0 and dtype in _DTYPES and (kernel == 0 or dtype != torch.float64):
+    kernel, slope = _kernel(act, alpha, gain, dtype == torch.float64)
+    if kernel is not None and dtype in _DTYPES:
         if _native.has_kernel("bias_act", x.device.type):
             if b is not None and b.dtype != dtype and not (b.dtype == torch.float32 and dtype in _HALVES):
                 b = b.to(dtype)
             dim, limit = dim % max(1, x.ndim), -1.0 if clamp is None else clamp
-            slope = alpha if slope is None else slope
             return _native.call(torch.ops.sage_fast.bias_act.default, x, b, dim, slope, gain, limit, kernel)
     return bias_act_reference(x, b, dim, act, alpha if act in ("lrelu", "elu") else None, gain, clamp)
+
+
+def _kernel(act: str, alpha: float, gain: float, float64: bool) -> tuple[int | None, float]:
+    """The number of the kernel, None where plain PyTorch does it, and its slope."""
+    kernel, slope = _KERNELS.get(act, (None, None))
+    # the kernels' derivative reads the sign of x + b off the output, which needs gain > 0 and alpha >= 0
+    if kernel is None or not gain > 0 or not alpha >= 0 or (float64 and kernel != 0):
+        return None, 0.0
+    return kernel, alpha if slope is None else slope
+
+
+def _on_host(host, x, b, dim, act, alpha, gain, clamp):
+    if x.dtype.name not in ("float32", "float64", "float16") or (clamp is not None and not clamp >= 0):
+        return None
+    alpha, gain = _settings(act, alpha, gain)
+    kernel, slope = _kernel(act, alpha, gain, x.dtype.name == "float64")
+    if kernel is None:
+        return None
+    if b is not None and b.dtype != x.dtype and not (b.dtype.name == "float32" and x.dtype.name == "float16"):
+        b = b.astype(x.dtype)
+    return host.bias_act(x, b, dim, slope, gain, -1.0 if clamp is None else clamp, kernel)
 
 
 def bias_act_reference(
@@ -105,12 +126,9 @@ def bias_act_reference(
 
 
 def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
-    if act not in ACTIVATIONS:
-        raise InputError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}.")
+    settings = _settings(act, alpha, gain)
     if not x.is_floating_point():
         raise InputError(f"x must be floating point, got {x.dtype}.")
-    if alpha is not None and act not in ("lrelu", "elu"):
-        raise InputError(f"alpha has no meaning for act='{act}'; leave it out.")
     if clamp is not None and clamp < 0:
         raise InputError(f"clamp must be None or at least 0, got {clamp}.")
     if b is not None:
@@ -121,6 +139,15 @@ def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
             raise InputError(f"dim must be an axis of x, which has {len(shape)}, got {dim}.")
         if b.shape != (shape[dim],):
             raise InputError(f"b must have shape [{shape[dim]}], the length of x along dim {dim}, got {list(b.shape)}.")
+    return settings
+
+
+def _settings(act: str, alpha: float | None, gain: float | None) -> tuple[float, float]:
+    """alpha and gain, the activation's own where None."""
+    if act not in ACTIVATIONS:
+        raise InputError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}.")
+    if alpha is not None and act not in ("lrelu", "elu"):
+        raise InputError(f"alpha has no meaning for act='{act}'; leave it out.")
     _, default_alpha, default_gain = ACTIVATIONS[act]
     return float(default_alpha if alpha is None else alpha), float(default_gain if gain is None else gain)
 

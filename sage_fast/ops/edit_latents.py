@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops._arrays import of_one_float, takes_arrays
 
 __all__ = ["edit_latents", "edit_latents_reference"]
 
 
+@takes_arrays("class_embedding", "codes", "directions", "mask", "class_index")
 def edit_latents(
     class_embedding: Tensor,
     codes: Tensor,
@@ -40,8 +44,7 @@ def edit_latents(
     """
     _check(class_embedding, codes, directions, mask, class_index)
     mask = _rows_of(mask)
-    # a batched product was measured ahead of the kernel on short rows and in calls of microseconds
-    small = codes.device.type == "cpu" and (directions.shape[1] <= 128 or len(codes) * directions.numel() < 50_000)
+    small = codes.device.type == "cpu" and _product_is_ahead(len(codes), directions.shape)
     native = not small and codes.dtype in (torch.float32, torch.float64)
     if native and _native.has_kernel("edit_latents", codes.device.type):
         op = torch.ops.sage_fast.edit_latents.default
@@ -50,6 +53,20 @@ def edit_latents(
     edits = torch.bmm(_kept(codes, mask, class_index).transpose(0, 1), directions.mT).transpose(0, 1)
     base = class_embedding if class_index is None else class_embedding[class_index]
     return torch.add(base, edits, alpha=alpha)
+
+
+def _on_host(host, class_embedding, codes, directions, alpha, mask, class_index):
+    takes = of_one_float(class_embedding, codes, directions) and directions.ndim == 3
+    if not takes or _product_is_ahead(len(codes), directions.shape):
+        return None
+    mask = mask if mask is None else mask.astype(bool, copy=False)
+    return host.edit_latents(class_embedding, codes, directions, alpha, mask, class_index)
+
+
+def _product_is_ahead(n: int, directions: Sequence[int]) -> bool:
+    """Where a batched product was measured ahead of the kernel: short rows, and calls of microseconds."""
+    n_latent, dim, k = directions
+    return dim <= 128 or n * n_latent * dim * k < 50_000
 
 
 def edit_latents_reference(

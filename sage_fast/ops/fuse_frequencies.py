@@ -9,11 +9,13 @@ from torch import Tensor
 
 from sage_fast import _native
 from sage_fast.errors import InputError
-from sage_fast.ops.gaussian_low_pass import gaussian_low_pass, gaussian_low_pass_reference, kernel_pays
+from sage_fast.ops._arrays import of_one_float, takes_arrays
+from sage_fast.ops.gaussian_low_pass import fft_is_ahead, gaussian_low_pass, gaussian_low_pass_reference, kernel_pays
 
 __all__ = ["check_images", "fuse_frequencies", "fuse_frequencies_reference"]
 
 
+@takes_arrays("real", "inverted", "edited")
 def fuse_frequencies(
     real: Tensor, inverted: Tensor, edited: Tensor, gamma1: float = 1.0, gamma2: float = 1.0, sigma: float = 5.0
 ) -> Tensor:
@@ -37,6 +39,13 @@ def fuse_frequencies(
     if pays and alike(real, inverted, edited):
         return torch.ops.sage_fast.fuse_frequencies(real, inverted, edited, float(gamma1), float(gamma2), float(sigma))
     return _compose(gaussian_low_pass, real, inverted, edited, gamma1, gamma2, sigma)
+
+
+def _on_host(host, real, inverted, edited, gamma1, gamma2, sigma):
+    takes = of_one_float(real, inverted, edited) and edited.ndim == 4 and edited.size and 0 < sigma < math.inf
+    if not takes or fft_is_ahead(edited.shape[2:], sigma):
+        return None
+    return host.fuse_frequencies(real, inverted, edited, gamma1, gamma2, sigma)
 
 
 def fuse_frequencies_reference(

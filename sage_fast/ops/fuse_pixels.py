@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops._arrays import of_one_float, takes_arrays
 from sage_fast.ops.fuse_frequencies import alike, check_images
 
 __all__ = ["BLENDS", "blend_images", "blur_mask", "difference_mask", "fuse_pixels", "fuse_pixels_reference"]
@@ -16,6 +17,7 @@ BLENDS = ("residual", "convex", "printed")
 _BLUR = 1.3  # px, standard deviation of the 3 x 3 Gaussian of Eq. 21: the released code's, the paper gives none
 
 
+@takes_arrays("real", "inverted", "edited", "low")
 def fuse_pixels(
     real: Tensor,
     inverted: Tensor,
@@ -49,6 +51,12 @@ def fuse_pixels(
     if takes and _native.has_kernel("fuse_pixels", edited.device.type):
         return torch.ops.sage_fast.fuse_pixels(real, inverted, edited, low, float(beta), BLENDS.index(blend), _BLUR)
     return fuse_pixels_reference(real, inverted, edited, beta, blend, low)
+
+
+def _on_host(host, real, inverted, edited, beta, blend, low):
+    if not of_one_float(real, inverted, edited, low) or blend not in BLENDS:
+        return None
+    return host.fuse_pixels(real, inverted, edited, low, beta, BLENDS.index(blend), _BLUR)
 
 
 def fuse_pixels_reference(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops._arrays import of_one_float, takes_arrays
 
 __all__ = ["gaussian_low_pass", "gaussian_low_pass_reference"]
 
@@ -16,6 +18,7 @@ BORDERS, UNITS = ("circular", "reflect"), ("frequency", "pixels")
 _TAIL = 9.0  # standard deviations at which the reference's Gaussian in pixels ends: exp(-40)
 
 
+@takes_arrays("images")
 def gaussian_low_pass(images: Tensor, sigma: float = 5.0, border: str = "circular", unit: str = "frequency") -> Tensor:
     """Multiply the spectrum of each channel by ``exp(-d^2 / (2 sigma^2))``, d in cycles per image.
 
@@ -45,12 +48,21 @@ def gaussian_low_pass(images: Tensor, sigma: float = 5.0, border: str = "circula
 
 
 def kernel_pays(op: str, images: Tensor, sigma: float, unit: str = "frequency") -> bool:
-    """Whether a kernel of ``op`` takes the images, and is ahead of the FFT.
+    """Whether a kernel of ``op`` takes the images, and is ahead of the FFT."""
+    takes = images.dtype in (torch.float32, torch.float64) and not fft_is_ahead(images.shape[2:], sigma, unit)
+    return takes and _native.has_kernel(op, images.device.type)
 
-    A pass band up to the highest frequency needs all the pixels of a row for each: on large images the FFT wins.
-    """
-    wide = unit == "frequency" and max(images.shape[2:]) > 512 and 12 * sigma > max(images.shape[2:])
-    return not wide and images.dtype in (torch.float32, torch.float64) and _native.has_kernel(op, images.device.type)
+
+def fft_is_ahead(size: Sequence[int], sigma: float, unit: str = "frequency") -> bool:
+    """On large images with a pass band up to the highest frequency, which needs all the pixels of a row for each."""
+    return unit == "frequency" and max(size) > 512 and 12 * sigma > max(size)
+
+
+def _on_host(host, images, sigma, border, unit):
+    takes = of_one_float(images) and images.ndim == 4 and border in BORDERS and unit in UNITS and sigma < math.inf
+    if not takes or fft_is_ahead(images.shape[2:], sigma, unit):
+        return None
+    return host.gaussian_low_pass(images, sigma, border == "reflect", unit == "pixels")
 
 
 def gaussian_low_pass_reference(

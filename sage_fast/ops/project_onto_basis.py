@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops._arrays import of_one_float, takes_arrays
 
 __all__ = ["project_onto_basis", "project_onto_basis_reference"]
 
 
+@takes_arrays("w_plus", "basis")
 def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
     """``B (B^T w)`` per layer: what of ``w_plus`` lies in the span of the orthonormal columns of ``basis``.
 
@@ -26,7 +30,7 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
         InputError: shapes or dtypes that do not belong together.
     """
     _check(w_plus, basis)
-    if w_plus.device.type == "cpu" and _products_are_ahead(w_plus, basis):
+    if w_plus.device.type == "cpu" and _products_are_ahead(w_plus.shape, basis.shape):
         return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
     native = w_plus.dtype in (torch.float32, torch.float64) and basis.shape[2] > 0
     if native and _native.has_kernel("project_onto_basis", w_plus.device.type):
@@ -34,10 +38,17 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
     return project_onto_basis_reference(w_plus, basis)
 
 
-def _products_are_ahead(w_plus: Tensor, basis: Tensor) -> bool:
+def _on_host(host, w_plus, basis):
+    takes = of_one_float(w_plus, basis) and w_plus.ndim == 3 and basis.ndim == 3 and basis.shape[2] > 0
+    return (
+        host.project_onto_basis(w_plus, basis) if takes and not _products_are_ahead(w_plus.shape, basis.shape) else None
+    )
+
+
+def _products_are_ahead(w_plus: Sequence[int], basis: Sequence[int]) -> bool:
     """Where two batched products were measured ahead of the kernel: calls of microseconds, wide bases of short rows."""
-    _, dim, r = basis.shape
-    return w_plus.numel() * r < 50_000 or (dim <= 128 and r > 16)
+    (n, n_latent, _), (_, dim, r) = w_plus, basis
+    return n * n_latent * dim * r < 50_000 or (dim <= 128 and r > 16)
 
 
 def project_onto_basis_reference(w_plus: Tensor, basis: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops._arrays import takes_arrays
 
 __all__ = ["upfirdn2d", "upfirdn2d_reference"]
 
@@ -17,6 +18,7 @@ Padding = int | Sequence[int]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@takes_arrays("x", "f")
 def upfirdn2d(
     x: Tensor,
     f: Tensor,
@@ -52,6 +54,14 @@ def upfirdn2d(
             f = f.to(x)
         return _native.call(torch.ops.sage_fast.upfirdn2d.default, x, f, up, down, *pad, flip_filter, gain)
     return upfirdn2d_reference(x, f, up, down, pad, flip_filter, gain)
+
+
+def _on_host(host, x, f, up, down, padding, flip_filter, gain):
+    if x.dtype.name not in ("float32", "float64", "float16"):
+        return None
+    if f.dtype.kind != "f":
+        f = f.astype(x.dtype)
+    return host.upfirdn2d(x, f, up, down, padding, flip_filter, gain)
 
 
 def upfirdn2d_reference(
