@@ -41,9 +41,9 @@ Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, dou
   if (mask.has_value()) mask = torch::stable::contiguous(*mask);
   const EditParams p = edit_params(class_embedding, codes, directions, mask, alpha);
   Tensor out = torch::stable::new_empty(codes, {p.n, p.layers, p.dim});
+  const std::vector<int64_t> rows = rows_of(class_index, p);
   if (p.n * p.layers * p.dim == 0) return out;
 
-  const std::vector<int64_t> rows = rows_of(class_index, p);
   std::vector<int64_t> order(p.n), starts;
   std::iota(order.begin(), order.end(), 0);
   const bool sorted = p.mask_rows > 1;  // samples of one mask together

@@ -111,7 +111,7 @@ def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
         raise InputError(f"x must be floating point, got {x.dtype}.")
     if alpha is not None and act not in ("lrelu", "elu"):
         raise InputError(f"alpha has no meaning for act='{act}'; leave it out.")
-    if clamp is not None and clamp < 0:
+    if clamp is not None and not clamp >= 0:
         raise InputError(f"clamp must be None or at least 0, got {clamp}.")
     if b is not None:
         shape = x.shape
