@@ -28,7 +28,9 @@ test: setup
 # leaks are left to it, which keeps much to its end. Not run: what torch.compile compiles, in
 # models/test_stylegan2_compiled.py; that code is not ours, and its compiler would be watched too.
 SANITIZE = OMP_NUM_THREADS=1 CXX=g++ SAGE_FAST_SANITIZE=1 SAGE_FAST_BUILD=jit SAGE_FAST_CACHE=build/sanitize
-WATCHED = $(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+# fresh memory is all NaN: a value that depends on what was never written fails its test
+ASAN = detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255
+WATCHED = $(SANITIZE) ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal -q -p no:cacheprovider
 sanitize: setup
