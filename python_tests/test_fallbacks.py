@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_ops_on_a_lesser_instruction_set(isa):
     """In a process of its own, where the set is chosen once. `make sanitize` runs all of python_tests/ops on each."""
-    run = "import sys, pytest; from sage_fast.info import build_report; print(build_report()['host']['instruction_set']);"
+    run = (
+        "import sys, pytest; from sage_fast.info import build_report; print(build_report()['host']['instruction_set']);"
+    )
     run += "sys.exit(pytest.main(sys.argv[1:]))"
     chosen = "kernel_equals_reference or empty or fuzz or low_precision or channels_last"
     command = [sys.executable, "-c", run, "-q", "-p", "no:cacheprovider", "python_tests/ops", "-k", chosen]
