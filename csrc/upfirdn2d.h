@@ -18,11 +18,17 @@ struct UpfirdnParams {
 };
 
 inline void check(const UpfirdnParams& p) {
-  require(p.up >= 1 && p.down >= 1, "upfirdn2d: up and down must be positive");
+  constexpr int64_t most = int64_t{1} << 31;
+  require(p.up >= 1 && p.down >= 1 && p.up < most && p.down < most, "upfirdn2d: up and down must be 1 to 2^31 - 1");
+  for (int64_t pad : {p.left, p.right, p.top, p.bottom}) {
+    require(pad > -most && pad < most, "upfirdn2d: padding must be below 2^31");
+  }
   require(p.kh >= 1 && p.kw >= 1 && p.kh <= 32 && p.kw <= 32, "upfirdn2d: f must have sides from 1 to 32");
   require(p.h >= 1 && p.w >= 1, "upfirdn2d: x must have at least one row and column");
   require(p.h * p.up + p.top + p.bottom >= p.kh && p.w * p.up + p.left + p.right >= p.kw,
           "upfirdn2d: padding leaves images smaller than the filter");
+  require(double(p.planes) * double(p.inner) * double(p.out_h()) * double(p.out_w()) < 1e18,
+          "upfirdn2d: up and padding make images too large");
 }
 
 // A filter f [k] or [kh, kw] of any strides (counted in values) -> taps [kh, kw], of [k] the outer product of itself.

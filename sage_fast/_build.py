@@ -25,6 +25,9 @@ INFO = "_build_info.json"
 #: stable ABI of torch 2.11 and later
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = ("80", "90")
+#: what SAGE_FAST_SANITIZE=1 adds for `make sanitize`: a bad access or undefined behaviour ends the process with a report
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-wrapv", "-g1", "-O1"]
+SANITIZE += ["-fno-omit-frame-pointer"]
 
 
 class BuildError(RuntimeError):
@@ -78,13 +81,14 @@ def extensions(root: Path) -> list[Any]:
         return [os.path.relpath(path, root) for path in found]
 
     include = [str(csrc().resolve())]
-    common = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    common = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", *_sanitize()]
     found = [
         CppExtension(
             "sage_fast._ops_cpu",
             sources("library.cpp", "cpu/*.cpp"),
             include_dirs=include,
             extra_compile_args={"cxx": [*common, TARGET]},
+            extra_link_args=_sanitize(),
             py_limited_api=True,
         ),
         Extension(
@@ -92,11 +96,11 @@ def extensions(root: Path) -> list[Any]:
             sources("module.cpp", "host*.cpp"),
             include_dirs=[*include, pybind11.get_include()],
             extra_compile_args={"cxx": [*common, "-pthread"]},
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *_sanitize()],
             language="c++",
         ),
     ]
-    if has_cuda() is None:
+    if has_cuda() is None and not _sanitize():
         nvcc = ["-O3", "-std=c++20", "--use_fast_math", TARGET, "-DUSE_CUDA"]
         nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
         nvcc += [f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
@@ -140,6 +144,10 @@ def is_kernel(source: str) -> bool:
     return path.parent.name == "cpu" and (path.stem.startswith("isa") or path.stem == "workspace")
 
 
+def _sanitize() -> list[str]:
+    return SANITIZE if os.environ.get("SAGE_FAST_SANITIZE") == "1" else []
+
+
 def describe(failure: str | None = None) -> dict[str, Any]:
     """What ``_build_info.json`` records of this machine's build."""
     import torch
@@ -160,7 +168,12 @@ def compile_into(folder: Path) -> None:
     from setuptools import Distribution
 
     folder.mkdir(parents=True, exist_ok=True)
-    distribution = Distribution({"name": "sage_fast", "ext_modules": extensions(Path.cwd())})
+    found = extensions(Path.cwd())
+    for (
+        extension
+    ) in found:  # setuptools lays objects out as the sources lie: by relative paths they would leave the folder
+        extension.sources = [os.path.abspath(source) for source in extension.sources]
+    distribution = Distribution({"name": "sage_fast", "ext_modules": found})
     command = build_command()(distribution, use_ninja=shutil.which("ninja") is not None)
     command.build_lib, command.build_temp = str(folder), str(folder / "temp")
     command.ensure_finalized()
@@ -226,8 +239,8 @@ def _cache() -> Path:
     for path in sorted(csrc().rglob("*.*")):
         key.update(path.name.encode() + path.read_bytes())
     compiler = _version_of(os.environ.get("CXX", "c++"))
-    key.update(json.dumps([torch.__version__, sys.version, compiler, has_cuda()]).encode())
-    folder = Path(root) / key.hexdigest()[:16]
+    key.update(json.dumps([torch.__version__, sys.version, compiler, has_cuda(), *_sanitize()]).encode())
+    folder = Path(root).absolute() / key.hexdigest()[:16]  # the build runs in the folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

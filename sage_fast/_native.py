@@ -39,7 +39,9 @@ NATIVE_OPS = (
 #: ops with a kernel on CUDA alone: parts of its fused synthesis
 CUDA_OPS = ("styled_epilogue", "blur_epilogue", "counter_normal")
 BUILD_MODES = ("auto", "aot", "jit", "none")
-_REMEDY = "Install a C++ compiler and reinstall (pip install --no-build-isolation .), or set SAGE_FAST_BUILD=none to stay without."
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+_NEEDED = {"cuda": "the CUDA toolkit (nvcc) beside a CUDA build of torch"}
+_REMEDY = "Install {} and reinstall (pip install --no-build-isolation .), or set SAGE_FAST_BUILD=none to stay without."
 
 
 @dataclass
@@ -92,7 +94,8 @@ def has_kernel(op: str, device_type: str) -> bool:
     if op in NATIVE_OPS and device_type not in _warned and build_mode() != "none":
         _warned.add(device_type)
         reason = native.reasons.get(device_type, "there are no kernels for this kind of device")
-        message = f"sage_fast runs its slower PyTorch reference on '{device_type}': {reason}. {_REMEDY}"
+        remedy = _REMEDY.format(_NEEDED.get(device_type, "a C++ compiler"))
+        message = f"sage_fast runs its slower PyTorch reference on '{device_type}': {reason}. {remedy}"
         warnings.warn(message, SageFastWarning, stacklevel=3)
     return False
 
@@ -131,8 +134,16 @@ def build_mode() -> str:
     return mode
 
 
+def _check_instruction_set() -> None:
+    """``SAGE_FAST_ISA``, which ``csrc/cpu/isa.cpp`` reads, caps the instruction set of the CPU kernels."""
+    cap = os.environ.get("SAGE_FAST_ISA")
+    if cap is not None and cap not in INSTRUCTION_SETS:
+        raise InputError(f"SAGE_FAST_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got '{cap}'.")
+
+
 def _load() -> Native:
     mode = build_mode()
+    _check_instruction_set()
     if mode == "none":
         return Native(reasons=dict.fromkeys(("cpu", "cuda"), "SAGE_FAST_BUILD=none"))
     from sage_fast import _build

@@ -17,10 +17,10 @@ Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, dou
   if (mask.has_value()) mask = torch::stable::contiguous(*mask);
   const EditParams p = edit_params(class_embedding, codes, directions, mask, alpha);
   Tensor out = torch::stable::new_empty(codes, {p.n, p.layers, p.dim});
-  if (p.n * p.layers * p.dim == 0) return out;
-
   if (class_index.has_value()) class_index = torch::stable::contiguous(*class_index);
   const EditRuns runs(class_index.has_value() ? data<int64_t>(*class_index) : nullptr, p);
+  if (p.n * p.layers * p.dim == 0) return out;
+
   dispatch(codes, [&](auto zero) {
     using T = decltype(zero);
     T* to = mutable_data<T>(out);

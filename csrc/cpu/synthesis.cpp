@@ -52,6 +52,7 @@ Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector
   require(int64_t(strengths.size()) == n_layers, "synthesis: strengths must hold one number a layer");
   require(slope >= 0 && slope <= 1 && gain > 0, "synthesis: slope must be 0 to 1 and gain positive");
   require(!bf16 || has_bf16(), "synthesis: this processor has no bfloat16 products");
+  require(input.dim() == 4, "synthesis: input must be [1, C, 4, 4]");
   require(w_plus.dim() == 3 && w_plus.size(1) >= n_layers + 1, "synthesis: w_plus must be [N, L, D]");
   w_plus = torch::stable::contiguous(w_plus);
   const int64_t n = w_plus.size(0), dim = w_plus.size(2);
@@ -64,7 +65,7 @@ Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector
     const bool up = i % 2 == 1;
     const int64_t c_out = t[1].size(0), size = int64_t{4} << ((i + 1) / 2);
     const PackShape shape{c_out, c_in, up};
-    require(c_in <= 4096, "synthesis: at most 4096 channels");
+    require(c_in >= 1 && c_in <= 4096 && c_out >= 1, "synthesis: layers must have 1 to 4096 channels");
     require(t[0].scalar_type() == ScalarType::Byte && t[0].is_contiguous() &&
                 t[0].numel() == SAGE_CALL_BF16(bf16, synthesis_packed_size)(shape),
             "synthesis: packed weights of another layer, precision or processor; pack them again");

@@ -250,6 +250,7 @@ def test_r1_through_a_discriminator_equals_that_on_the_reference(device, on_refe
         (dict(x=torch.zeros(2, 3, dtype=torch.int64)), "x must be floating point, got torch.int64"),
         (dict(alpha=0.1, act="relu"), "alpha has no meaning for act='relu'; leave it out"),
         (dict(clamp=-1.0), "clamp must be None or at least 0, got -1.0"),
+        (dict(clamp=float("nan")), "clamp must be None or at least 0, got nan"),
         (dict(dim=2), "dim must be an axis of x, which has 2, got 2"),
         (dict(b=torch.zeros(2)), r"b must have shape \[3\], the length of x along dim 1, got \[2\]"),
         (dict(b=torch.zeros(3, 1)), r"got \[3, 1\]"),

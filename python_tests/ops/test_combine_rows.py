@@ -80,7 +80,8 @@ def test_opcheck():
         (dict(weights=torch.zeros(2)), r"weights must be floating point \[N, m\]"),
         (dict(centre=torch.zeros(5)), r"centre must have shape \[4\], as table has columns, got \[5\]"),
         (dict(table=torch.zeros(6, 4).double()), "table must be torch.float32 on cpu, .* got torch.float64"),
-        (dict(rows=torch.zeros(3)), "rows must be int64 and flat, got torch.float32"),
+        (dict(rows=torch.zeros(3)), "rows must be int64 and flat on cpu, got torch.float32"),
+        (dict(columns=torch.zeros(3, dtype=torch.int64, device="meta")), "columns must be int64 .* on meta"),
         (dict(rows=torch.zeros(2, dtype=torch.int64)), "rows must hold 3 numbers, one for each weight, got 2"),
     ],
 )
@@ -97,3 +98,7 @@ def test_refuses_rows_and_columns_that_are_not_there():
         combine_rows(weights, table, centre, rows + 40, columns)
     with pytest.raises(ValueError, match="columns must be columns of table"):
         combine_rows(weights, table, centre, rows, columns - 80)
+    with pytest.raises(InputError, match="rows must be 0 to "):
+        combine_rows_reference(weights, table, centre, rows + 40, columns)
+    with pytest.raises(InputError, match="columns must be 0 to "):
+        combine_rows_reference(weights, table, centre, rows, columns - 80)

@@ -171,8 +171,15 @@ def test_nan_and_infinity_stay_in_their_sample_and_layer(value):
     "change, message",
     [
         (dict(directions=torch.zeros(8, 5)), r"directions must have shape \[L, D, K\], got \[8, 5\]"),
-        (dict(codes=torch.zeros(4, 3, 6)), r"codes must have shape \[N, 3, 5\], as directions have, got \[4, 3, 6\]"),
-        (dict(codes=torch.zeros(3, 5)), r"got \[3, 5\]"),
+        (
+            dict(codes=torch.zeros(4, 3, 6)),
+            r"codes must be floating point \[N, 3, 5\], as directions have, got torch.float32 \[4, 3, 6\]",
+        ),
+        (dict(codes=torch.zeros(3, 5)), r"got torch.float32 \[3, 5\]"),
+        (dict(codes=torch.zeros(4, 3, 5, dtype=torch.int64)), "codes must be floating point .* got torch.int64"),
+        (dict(mask=torch.zeros(3, 5, device="meta")), "mask must be on cpu, as codes are, got meta"),
+        (dict(class_index=torch.tensor([0, 1, 2, 4])), "class_index must be 0 to 3, got 0 to 4"),
+        (dict(class_index=torch.tensor([0, -1, 2, 3])), "class_index must be 0 to 3, got -1 to 3"),
         (dict(class_embedding=torch.zeros(4, 3, 9)), r"class_embedding must have shape \[N, 3, 8\].* got \[4, 3, 9\]"),
         (dict(class_embedding=torch.zeros(2, 3, 8)), "class_embedding must hold 1 or 4 rows, as codes do, got 2"),
         (dict(mask=torch.zeros(5)), r"mask must have shape \[3, 5\] or \[4, 3, 5\], got \[5\]"),

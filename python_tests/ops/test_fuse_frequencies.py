@@ -114,3 +114,5 @@ def test_bad_input():
             op(x, x[:, :1], x)
         with pytest.raises(InputError, match="sigma must be positive, in cycles per image, got 0"):
             op(x, x, x, sigma=0)
+        with pytest.raises(InputError, match="real must be on cpu, as edited is, got meta"):
+            op(x.to("meta"), x, x)

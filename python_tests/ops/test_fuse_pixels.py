@@ -123,3 +123,7 @@ def test_bad_input():
             op(x[:, :1], x, x)
         with pytest.raises(InputError, match="blend must be one of residual, convex, printed, got 'mix'"):
             op(x, x, x, blend="mix")
+        with pytest.raises(InputError, match=r"low must have shape \[2, 3, 8, 8\].*got \[2, 3, 8, 4\]"):
+            op(x, x, x, low=x[..., :4])
+        with pytest.raises(InputError, match="inverted must be on cpu, as edited is, got meta"):
+            op(x, x.to("meta"), x)

@@ -165,6 +165,8 @@ def test_nan_and_infinity_stay_in_their_image(device, way):
         (dict(weight=torch.zeros(4, 3, 2, 2)), r"k odd, got \[4, 3, 2, 2\]"),
         (dict(weight=torch.zeros(4, 3, 3, 1)), r"k odd, got \[4, 3, 3, 1\]"),
         (dict(weight=torch.zeros(4, 5, 3, 3)), "x must have the 5 channels of weight, got 3"),
+        (dict(weight=torch.zeros(4, 3, 3, 3, device="meta")), "weight must be floating point on cpu, .* on meta"),
+        (dict(style=torch.zeros(1, 3, dtype=torch.int64)), "style must be floating point on cpu, .* got torch.int64"),
         (dict(style=torch.zeros(2, 5)), r"style must have shape \[1, 3\], one factor per input channel, got \[2, 5\]"),
         (dict(up=3), "up and down must be 1 and 1, 2 and 1, or 1 and 2, got 3 and 1"),
         (dict(up=2, down=2, resample_filter=FIR), "got 2 and 2"),

@@ -284,6 +284,8 @@ def test_bad_input(device):
     for bad in (w_plus[:, :3], w_plus[..., :5], w_plus.double(), w_plus[0]):
         with pytest.raises(InputError, match=r"w_plus must be float32 \[N, 4, 19\]"):
             synthesis(network, bad, maps(G))
+    with pytest.raises(InputError, match="w_plus must be on .*, as the network is, got meta"):
+        synthesis(network, w_plus.to("meta"), maps(G))
     with pytest.raises(InputError, match="noise must hold 3 maps"):
         synthesis(network, w_plus, maps(G)[:2])
     with pytest.raises(InputError, match=r"noise map 1 must have shape \[1 or 2, 1, 8, 8\]"):

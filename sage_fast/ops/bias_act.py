@@ -129,7 +129,7 @@ def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
     settings = _settings(act, alpha, gain)
     if not x.is_floating_point():
         raise InputError(f"x must be floating point, got {x.dtype}.")
-    if clamp is not None and clamp < 0:
+    if clamp is not None and not clamp >= 0:
         raise InputError(f"clamp must be None or at least 0, got {clamp}.")
     if b is not None:
         shape = x.shape

@@ -38,6 +38,8 @@ def combine_rows(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, c
 def combine_rows_reference(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The same in plain PyTorch."""
     _check(weights, table, centre, rows, columns)
+    require_below("rows", rows, table.shape[0])
+    require_below("columns", columns, table.shape[1])
     return weights @ _picked(table, centre, rows, columns)
 
 
@@ -59,10 +61,21 @@ def _check(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns
                 f"{name} must be {weights.dtype} on {weights.device}, as weights are, got {tensor.dtype} on {tensor.device}."
             )
     for name, index in (("rows", rows), ("columns", columns)):
-        if index.ndim != 1 or index.dtype != torch.int64:
-            raise InputError(f"{name} must be int64 and flat, got {index.dtype} {list(index.shape)}.")
+        if index.ndim != 1 or index.dtype != torch.int64 or index.device != weights.device:
+            raise InputError(
+                f"{name} must be int64 and flat on {weights.device}, got {index.dtype} {list(index.shape)} on {index.device}."
+            )
     if len(rows) != weights.shape[1]:
         raise InputError(f"rows must hold {weights.shape[1]} numbers, one for each weight, got {len(rows)}.")
+
+
+def require_below(name: str, index: Tensor, limit: int) -> None:
+    """Raise InputError for a number of ``index`` outside 0 to limit - 1; on a CPU only: elsewhere the look would wait."""
+    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+        return
+    lowest, highest = (int(end) for end in torch.aminmax(index))
+    if lowest < 0 or highest >= limit:
+        raise InputError(f"{name} must be 0 to {limit - 1}, got {lowest} to {highest}.")
 
 
 def _setup_context(ctx, inputs, output):

@@ -10,6 +10,7 @@ from torch import Tensor
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import of_one_float, takes_arrays
+from sage_fast.ops.combine_rows import require_below
 
 __all__ = ["edit_latents", "edit_latents_reference"]
 
@@ -49,6 +50,7 @@ def edit_latents(
     if native and _native.has_kernel("edit_latents", codes.device.type):
         op = torch.ops.sage_fast.edit_latents.default
         return op(class_embedding, codes, directions, float(alpha), mask, class_index)
+    _require_classes(class_index, class_embedding)
     # [L, N, K] x [L, K, D]: one batched product over the layers
     edits = torch.bmm(_kept(codes, mask, class_index).transpose(0, 1), directions.mT).transpose(0, 1)
     base = class_embedding if class_index is None else class_embedding[class_index]
@@ -79,9 +81,15 @@ def edit_latents_reference(
 ) -> Tensor:
     """The same, as the equation is printed."""
     _check(class_embedding, codes, directions, mask, class_index)
+    _require_classes(class_index, class_embedding)
     base = class_embedding if class_index is None else class_embedding[class_index]
     kept = _kept(codes, _rows_of(mask), class_index)
     return base + alpha * torch.einsum("ldk,nlk->nld", directions, kept)
+
+
+def _require_classes(class_index: Tensor | None, class_embedding: Tensor) -> None:
+    if class_index is not None:
+        require_below("class_index", class_index, len(class_embedding))
 
 
 def _rows_of(mask: Tensor | None) -> Tensor | None:
@@ -102,8 +110,10 @@ def _check(
     if directions.ndim != 3:
         raise InputError(f"directions must have shape [L, D, K], got {list(directions.shape)}.")
     n_latent, dim, k = directions.shape
-    if codes.ndim != 3 or codes.shape[1:] != (n_latent, k):
-        raise InputError(f"codes must have shape [N, {n_latent}, {k}], as directions have, got {list(codes.shape)}.")
+    if codes.ndim != 3 or codes.shape[1:] != (n_latent, k) or not codes.is_floating_point():
+        raise InputError(
+            f"codes must be floating point [N, {n_latent}, {k}], as directions have, got {codes.dtype} {list(codes.shape)}."
+        )
     if class_embedding.ndim != 3 or class_embedding.shape[1:] != (n_latent, dim):
         raise InputError(
             f"class_embedding must have shape [N, {n_latent}, {dim}], as directions have, got {list(class_embedding.shape)}."
@@ -128,6 +138,9 @@ def _check(
         raise InputError(
             f"mask must have shape [{n_latent}, {k}] or [{rows}, {n_latent}, {k}], got {list(mask.shape)}."
         )
+    for name, choice in (("mask", mask), ("class_index", class_index)):
+        if choice is not None and choice.device != codes.device:
+            raise InputError(f"{name} must be on {codes.device}, as codes are, got {choice.device}.")
 
 
 def _setup_context(ctx, inputs, output):

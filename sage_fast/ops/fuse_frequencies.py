@@ -64,7 +64,12 @@ def _compose(low_pass, real, inverted, edited, gamma1, gamma2, sigma) -> Tensor:
 
 def check_images(real: Tensor, inverted: Tensor, edited: Tensor) -> None:
     """Raise InputError unless all are [N, C, H, W], the first two perhaps with one image for all."""
-    for name, images in (("real", real), ("inverted", inverted), ("edited", edited)):
+    check_sources(edited, real=real, inverted=inverted, edited=edited)
+
+
+def check_sources(edited: Tensor, /, **sources: Tensor) -> None:
+    """Raise InputError unless the named images are [N or 1, C, H, W] of ``edited``, on its device."""
+    for name, images in sources.items():
         if images.ndim != 4 or not images.is_floating_point():
             raise InputError(f"{name} must be floating point [N, C, H, W], got {images.dtype} {list(images.shape)}.")
         if images.shape[1:] != edited.shape[1:] or len(images) not in (1, len(edited)):
@@ -72,6 +77,8 @@ def check_images(real: Tensor, inverted: Tensor, edited: Tensor) -> None:
                 f"{name} must have shape {list(edited.shape)}, as edited has, or one image for all, got "
                 f"{list(images.shape)}."
             )
+        if images.device != edited.device:
+            raise InputError(f"{name} must be on {edited.device}, as edited is, got {images.device}.")
 
 
 def alike(*images: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import of_one_float, takes_arrays
-from sage_fast.ops.fuse_frequencies import alike, check_images
+from sage_fast.ops.fuse_frequencies import alike, check_images, check_sources
 
 __all__ = ["BLENDS", "blend_images", "blur_mask", "difference_mask", "fuse_pixels", "fuse_pixels_reference"]
 
@@ -102,7 +102,7 @@ def blend_images(real: Tensor, inverted: Tensor, edited: Tensor, mask: Tensor, b
 def _check(real: Tensor, inverted: Tensor, edited: Tensor, blend: str, low: Tensor | None) -> None:
     check_images(real, inverted, edited)
     if low is not None:
-        check_images(low, low, edited)
+        check_sources(edited, low=low)
     if blend not in BLENDS:
         raise InputError(f"blend must be one of {', '.join(BLENDS)}, got '{blend}'.")
 

@@ -99,6 +99,11 @@ def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None) -
 def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tensor | None) -> None:
     if x.ndim != 4 or not x.is_floating_point():
         raise InputError(f"x must be floating point [N, C_in, H, W], got {x.dtype} {list(x.shape)}.")
+    for name, tensor in (("weight", weight), ("style", style)):
+        if not tensor.is_floating_point() or tensor.device != x.device:
+            raise InputError(
+                f"{name} must be floating point on {x.device}, as x is, got {tensor.dtype} on {tensor.device}."
+            )
     if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise InputError(f"weight must have shape [C_out, C_in, k, k] with k odd, got {list(weight.shape)}.")
     if x.shape[1] != weight.shape[1]:

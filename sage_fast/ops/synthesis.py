@@ -212,6 +212,8 @@ def _check(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | N
         raise InputError(
             f"w_plus must be float32 [N, {expected[0]}, {expected[1]}] for this network, got {w_plus.dtype} {list(w_plus.shape)}."
         )
+    if w_plus.device != network.input.device:
+        raise InputError(f"w_plus must be on {network.input.device}, as the network is, got {w_plus.device}.")
     if len(noise) != len(network.layers):
         raise InputError(f"noise must hold {len(network.layers)} maps, one a styled layer, got {len(noise)}.")
     for i, map_ in enumerate(noise):

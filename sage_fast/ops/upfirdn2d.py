@@ -96,14 +96,18 @@ def _tidy(x: Tensor, f: Tensor, up: int, down: int, padding: Padding) -> tuple[i
         raise InputError(f"x must be floating point images [N, C, H, W], got {x.dtype} {list(shape)}.")
     if len(sides) not in (1, 2) or not all(1 <= k <= 32 for k in sides):
         raise InputError(f"f must have shape [k] or [kh, kw] with sides from 1 to 32, got {list(sides)}.")
+    if f.is_complex():
+        raise InputError(f"f must be real, got {f.dtype}.")
     if f.requires_grad:
         raise InputError("f must not require a gradient: upfirdn2d does not learn its filter; pass f.detach().")
     for name, factor in (("up", up), ("down", down)):
-        if type(factor) is not int or factor < 1:
-            raise InputError(f"{name} must be a positive integer, got {factor!r}.")
+        if type(factor) is not int or not 1 <= factor < 2**31:
+            raise InputError(f"{name} must be a positive integer below 2^31, got {factor!r}.")
     pad = (padding,) * 4 if isinstance(padding, int) else tuple(padding) if isinstance(padding, Sequence) else ()
-    if len(pad) != 4 or not all(isinstance(p, int) for p in pad):
-        raise InputError(f"padding must be one integer or (left, right, top, bottom), got {padding!r}.")
+    if len(pad) != 4 or not all(isinstance(p, int) and abs(p) < 2**31 for p in pad):
+        raise InputError(
+            f"padding must be one integer or (left, right, top, bottom), each below 2^31, got {padding!r}."
+        )
     height, width = shape[2] * up + pad[2] + pad[3], shape[3] * up + pad[0] + pad[1]
     if shape[2] < 1 or shape[3] < 1 or height < sides[0] or width < sides[-1]:
         raise InputError(
