@@ -128,10 +128,11 @@ class StyledConv {
     }
   }
 
-  // Measured at 32 to 256 px on one and two threads: v and m of a band in the second-level cache, and not fewer rows
-  // than keep the product busy.
+  // v and m of a band in the second-level cache, but not so few tiles that the weights, which every band reads anew,
+  // would have to come from memory faster than it gives them. Measured at 32 to 256 px on one and two threads.
   int64_t tiles_at_once() const {
-    constexpr int64_t budget = 800 << 10;
+    const int64_t weights = kPoints * pitch_in_ * panels_ * kPanel * int64_t(sizeof(T));
+    const int64_t budget = std::max<int64_t>(800 << 10, weights / 4);
     const int64_t bytes = kPoints * (pitch_in_ * int64_t(sizeof(T)) + panels_ * kPanel * 4);
     return std::max<int64_t>(budget / bytes, 2 * kMaxRows);
   }
