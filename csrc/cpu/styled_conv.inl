@@ -90,27 +90,20 @@ class StyledConv {
     }
   }
 
+  // Many tiles and weights that fit the cache: each thread takes tile rows of its own, with no barrier between the
+  // steps. Otherwise all threads share the tiles of a band, and each reads its part of the weights once.
   void run() {
-    for_each_band([&](const Band& band) {
-      gather(band);
-      multiply<P>(v_, v_pitch_, static_cast<const T*>(layer_.packed), kPoints, band.tiles(), pitch_in_, panels_, m_,
-                  m_pitch_);
-      if constexpr (Up) {
-        scatter(band);
-        blur(band);
-        const int64_t patch = F::outputs * z_row_;  // the next band's blur begins in this one's last tile row
-        std::memcpy(z_, z_ + band.tile_rows() * patch, patch * sizeof(float));
-      } else {
-        finish(band);
-      }
-    });
+    const int64_t tile_rows = data_.n * tiles_across_;
+    if (weight_bytes() > (12 << 20) || tile_rows < 8 || tile_rows * tiles_across_ < 48) return run_rows(0, tile_rows);
+    parallel(tile_rows, 2,
+             [&](int64_t begin, int64_t end) { StyledConv(layer_, data_, thread_workspace()).run_rows(begin, end); });
   }
 
   // The gradient of the packed weights: for each point the product of v, transposed, with the transformed gradient
   // `dy` [n, size, size, pitch_out], summed over tiles -> du [points^2][c_in, panels * kPanel].
   void weight_gradient(const float* dy, float* du) {
     std::memset(du, 0, kPoints * pitch_in_ * panels_ * kPanel * sizeof(float));
-    for_each_band([&](const Band& band) {
+    for_each_band(0, data_.n * tiles_across_, [&](const Band& band) {
       gather(band);
       gather_gradient(band, dy);
       multiply_transposed(v_, v_pitch_, m_, m_pitch_, kPoints, band.tiles(), pitch_in_, panels_, du);
@@ -118,21 +111,58 @@ class StyledConv {
   }
 
  private:
-  template <class Body>
-  void for_each_band(Body&& body) {
-    for (int64_t image = 0; image < data_.n; image += images_) {
-      const int64_t images = std::min(images_, data_.n - image);
-      for (int64_t row = 0; row < tiles_across_; row += rows_) {
-        body(Band{image, images, row, std::min(rows_, tiles_across_ - row), tiles_across_});
+  void to_points(const Band& band) {
+    gather(band);
+    multiply<P>(v_, v_pitch_, static_cast<const T*>(layer_.packed), kPoints, band.tiles(), pitch_in_, panels_, m_,
+                m_pitch_);
+  }
+
+  // Tile rows `begin` to `end` of all images.
+  void run_rows(int64_t begin, int64_t end) {
+    if (Up && begin % tiles_across_ > 0) {  // the blur of the first rows meets the tile row above
+      const Band above{begin / tiles_across_, 1, begin % tiles_across_ - 1, 1, tiles_across_};
+      to_points(above);
+      scatter(above);
+      keep_last(above);
+    }
+    for_each_band(begin, end, [&](const Band& band) {
+      to_points(band);
+      if constexpr (Up) {
+        scatter(band);
+        blur(band);
+        keep_last(band);
+      } else {
+        finish(band);
       }
+    });
+  }
+
+  // The next band's blur begins in this one's last tile row.
+  void keep_last(const Band& band) {
+    const int64_t patch = F::outputs * z_row_;
+    std::memcpy(z_, z_ + band.tile_rows() * patch, patch * sizeof(float));
+  }
+
+  // Bands of whole images where several fit, else of some tile rows of one image.
+  template <class Body>
+  void for_each_band(int64_t begin, int64_t end, Body&& body) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t image = at / tiles_across_, row = at % tiles_across_;
+      const int64_t whole = std::min(images_, (end - at) / tiles_across_);
+      const bool several = row == 0 && images_ > 1 && whole > 0;
+      const int64_t rows = several ? tiles_across_ : std::min({rows_, tiles_across_ - row, end - at});
+      const Band band{image, several ? whole : 1, several ? 0 : row, rows, tiles_across_};
+      body(band);
+      at += band.tile_rows();
     }
   }
+
+  int64_t weight_bytes() const { return kPoints * pitch_in_ * panels_ * kPanel * int64_t(sizeof(T)); }
 
   // v and m of a band in the second-level cache, but not so few tiles that the weights, which every band reads anew,
   // would have to come from memory faster than it gives them. Measured at 32 to 256 px on one and two threads.
   int64_t tiles_at_once() const {
-    const int64_t weights = kPoints * pitch_in_ * panels_ * kPanel * int64_t(sizeof(T));
-    const int64_t budget = std::max<int64_t>(800 << 10, weights / 4);
+    const int64_t budget = std::max<int64_t>(800 << 10, weight_bytes() > (12 << 20) ? weight_bytes() / 4 : 0);
     const int64_t bytes = kPoints * (pitch_in_ * int64_t(sizeof(T)) + panels_ * kPanel * 4);
     return std::max<int64_t>(budget / bytes, 2 * kMaxRows);
   }

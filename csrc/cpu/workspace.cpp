@@ -28,6 +28,11 @@ Workspace kept;
 
 }  // namespace
 
+Workspace& thread_workspace() {
+  static thread_local Workspace own;
+  return own;
+}
+
 Lease::Lease() : workspace_(kept_taken.try_lock() ? &kept : new Workspace) {}
 
 Lease::~Lease() {

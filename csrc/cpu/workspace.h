@@ -32,6 +32,9 @@ class Workspace {
   int64_t size_[n_slots] = {};
 };
 
+// A workspace of the calling thread's own, kept as long as the thread.
+Workspace& thread_workspace();
+
 // The one workspace that serves call after call, or, where another thread has it, one of the holder's own.
 class Lease {
  public:
