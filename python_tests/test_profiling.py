@@ -38,6 +38,16 @@ def test_the_command_and_its_trace(tmp_path, tiny_bundle, capsys):
     assert "sage_fast::synthesis" in names
 
 
+def test_gradients_of_a_model_with_frozen_weights(tiny_bundle, capsys):
+    assert main(["profile", "--model", str(tiny_bundle), "-n", "1", "--rounds", "1", "--gradients"]) == 0
+    assert "road: differentiable (gradients are recorded)" in capsys.readouterr().out
+
+
+def test_sizes_beside_a_model_are_refused(tiny_bundle, capsys):
+    assert main(["profile", "--model", str(tiny_bundle), "--resolution", "64"]) == 2
+    assert "a model has its own resolution and channels; leave out --resolution" in capsys.readouterr().err
+
+
 def test_threads_are_put_back():
     before = torch.get_num_threads()
     profile_synthesis(

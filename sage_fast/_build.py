@@ -169,9 +169,7 @@ def compile_into(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     found = extensions(Path.cwd())
-    for (
-        extension
-    ) in found:  # setuptools lays objects out as the sources lie: by relative paths they would leave the folder
+    for extension in found:  # setuptools lays objects out as the sources lie: relative ones would leave the folder
         extension.sources = [os.path.abspath(source) for source in extension.sources]
     distribution = Distribution({"name": "sage_fast", "ext_modules": found})
     command = build_command()(distribution, use_ninja=shutil.which("ninja") is not None)

@@ -197,11 +197,15 @@ def _profile(argv: Sequence[str]) -> None:
 
     argv = ["--n" if word == "-n" else word for word in argv]
     options, config = _parse("profile", argv, ProfileOptions(), ProfileConfig())
+    sizes = (config.resolution, config.channel_base, config.channel_max)
     if options.model is not None:
+        if any(size is not None for size in sizes):
+            raise InputError("a model has its own resolution and channels; leave out --resolution and --channel-...")
         generator = load_bundle(options.model).generator
     else:
-        sizes = dict(channel_base=config.channel_base, channel_max=config.channel_max)
-        generator = Generator(config.resolution, n_mapping=1, **sizes).eval().requires_grad_(config.gradients)
+        resolution, base, most = (given or usual for given, usual in zip(sizes, (256, 16384, 512)))
+        generator = Generator(resolution, n_mapping=1, channel_base=base, channel_max=most)
+        generator.eval().requires_grad_(config.gradients)
     layers, about = profile_synthesis(generator.to(_device(options.device)), config, options.trace)
     print(profile_table(layers, about))
     if options.trace is not None:

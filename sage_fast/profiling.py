@@ -26,7 +26,8 @@ __all__ = ["LayerTime", "ProfileConfig", "profile_synthesis", "profile_table"]
 class ProfileConfig:
     """Settings of :func:`profile_synthesis`.
 
-    ``resolution``, ``channel_base``, ``channel_max``: of a network with random weights, when no model is given.
+    ``resolution``, ``channel_base``, ``channel_max``: of a network with random weights; None: 256, 16384, 512. A model has
+    its own.
     ``gradients``: the differentiable road, forward only.
     """
 
@@ -34,14 +35,14 @@ class ProfileConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     gradients: bool = False
     rounds: int = 7
-    resolution: int = 256
-    channel_base: int = 16384
-    channel_max: int = 512
+    resolution: int | None = None
+    channel_base: int | None = None
+    channel_max: int | None = None
     threads: int | None = None  # None: torch's own choice
 
     def __post_init__(self) -> None:
         for name in ("n", "rounds", "resolution", "channel_base", "channel_max"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
@@ -65,10 +66,11 @@ def profile_synthesis(
     output. ``trace``: also write a Chrome trace of one call by ``torch.profiler``.
 
     Returns:
-        The layers in the order of their names, and ``road``, ``reason``, ``seconds`` of a whole call, ``device``, ``threads``.
+        The layers in the order of their names, and ``road``, ``reason``, ``products`` (the dtype of the
+        multiplications), ``seconds`` of a whole call, ``device``, ``threads``.
     """
     device = generator.latent_avg.device
-    w_plus = torch.randn(config.n, generator.n_latent, generator.style_dim).to(device)
+    w_plus = torch.randn(config.n, generator.n_latent, generator.style_dim).to(device).requires_grad_(config.gradients)
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -82,7 +84,9 @@ def profile_synthesis(
             call()
             rounds = [call() for _ in range(config.rounds)]
             whole = median(_seconds(lambda: generator.synthesis(w_plus), device) for _ in range(config.rounds))
-            about = dict(road=road, reason=reason, seconds=whole, device=str(device), threads=torch.get_num_threads())
+            products = str(wanted_dtype(device) if road == "fused" else getattr(torch, config.precision)).split(".")[1]
+            about = dict(road=road, reason=reason, products=products, seconds=whole, device=str(device))
+            about["threads"] = torch.get_num_threads()
             if trace is not None:
                 _write_trace(generator, w_plus, Path(trace))
     finally:
@@ -95,7 +99,8 @@ def profile_table(layers: list[LayerTime], about: dict[str, Any]) -> str:
     """The result of :func:`profile_synthesis` as text."""
     total = sum(layer.seconds for layer in layers)
     lines = [
-        f"road: {about['road']} ({about['reason']}); {about['device']}, {about['threads']} threads",
+        f"road: {about['road']} ({about['reason']}); products in {about['products']}; {about['device']}, "
+        f"{about['threads']} threads",
         f"{'layer':<12}{'size':>6}{'channels':>12}{'ms':>10}{'share':>8}{'GFLOP/s':>10}",
     ]
     for name, size, c_in, c_out, seconds, flop in layers:

@@ -182,6 +182,34 @@ def test_the_road_and_its_reason(device):
         H.synthesis(w_plus)
 
 
+def test_gradients_of_noise_are_recorded(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus = latents(G, 1).to(device)
+    noise = [m.clone().requires_grad_() for m in maps(G)]
+    assert choose_road(G, w_plus, noise)[1] == "gradients are recorded"
+    grads = torch.autograd.grad(G.synthesis(w_plus, noise=noise).square().sum(), noise)
+    assert all(g.abs().sum() > 0 for g in grads)
+    G.noises.noise_1.requires_grad_(True)  # as projectors do with the stored maps
+    (grad,) = torch.autograd.grad(G.synthesis(w_plus).square().sum(), [G.noises.noise_1])
+    assert grad.abs().sum() > 0
+
+
+def test_a_file_with_another_filter_is_taken_at_its_word(device):
+    """The fused kernels know [1, 3, 3, 1] alone; weights trained with another filter draw the same images on every road."""
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus, taps = latents(G, 2).to(device), torch.tensor([1.0, 2.0, 4.0, 1.0])
+    state = {name: value.clone() for name, value in G.state_dict().items()}
+    kernel = torch.outer(taps, taps) / 16
+    G.load_state_dict({k: kernel if k.endswith("kernel") else v for k, v in state.items()})
+    assert choose_road(G, w_plus)[1] == "the fused kernels have the resampling filter [1, 3, 3, 1]"
+    with torch.no_grad():
+        inference = G.synthesis(w_plus)
+    layered = G.requires_grad_(True).synthesis(w_plus).detach()
+    assert torch.equal(inference, layered)
+    G.requires_grad_(False).load_state_dict(state)
+    assert choose_road(G, w_plus)[0] == "fused"
+
+
 def test_without_kernels_the_reference_runs(on_reference):
     G = generator(CHANNELS["8 px"])
     w_plus = latents(G, 2)

@@ -12,6 +12,7 @@ from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import (
     READINGS,
     CategoryIrrelevantDictionary,
+    commonality_of,
     layer_groups,
 )
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
@@ -255,12 +256,7 @@ class FewShotEditor:
         return self._pool(categories, used)
 
     def _commonality(self, categories: Tensor) -> Tensor:
-        """Eq. 19 as :func:`commonality`, of some categories, from their sums."""
-        sizes, counts = self._seen.sizes[categories], self._seen.counts[categories]
-        if self.reading == "released":
-            return sizes.sum(0) / counts.sum()
-        held = counts > 0
-        return (sizes[held] / counts[held].view(-1, 1, 1)).mean(0)
+        return commonality_of(self._seen.sizes[categories], self._seen.counts[categories], self.reading)
 
     def _pool(self, categories: Tensor, used: Tensor) -> _Pool:
         rows = torch.isin(self.labels_, categories).nonzero().flatten()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sage_fast.errors import InputError
-from sage_fast.factorization.class_embeddings import check_labels, check_w_plus, class_embeddings
+from sage_fast.factorization.class_embeddings import check_labels, check_w_plus
 from sage_fast.factorization.singular_vectors import left_singular_vectors
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "CategoryIrrelevantDictionary",
     "CodeMLP",
     "commonality",
+    "commonality_of",
     "layer_groups",
     "orthogonal_loss",
     "pca_directions",
@@ -221,12 +222,19 @@ def commonality(codes: Tensor, labels: Tensor, reading: str = "default") -> Tens
         codes: n [N, L, K].
         labels: int64 [N], 0 or more; a category without an image does not count.
     """
-    _check_reading(reading)
     check_labels(labels, len(codes))
+    categories, classes = labels.unique(return_inverse=True)
+    sizes = codes.new_zeros(len(categories), *codes.shape[1:]).index_add(0, classes, codes.abs())
+    return commonality_of(sizes, torch.bincount(classes), reading)
+
+
+def commonality_of(sizes: Tensor, counts: Tensor, reading: str = "default") -> Tensor:
+    """:func:`commonality` from each category's sum of absolute codes [S, L, K] and number of codes [S]."""
+    _check_reading(reading)
     if reading == "released":
-        return codes.abs().mean(0)
-    _, classes = labels.unique(return_inverse=True)
-    return class_embeddings(codes.abs(), classes).mean(0)
+        return sizes.sum(0) / counts.sum()
+    held = counts > 0
+    return (sizes[held] / counts[held].view(-1, 1, 1)).mean(0)
 
 
 def _grouped_layers(n_latent: int, reading: str) -> list[int]:

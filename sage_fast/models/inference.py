@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -26,10 +27,14 @@ __all__ = ["choose_road", "counter_noise", "fused_network", "wanted_dtype"]
 
 _Key = tuple[tuple[int, int], ...]
 _networks: WeakKeyDictionary[nn.Module, tuple[_Key, SynthesisNetwork]] = WeakKeyDictionary()
+_binomial: WeakKeyDictionary[nn.Module, tuple[_Key, bool]] = WeakKeyDictionary()
 
 
-def choose_road(generator: Generator, w_plus: Tensor) -> tuple[str, str]:
-    """The road of ``generator.synthesis(w_plus)`` now, and the reason: the one place where this is decided."""
+def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | None] | None = None) -> tuple[str, str]:
+    """The road of ``generator.synthesis(w_plus)`` now, and the reason: the one place where this is decided.
+
+    ``noise``: the maps that synthesis gets; the stored ones when absent.
+    """
     device = w_plus.device.type
     if not _native.has_kernel("upfirdn2d", device):
         return "reference", f"there are no kernels on '{device}'"
@@ -37,16 +42,19 @@ def choose_road(generator: Generator, w_plus: Tensor) -> tuple[str, str]:
         return "differentiable", f"the fused synthesis has no kernel on '{device}'"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "differentiable", "a graph is being captured"
-    tensors = _tensors(generator)
-    if torch.is_grad_enabled() and (w_plus.requires_grad or any(t.requires_grad for t in tensors)):
+    tensors, filters = _weights(generator), _filters(generator)
+    maps = generator.noises.buffers() if noise is None else (m for m in noise if m is not None)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in chain([w_plus], tensors, maps)):
         return "differentiable", "gradients are recorded"
     if w_plus.dtype != torch.float32 or any(t.dtype != torch.float32 for t in tensors):
         return "differentiable", "the fused kernels take float32 weights and latents"
-    if any(t.is_inference() for t in tensors):
+    if any(t.is_inference() for t in chain(tensors, filters)):
         return "differentiable", "weights made in inference mode do not say when they change"
     most = MAX_CHANNELS if device == "cuda" else 4096
     if max(generator.channels) > most:
         return "differentiable", f"more than {most} channels"
+    if not _are_binomial(generator, filters):
+        return "differentiable", "the fused kernels have the resampling filter [1, 3, 3, 1]"
     return "fused", "no gradients, float32"
 
 
@@ -70,7 +78,7 @@ def counter_noise(generator: Generator, samples: Tensor, seed: int = 0) -> list[
 
 def fused_network(generator: Generator) -> SynthesisNetwork:
     """The generator's synthesis weights for :func:`sage_fast.ops.synthesis.synthesis`; made anew when a weight has changed."""
-    key = tuple((t.data_ptr(), t._version) for t in _tensors(generator))
+    key = _key(_weights(generator))
     found = _networks.get(generator)
     if found is None or found[0] != key:
         found = _networks[generator] = (key, _build(generator))
@@ -99,8 +107,8 @@ def _affine(conv: Any) -> tuple[Tensor, Tensor]:
     return linear.weight * linear.scale, linear.bias * linear.lr_mul
 
 
-def _tensors(generator: Generator) -> list[Tensor]:
-    """Everything that synthesis reads but the noise and the resampling filter, which never change."""
+def _weights(generator: Generator) -> list[Tensor]:
+    """Every parameter that synthesis reads."""
     todo: list[nn.Module] = [generator.input, generator.conv1, generator.to_rgb1, generator.convs, generator.to_rgbs]
     found: list[Tensor] = []
     while todo:  # by hand: ``parameters()`` takes twice as long, a good part of a small synthesis
@@ -108,3 +116,25 @@ def _tensors(generator: Generator) -> list[Tensor]:
         found += [p for p in module._parameters.values() if p is not None]
         todo += [m for m in module._modules.values() if m is not None]
     return found
+
+
+def _filters(generator: Generator) -> list[Tensor]:
+    """The resampling filters [4, 4] as a file may have set them."""
+    layers: Any = generator.convs
+    to_rgbs: Any = generator.to_rgbs
+    return [layer.conv.blur.kernel for layer in layers[::2]] + [to_rgb.upsample.kernel for to_rgb in to_rgbs]
+
+
+def _are_binomial(generator: Generator, filters: list[Tensor]) -> bool:
+    """Whether all are [1, 3, 3, 1] x [1, 3, 3, 1] with a gain of 4; looked at again when one has changed."""
+    key = _key(filters)
+    found = _binomial.get(generator)
+    if found is None or found[0] != key:
+        taps = torch.tensor([0.25, 0.75, 0.75, 0.25])
+        same = all(torch.allclose(f.float().cpu(), torch.outer(taps, taps), atol=1e-6) for f in filters)
+        found = _binomial[generator] = (key, same)
+    return found[1]
+
+
+def _key(tensors: list[Tensor]) -> _Key:
+    return tuple((t.data_ptr(), t._version) for t in tensors)

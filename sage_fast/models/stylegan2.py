@@ -130,7 +130,7 @@ class Generator(nn.Module):
             w_plus = self.broadcast(w_plus)
         self._check_w_plus(w_plus)
         maps = self._noise_maps(noise, w_plus, rng)
-        if choose_road(self, w_plus)[0] == "fused":
+        if choose_road(self, w_plus, maps)[0] == "fused":
             return fused_synthesis(fused_network(self), w_plus, maps, dtype=wanted_dtype(w_plus.device))
         w = w_plus.unbind(1)
         x = self.conv1(self.input(len(w_plus)), w[0], maps[0])
