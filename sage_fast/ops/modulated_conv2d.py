@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sage_fast.errors import InputError
-from sage_fast.ops.conv3x3 import conv3x3
-from sage_fast.ops.upfirdn2d import upfirdn2d
+from sage_fast.ops.conv3x3 import conv3x3, conv3x3_reference
+from sage_fast.ops.upfirdn2d import upfirdn2d, upfirdn2d_reference
 
 __all__ = ["modulated_conv2d", "modulated_conv2d_reference"]
 
@@ -72,28 +72,31 @@ def modulated_conv2d_reference(
 ) -> Tensor:
     """The same, as the equations are printed: a weight for each sample, one convolution a sample."""
     _check(x, weight, style, up, down, resample_filter)
+    plain = dict(conv=conv3x3_reference, resample=upfirdn2d_reference)
     outputs = []
     for image, s in zip(x, style):
         w = weight * s[None, :, None, None]  # Eq. 1
         if demodulate:
             w = w * torch.rsqrt(w.square().sum((1, 2, 3), keepdim=True) + eps)  # Eq. 3
-        outputs.append(_convolve(image[None], w, up, down, resample_filter))
-    return torch.cat(outputs) if outputs else _convolve(x, weight, up, down, resample_filter)
+        outputs.append(_convolve(image[None], w, up, down, resample_filter, **plain))
+    return torch.cat(outputs) if outputs else _convolve(x, weight, up, down, resample_filter, **plain)
 
 
-def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None) -> Tensor:
-    """'Same' convolution with 2-fold up- or downsampling behind or before an FIR filter."""
+def _convolve(
+    x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None, conv=conv3x3, resample=upfirdn2d
+) -> Tensor:
+    """'Same' convolution with 2-fold up- or downsampling behind or before an FIR filter, by the ops given."""
     k = weight.shape[2]
     if up == 2 and f is not None:
         # Stride 2 and a k x k kernel give 2 H + k - 2 rows; the filter needs kh - 1 rows around 2 H.
         x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
         pad = [f.shape[1] - k + 1, f.shape[0] - k + 1]  # in all, of columns and rows
-        return upfirdn2d(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2], gain=4.0)
+        return resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2], gain=4.0)
     if down == 2 and f is not None:
         pad = [f.shape[1] + k - 3, f.shape[0] + k - 3]
-        x = upfirdn2d(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
+        x = resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
         return F.conv2d(x, weight, stride=2)
-    return conv3x3(x, weight) if k == 3 else F.conv2d(x, weight, padding=k // 2)
+    return conv(x, weight) if k == 3 else F.conv2d(x, weight, padding=k // 2)
 
 
 def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tensor | None) -> None:
