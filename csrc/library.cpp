@@ -22,8 +22,9 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def(
       "synthesis_times(Tensor w_plus, Tensor input, Tensor[] layers, Tensor[] images, float[] strengths, float slope, "
       "float gain, float clamp, bool bf16) -> Tensor");
-  m.def("conv3x3(Tensor x, Tensor taps) -> Tensor");
-  m.def("conv3x3_taps(Tensor x, Tensor grad) -> Tensor");
+  m.def("conv3x3(Tensor x, Tensor weight, int stride) -> Tensor");
+  m.def("conv3x3_transposed(Tensor y, Tensor weight, int stride) -> Tensor");
+  m.def("conv3x3_taps(Tensor x, Tensor y, int stride) -> Tensor");
   m.def("synthesis_pack(Tensor weight, bool up, bool bf16) -> Tensor");
   m.def("synthesis_has_bf16(Tensor any) -> bool");
   m.def(

@@ -1,5 +1,9 @@
 // The product at the heart of the transformed convolutions: a few rows times a panel two vectors wide.
 
+#pragma once
+
+#include "transforms.inl"
+
 namespace sage_fast::SAGE_ISA {
 
 #if SAGE_VECTOR_BYTES == 64
@@ -11,6 +15,13 @@ constexpr int kMaxRows = 4;
 #endif
 constexpr int64_t kLanes = Vector<float>::lanes;
 constexpr int64_t kPanel = 2 * kLanes;  // columns of a panel
+
+inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// From one point's matrix to the next. An odd number of cache lines: powers of two would fight for the same sets.
+struct Pitches {
+  int64_t v, m, u;
+};
 
 // How numbers of the transform's domain are stored; sums are float32 always.
 struct Fp32Products {
@@ -89,19 +100,23 @@ inline void rows_times_panel(int64_t rows, const T* a, int64_t lda, const T* b, 
   if constexpr (Rows > 1) rows_times_panel<Rows - 1>(rows, a, lda, b, depth, c, ldc);
 }
 
-// For each of `points` matrices: m [rows, panels * kPanel] = v [rows, depth] x u [panels][depth, kPanel].
-// A task takes one panel, which stays in the second-level cache while the rows pass by.
-template <class P>
-void multiply(const typename P::type* v, int64_t v_pitch, const typename P::type* u, int64_t points, int64_t rows,
-              int64_t depth, int64_t panels, float* m, int64_t m_pitch) {
+// For each point: m [rows, panels * kPanel] = v [rows, depth] x the u [panels][depth, kPanel] of its weights; `pitches`
+// are those from one point's v and m, and from one u, to the next. A task takes one panel, which stays in the
+// second-level cache while the rows pass by; points that share it are neighbours.
+template <class P, class F>
+void multiply(const typename P::type* v, const typename P::type* u, int64_t rows, int64_t depth, int64_t panels,
+              float* m, const Pitches& pitch) {
+  static constexpr PointOrder<F> order;
   const int64_t blocks = (rows + kMaxRows - 1) / kMaxRows, block = (rows + blocks - 1) / blocks;
   const int64_t work = rows * depth * kPanel;
-  parallel(points * panels, 1 + 400000 / (work + 1), [=](int64_t begin, int64_t end) {
+  parallel(order.points * panels, 1 + 400000 / (work + 1), [=, &pitch](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t point = task / panels, panel = task % panels;
-      const typename P::type* a = v + point * v_pitch;
-      const typename P::type* b = u + task * depth * kPanel;
-      float* c = m + point * m_pitch + panel * kPanel;
+      const int64_t matrix = order.matrix[task / panels], first = order.first[matrix];
+      const int64_t sharing = order.first[matrix + 1] - first, at = task - first * panels;
+      const int64_t panel = at / sharing, point = order.point[first + at % sharing];
+      const typename P::type* a = v + point * pitch.v;
+      const typename P::type* b = u + matrix * pitch.u + panel * depth * kPanel;
+      float* c = m + point * pitch.m + panel * kPanel;
       for (int64_t row = 0; row < rows; row += block) {
         const int64_t count = rows - row < block ? rows - row : block;
         rows_times_panel<kMaxRows>(count, a + row * depth, depth, b, depth, c + row * panels * kPanel, panels * kPanel);
@@ -145,19 +160,29 @@ inline void outer_rows(int64_t rows, const float* a, int64_t lda, const float* b
   if constexpr (Rows > 1) outer_rows<Rows - 1>(rows, a, lda, b, ldb, count, c, ldc);
 }
 
-// For each of `points` matrices: du [depth, panels * kPanel] += v [tiles, depth], transposed, x m [tiles, panels *
-// kPanel].
-inline void multiply_transposed(const float* v, int64_t v_pitch, const float* m, int64_t m_pitch, int64_t points,
-                                int64_t tiles, int64_t depth, int64_t panels, float* du) {
+// For each matrix of weights: du [depth, panels * kPanel] += v [tiles, depth], transposed, x m [tiles, panels *
+// kPanel], over the points that share it.
+template <class F>
+void multiply_transposed(const float* v, const float* m, int64_t tiles, int64_t depth, int64_t panels, float* du,
+                         const Pitches& pitch) {
+  static constexpr PointOrder<F> order;
   const int64_t width = panels * kPanel;
-  parallel(points * panels, 1 + 400000 / (tiles * depth * kPanel + 1), [=](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t point = task / panels, panel = task % panels;
-      const float* b = m + point * m_pitch + panel * kPanel;
-      for (int64_t c = 0; c < depth; c += kMaxRows) {
-        const int64_t rows = depth - c < kMaxRows ? depth - c : kMaxRows;
-        outer_rows<kMaxRows>(rows, v + point * v_pitch + c, depth, b, width, tiles,
-                             du + (point * depth + c) * width + panel * kPanel, width);
+  // cut by points, so that the threads get equal work; a thread takes the panels that begin in its part
+  parallel(order.points * panels, 1 + 400000 / (tiles * depth * kPanel + 1), [=, &pitch](int64_t begin, int64_t end) {
+    for (int64_t matrix = 0; matrix < order.matrices; ++matrix) {
+      const int64_t first = order.first[matrix], last = order.first[matrix + 1];
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t at = first * panels + panel * (last - first);
+        if (at < begin || at >= end) continue;
+        for (int64_t k = first; k < last; ++k) {
+          const float* a = v + order.point[k] * pitch.v;
+          const float* b = m + order.point[k] * pitch.m + panel * kPanel;
+          for (int64_t c = 0; c < depth; c += kMaxRows) {
+            const int64_t rows = depth - c < kMaxRows ? depth - c : kMaxRows;
+            outer_rows<kMaxRows>(rows, a + c, depth, b, width, tiles,
+                                 du + matrix * pitch.u + c * width + panel * kPanel, width);
+          }
+        }
       }
     }
   });

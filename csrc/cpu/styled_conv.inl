@@ -9,6 +9,7 @@
 #pragma once
 
 #include "../synthesis.h"
+#include "bands.inl"
 #include "gemm.inl"
 #include "transforms.inl"
 #include "workspace.h"
@@ -16,7 +17,6 @@
 namespace sage_fast::SAGE_ISA {
 
 inline int64_t pitch_of(int64_t channels) { return round_up(channels, kLanes); }
-inline int64_t panels_of(int64_t c_out) { return (c_out + kPanel - 1) / kPanel; }
 
 // What a layer needs besides its own description; styles and factors padded with zeros.
 struct LayerData {
@@ -27,13 +27,6 @@ struct LayerData {
   const float* bias;    // [pitch_out] times gain
   float slope, gain, clamp;
   float* y;  // [n, size, size, pitch_out] // output
-};
-
-// Whole tile rows of whole images, or some tile rows of one image.
-struct Band {
-  int64_t first_image, images, first_row, rows, columns;
-  int64_t tile_rows() const { return images * rows; }
-  int64_t tiles() const { return images * rows * columns; }
 };
 
 struct Epilogue {
@@ -61,7 +54,7 @@ template <class P, int M, bool Up>
 class StyledConv {
   using F = Transform<M, Up>;
   using T = typename P::type;
-  static constexpr int64_t kPoints = F::points * F::points;
+  static constexpr int64_t kPoints = F::points * F::points, kMatrices = F::matrices * F::matrices;
 
  public:
   StyledConv(const StyledLayer& layer, const LayerData& data, Workspace& workspace)
@@ -71,14 +64,10 @@ class StyledConv {
         pitch_in_(pitch_of(layer.c_in)),
         pitch_out_(pitch_of(layer.c_out)),
         panels_(panels_of(layer.c_out)),
-        tiles_across_(size_ / F::tile) {
-    const int64_t most = std::min(data.n * tiles_across_ * tiles_across_, tiles_at_once());
-    const int64_t per_image = tiles_across_ * tiles_across_;
-    images_ = std::min(data.n, std::max<int64_t>(1, most / per_image));
-    rows_ = std::min(tiles_across_, std::max<int64_t>(1, most / tiles_across_));
-    if (images_ > 1) rows_ = tiles_across_;
-    const int64_t tiles = images_ * rows_ * tiles_across_;
-    // an odd number of cache lines between the points' matrices: powers of two would fight for the same sets
+        tiles_across_(size_ / F::tile),
+        bands_(data.n, tiles_across_,
+               kPoints * (pitch_in_ * int64_t(sizeof(T)) + panels_ * kPanel * int64_t(sizeof(float))), weight_bytes()) {
+    const int64_t tiles = bands_.most_rows() * tiles_across_;
     v_pitch_ = round_up(tiles * pitch_in_, 16 / F::tile * 16) + 16 * (sizeof(float) / sizeof(T));
     m_pitch_ = round_up(tiles * panels_ * kPanel, 16) + 16;
     v_ = reinterpret_cast<T*>(
@@ -86,35 +75,22 @@ class StyledConv {
     m_ = workspace.get(Workspace::products, kPoints * m_pitch_);
     if (Up) {
       z_row_ = (2 * size_ + 1) * pitch_out_;
-      z_ = workspace.get(Workspace::before_blur, (images_ * rows_ + 1) * F::outputs * z_row_);
+      z_ = workspace.get(Workspace::before_blur, (bands_.most_rows() + 1) * F::outputs * z_row_);
     }
   }
 
-  // Many tiles and weights that fit the cache: each thread takes tile rows of its own, with no barrier between the
-  // steps. Otherwise all threads share the tiles of a band, and each reads its part of the weights once.
   void run() {
     const int64_t tile_rows = data_.n * tiles_across_;
-    if (weight_bytes() > (12 << 20) || tile_rows < 8 || tile_rows * tiles_across_ < 48) return run_rows(0, tile_rows);
+    if (!bands_.for_each_thread()) return run_rows(0, tile_rows);
     parallel(tile_rows, 2,
              [&](int64_t begin, int64_t end) { StyledConv(layer_, data_, thread_workspace()).run_rows(begin, end); });
-  }
-
-  // The gradient of the packed weights: for each point the product of v, transposed, with the transformed gradient
-  // `dy` [n, size, size, pitch_out], summed over tiles -> du [points^2][c_in, panels * kPanel].
-  void weight_gradient(const float* dy, float* du) {
-    std::memset(du, 0, kPoints * pitch_in_ * panels_ * kPanel * sizeof(float));
-    for_each_band(0, data_.n * tiles_across_, [&](const Band& band) {
-      gather(band);
-      gather_gradient(band, dy);
-      multiply_transposed(v_, v_pitch_, m_, m_pitch_, kPoints, band.tiles(), pitch_in_, panels_, du);
-    });
   }
 
  private:
   void to_points(const Band& band) {
     gather(band);
-    multiply<P>(v_, v_pitch_, static_cast<const T*>(layer_.packed), kPoints, band.tiles(), pitch_in_, panels_, m_,
-                m_pitch_);
+    multiply<P, F>(v_, static_cast<const T*>(layer_.packed), band.tiles(), pitch_in_, panels_, m_,
+                   {v_pitch_, m_pitch_, panels_ * pitch_in_ * kPanel});
   }
 
   // Tile rows `begin` to `end` of all images.
@@ -125,7 +101,7 @@ class StyledConv {
       scatter(above);
       keep_last(above);
     }
-    for_each_band(begin, end, [&](const Band& band) {
+    bands_.for_each(begin, end, [&](const Band& band) {
       to_points(band);
       if constexpr (Up) {
         scatter(band);
@@ -143,29 +119,7 @@ class StyledConv {
     std::memcpy(z_, z_ + band.tile_rows() * patch, patch * sizeof(float));
   }
 
-  // Bands of whole images where several fit, else of some tile rows of one image.
-  template <class Body>
-  void for_each_band(int64_t begin, int64_t end, Body&& body) {
-    for (int64_t at = begin; at < end;) {
-      const int64_t image = at / tiles_across_, row = at % tiles_across_;
-      const int64_t whole = std::min(images_, (end - at) / tiles_across_);
-      const bool several = row == 0 && images_ > 1 && whole > 0;
-      const int64_t rows = several ? tiles_across_ : std::min({rows_, tiles_across_ - row, end - at});
-      const Band band{image, several ? whole : 1, several ? 0 : row, rows, tiles_across_};
-      body(band);
-      at += band.tile_rows();
-    }
-  }
-
-  int64_t weight_bytes() const { return kPoints * pitch_in_ * panels_ * kPanel * int64_t(sizeof(T)); }
-
-  // v and m of a band in the second-level cache, but not so few tiles that the weights, which every band reads anew,
-  // would have to come from memory faster than it gives them. Measured at 32 to 256 px on one and two threads.
-  int64_t tiles_at_once() const {
-    const int64_t budget = std::max<int64_t>(800 << 10, weight_bytes() > (12 << 20) ? weight_bytes() / 4 : 0);
-    const int64_t bytes = kPoints * (pitch_in_ * int64_t(sizeof(T)) + panels_ * kPanel * 4);
-    return std::max<int64_t>(budget / bytes, 2 * kMaxRows);
-  }
+  int64_t weight_bytes() const { return kMatrices * pitch_in_ * panels_ * kPanel * int64_t(sizeof(T)); }
 
   int64_t grain(int64_t per_tile_row) const { return 1 + 65536 / (per_tile_row + 1); }
 
@@ -217,33 +171,6 @@ class StyledConv {
       F::inverse(middle[i], out);
       emit(i, out);
     }
-  }
-
-  // What `finish` does, transposed: dy -> m.
-  void gather_gradient(const Band& band, const float* dy) {
-    parallel(band.tile_rows(), grain(tiles_across_ * pitch_out_ * kPoints), [&](int64_t begin, int64_t end) {
-      for (int64_t job = begin; job < end; ++job) {
-        const int64_t image = band.first_image + job / band.rows, row = band.first_row + job % band.rows;
-        for (int64_t column = 0; column < tiles_across_; ++column) {
-          const float* from = dy + ((image * size_ + row * F::tile) * size_ + column * F::tile) * pitch_out_;
-          float* to = m_ + (job * tiles_across_ + column) * panels_ * kPanel;
-          for (int64_t c = 0; c < panels_ * kPanel; c += kLanes) {
-            V middle[F::points][F::outputs], in[F::outputs], out[F::points];
-            for (int64_t j = 0; j < F::outputs; ++j) {
-              for (int64_t i = 0; i < F::outputs; ++i) {
-                in[i] = c < pitch_out_ ? load(from + (i * size_ + j) * pitch_out_ + c) : V{};
-              }
-              F::transposed_inverse(in, out);
-              for (int64_t i = 0; i < F::points; ++i) middle[i][j] = out[i];
-            }
-            for (int64_t i = 0; i < F::points; ++i) {
-              F::transposed_inverse(middle[i], out);
-              for (int64_t j = 0; j < F::points; ++j) store<float>(out[j], to + (i * F::points + j) * m_pitch_ + c);
-            }
-          }
-        }
-      }
-    });
   }
 
   void finish(const Band& band) {
@@ -356,7 +283,8 @@ class StyledConv {
   const StyledLayer& layer_;
   const LayerData& data_;
   const int64_t size_, pitch_in_, pitch_out_, panels_, tiles_across_;
-  int64_t images_, rows_, v_pitch_, m_pitch_, z_row_ = 0;
+  const Bands bands_;
+  int64_t v_pitch_, m_pitch_, z_row_ = 0;
   T* v_;
   float *m_, *z_ = nullptr;
 };

@@ -179,22 +179,22 @@ void run(const SynthesisNetwork& net, Workspace& workspace) {
   }
 }
 
-// weight [c_out, c_in, 3, 3] -> [points^2][panels][depth / pair][kPanel][pair]
+// weight [c_out, c_in, 3, 3] -> [matrices^2][panels][depth / pair][kPanel][pair]
 template <class P, class F>
 void pack(const float* weight, const PackShape& shape, typename P::type* out) {
   const int64_t depth = pitch_of(shape.c_in), panels = panels_of(shape.c_out);
-  constexpr int64_t points = F::points * F::points;
-  std::memset(out, 0, points * panels * depth * kPanel * sizeof(typename P::type));
+  constexpr int64_t matrices = F::matrices * F::matrices;
+  std::memset(out, 0, matrices * panels * depth * kPanel * sizeof(typename P::type));
   parallel(shape.c_out, 1, [=](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o) {
       for (int64_t c = 0; c < shape.c_in; ++c) {
         const float* g = weight + (o * shape.c_in + c) * 9;
-        for (int64_t i = 0; i < F::points; ++i) {
+        for (int64_t i = 0; i < F::matrices; ++i) {
           double row[3];
           for (int64_t k = 0; k < 3; ++k) row[k] = F::G[i][0] * g[k] + F::G[i][1] * g[3 + k] + F::G[i][2] * g[6 + k];
-          for (int64_t j = 0; j < F::points; ++j) {
+          for (int64_t j = 0; j < F::matrices; ++j) {
             const double u = F::G[j][0] * row[0] + F::G[j][1] * row[1] + F::G[j][2] * row[2];
-            const int64_t panel = (i * F::points + j) * panels + o / kPanel;
+            const int64_t panel = (i * F::matrices + j) * panels + o / kPanel;
             out[(panel * (depth / P::pair) + c / P::pair) * kPanel * P::pair + o % kPanel * P::pair + c % P::pair] =
                 P::round(u);
           }
@@ -206,8 +206,9 @@ void pack(const float* weight, const PackShape& shape, typename P::type* out) {
 
 template <class P, int M>
 int64_t packed_size(const PackShape& shape) {
-  const int64_t points = shape.up ? Transform<M, true>::points : Transform<M, false>::points;
-  return points * points * panels_of(shape.c_out) * kPanel * pitch_of(shape.c_in) * int64_t(sizeof(typename P::type));
+  const int64_t matrices = shape.up ? Transform<M, true>::matrices : Transform<M, false>::matrices;
+  return matrices * matrices * panels_of(shape.c_out) * kPanel * pitch_of(shape.c_in) *
+         int64_t(sizeof(typename P::type));
 }
 
 template <class P, int M>

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import scipy.signal
 import torch
 from torch.nn import functional as F
 
 from sage_fast.errors import InputError
-from sage_fast.ops import conv3x3, conv3x3_reference
+from sage_fast.ops import conv3x3, conv3x3_reference, conv3x3_transposed, conv3x3_transposed_reference
 
-SHAPES = [(2, 16, 32, 8), (1, 48, 16, 12), (3, 32, 80, 20), (9, 16, 16, 16), (1, 64, 16, 64)]  # N, C_in, C_out, side
+SHAPES = [(4, 16, 32, 8), (2, 48, 16, 12), (3, 32, 80, 20), (9, 16, 16, 16), (1, 64, 16, 64), (20, 32, 48, 4)]
+#                                                                             N, C_in, C_out, side of the smaller image
+KINDS = ["stride 1", "stride 2", "transposed"]
 
 
-def problem(n, c_in, c_out, side, device="cpu"):
+def problem(n, c_in, c_out, side, kind="stride 1"):
+    """Images, weight, a gradient for the result, and the two functions."""
     rng = torch.Generator().manual_seed(n + c_in + c_out + side)
-    x, weight = torch.randn(n, c_in, side, side, generator=rng), torch.randn(c_out, c_in, 3, 3, generator=rng)
-    grad = torch.randn(n, c_out, side, side, generator=rng)
-    return tuple(t.to(device) for t in (x, weight / (3 * c_in**0.5), grad))
+    wide = 2 * side + 1
+    x_side, y_side = {"stride 1": (side, side), "stride 2": (wide, side), "transposed": (side, wide)}[kind]
+    x, grad = torch.randn(n, c_in, x_side, x_side, generator=rng), torch.randn(n, c_out, y_side, y_side, generator=rng)
+    weight = torch.randn(c_out, c_in, 3, 3, generator=rng) / (3 * c_in**0.5)
+    if kind == "transposed":
+        return x, weight.transpose(0, 1), grad, conv3x3_transposed, conv3x3_transposed_reference
+    stride = int(kind[-1])
+    return x, weight, grad, partial(conv3x3, stride=stride), partial(conv3x3_reference, stride=stride)
 
 
 @pytest.fixture
@@ -44,12 +54,16 @@ def native_calls(monkeypatch):
     return spy
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_and_gradients_are_those_of_float64(cpu_kernel, shape):
-    x, weight, grad = problem(*shape)
+def test_forward_and_gradients_are_those_of_float64(cpu_kernel, native_calls, shape, kind):
+    x, weight, grad, conv, reference = problem(*shape, kind)
     ours = [t.clone().requires_grad_() for t in (x, weight)]
     exact = [t.double().requires_grad_() for t in (x, weight)]
-    y, expected = conv3x3(*ours), conv3x3_reference(*exact)
+    with native_calls:
+        y = conv(*ours)
+    assert any("conv3x3" in name for name in native_calls.names)
+    expected = reference(*exact)
     pairs = [(y, expected)]
     pairs += zip(torch.autograd.grad(y, ours, grad), torch.autograd.grad(expected, exact, grad.double()))
     for got, want in pairs:
@@ -58,24 +72,53 @@ def test_forward_and_gradients_are_those_of_float64(cpu_kernel, shape):
         assert error < 5e-6
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bfloat16_images_with_float32_weights(cpu_kernel, no_worse_than_plain, stride):
+    """The kernels of both strides; above, stride 2 in bfloat16 is PyTorch's."""
+    x, weight, grad, *_ = problem(4, 32, 32, 16, f"stride {stride}")
+    x, grad = (t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    op, pad = torch.ops.sage_fast, 2 - stride
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    plain = [x.clone().requires_grad_(), weight.bfloat16().requires_grad_()]
+    results = {}
+    for name, (images, taps) in (("exact", exact), ("plain", plain)):
+        y = F.conv2d(images, taps, stride=stride, padding=pad)
+        results[name] = (y, *torch.autograd.grad(y, (images, taps), grad.to(y.dtype)))
+    weight = plain[1].detach().float()
+    exact_weight = F.conv2d(x.double(), weight.double(), stride=stride, padding=pad)
+    no_worse_than_plain(op.conv3x3(x, weight, stride), results["plain"][0], exact_weight)
+    exact_grad = torch.autograd.grad(
+        F.conv2d(exact[0], weight.double(), stride=stride, padding=pad), exact[0], grad.double()
+    )[0]
+    no_worse_than_plain(op.conv3x3_transposed(grad, weight, stride), results["plain"][1], exact_grad)
+    gradient = op.conv3x3_taps(x, grad, stride)
+    assert gradient.dtype == torch.float32
+    assert (gradient.double() - results["exact"][2]).abs().max() < 5e-6 * results["exact"][2].abs().max()
+
+
 def test_the_kernel_is_taken_where_it_pays(cpu_kernel, native_calls):
-    x, weight, _ = problem(*SHAPES[0])
-    with native_calls:
-        conv3x3(x, weight)
-    assert "sage_fast::conv3x3" in native_calls.names
-    for other in (x[..., :4, :4], x[..., :7], x[:, :8], x.double()):
+    x, weight, *_ = problem(*SHAPES[0])
+
+    def kernel_runs(call):
         native_calls.names.clear()
         with native_calls:
-            y = conv3x3(other, weight[:, : other.shape[1]].to(other.dtype))
-        assert "sage_fast::conv3x3" not in native_calls.names
-        assert y.shape == (len(x), 32, *other.shape[2:])
-    native_calls.names.clear()
-    with native_calls, torch.autocast("cpu", torch.bfloat16):
-        assert conv3x3(x, weight).dtype == torch.bfloat16
+            y = call()
+        return y, any("conv3x3" in name for name in native_calls.names)
+
+    assert kernel_runs(lambda: conv3x3(x, weight))[1]
+    for other in (x[..., :4, :4], x[..., :7], x[:, :8], x.double(), x[..., :7, :7]):
+        y, runs = kernel_runs(lambda other=other: conv3x3(other, weight[:, : other.shape[1]].to(other.dtype)))
+        assert not runs and y.shape == (len(x), 32, *other.shape[2:])
+    with torch.autocast("cpu", torch.bfloat16):
+        y, runs = kernel_runs(lambda: conv3x3(x, weight))
+        assert runs and y.dtype == torch.bfloat16
+        y, runs = kernel_runs(lambda: conv3x3(x[..., :7, :7], weight, stride=2))
+        assert not runs and y.dtype == torch.bfloat16 and y.shape[2:] == (3, 3)
+    assert conv3x3(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
 
 
 def test_equals_scipy(cpu_kernel):
-    x, weight, _ = problem(1, 16, 16, 8)
+    x, weight, *_ = problem(4, 16, 16, 8)
     y = conv3x3(x, weight)[0, 5].numpy()
     planes = zip(x[0].double().numpy(), weight[5].double().numpy())
     expected = sum(scipy.signal.correlate(image, taps, mode="same") for image, taps in planes)
@@ -83,7 +126,7 @@ def test_equals_scipy(cpu_kernel):
 
 
 def test_layouts_and_empty_batches(cpu_kernel, laid_out):
-    x, weight, _ = problem(3, 16, 32, 8)
+    x, weight, *_ = problem(4, 16, 32, 8)
     x = laid_out(x)
     torch.testing.assert_close(conv3x3(x, weight), F.conv2d(x, weight, padding=1), atol=5e-6, rtol=5e-6)
     empty = conv3x3(x[:0], weight.clone().requires_grad_())
@@ -92,25 +135,27 @@ def test_layouts_and_empty_batches(cpu_kernel, laid_out):
 
 
 def test_a_sample_does_not_depend_on_the_batch(cpu_kernel):
-    x, weight, _ = problem(9, 16, 16, 16)
+    x, weight, *_ = problem(9, 16, 16, 16)
     whole = conv3x3(x, weight)
     assert torch.equal(conv3x3(x[4:5], weight)[0], whole[4])
 
 
-def test_same_bits_for_all_thread_counts(same_bits_for_all_thread_counts):
-    x, weight, grad = problem(9, 16, 48, 16)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_for_all_thread_counts(same_bits_for_all_thread_counts, kind):
+    x, weight, grad, conv, _ = problem(9, 16, 48, 16, kind)
 
     def compute():
         inputs = [t.clone().requires_grad_() for t in (x, weight)]
-        grads = torch.autograd.grad(conv3x3(*inputs), inputs, grad)
-        return torch.cat([g.flatten() for g in grads])
+        y = conv(*inputs)
+        return torch.cat([t.flatten() for t in (y, *torch.autograd.grad(y, inputs, grad))])
 
     same_bits_for_all_thread_counts(compute)
 
 
-def test_second_derivatives(cpu_kernel):
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(cpu_kernel, kind):
     """The gradient's gradient, as R1 needs it, against float64."""
-    x, weight, grad = problem(2, 16, 32, 8)
+    x, weight, grad, conv, reference = problem(4, 16, 32, 8, kind)
 
     def penalty(x, weight, conv):
         x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -118,23 +163,24 @@ def test_second_derivatives(cpu_kernel):
         gx, gw = torch.autograd.grad(y.sum(), (x, weight), create_graph=True)
         return torch.autograd.grad(gx.square().sum() + gw.square().sum(), (x, weight))
 
-    ours = penalty(x.clone(), weight.clone(), conv3x3)
-    exact = penalty(x.double(), weight.double(), conv3x3_reference)
+    ours = penalty(x.clone(), weight.clone(), conv)
+    exact = penalty(x.double(), weight.double(), reference)
     for got, want in zip(ours, exact):
         assert (got.double() - want).abs().max() / want.abs().max() < 1e-5
 
 
-def test_opcheck(cpu_kernel):
-    x, weight, grad = problem(2, 16, 32, 8)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_opcheck(cpu_kernel, stride):
+    x, weight, grad, *_ = problem(2, 16, 32, 8, f"stride {stride}")
     x, grad = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, grad))
-    taps = weight.permute(2, 3, 1, 0).contiguous().requires_grad_()
-    torch.library.opcheck(torch.ops.sage_fast.conv3x3, (x, taps))
-    torch.library.opcheck(torch.ops.sage_fast.conv3x3_taps, (x, grad))
+    torch.library.opcheck(torch.ops.sage_fast.conv3x3, (x, weight.requires_grad_(), stride))
+    torch.library.opcheck(torch.ops.sage_fast.conv3x3_transposed, (grad, weight, stride))
+    torch.library.opcheck(torch.ops.sage_fast.conv3x3_taps, (x, grad, stride))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_near(cpu_kernel, value):
-    x, weight, _ = problem(2, 16, 16, 16)
+    x, weight, *_ = problem(2, 16, 16, 16)
     clean = conv3x3(x, weight)
     x[0, 3, 2, 2] = value
     y = conv3x3(x, weight)
@@ -143,18 +189,29 @@ def test_nan_and_infinity_stay_near(cpu_kernel, value):
 
 
 def test_bad_input(cpu_kernel):
-    x, weight, grad = problem(2, 16, 32, 8)
+    x, weight, grad, *_ = problem(2, 16, 32, 8)
     with pytest.raises(InputError, match=r"x must be floating point \[N, C_in, H, W\]"):
         conv3x3(x[0], weight)
     with pytest.raises(InputError, match=r"weight must have shape \[C_out, 16, 3, 3\]"):
         conv3x3(x, weight[:, :8])
+    with pytest.raises(InputError, match=r"weight must have shape \[16, C_out, 3, 3\]"):
+        conv3x3_transposed(x, weight)
+    with pytest.raises(InputError, match="stride must be 1 or 2, got 3"):
+        conv3x3(x, weight, stride=3)
     op, last = torch.ops.sage_fast.conv3x3, x.contiguous(memory_format=torch.channels_last)
-    taps = weight.permute(2, 3, 1, 0).contiguous()
-    with pytest.raises(ValueError, match="channels last"):
-        op(x, taps)
-    with pytest.raises(ValueError, match=r"taps must be float32 \[3, 3, C_in, C_out\]"):
-        op(last, taps[:, :2])
-    with pytest.raises(ValueError, match="multiples of 16"):
-        op(last, taps[..., :9])
-    with pytest.raises(ValueError, match="grad must match x"):
-        torch.ops.sage_fast.conv3x3_taps(last, grad[:1].contiguous(memory_format=torch.channels_last))
+    for args, message in (
+        ((x, weight, 1), "channels last"),
+        ((last, weight[:, :2], 1), "with the channels of x"),
+        ((last, weight.transpose(2, 3), 1), "taps side by side"),
+        ((last, weight.double(), 1), "weight must be float32"),
+        ((last, weight[:9], 1), "multiples of 16"),
+        ((last, weight, 2), "sides of x must be odd|multiples of 4"),
+        ((last, weight, 3), "stride must be 1 or 2"),
+        ((last.double(), weight, 1), "images must be float32 or bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(*args)
+    with pytest.raises(ValueError, match="with the channels of y"):
+        torch.ops.sage_fast.conv3x3_transposed(last, weight, 1)
+    with pytest.raises(ValueError, match="y must match x"):
+        torch.ops.sage_fast.conv3x3_taps(last, grad[:1].contiguous(memory_format=torch.channels_last), 1)

@@ -2,7 +2,7 @@
 
 from sage_fast.ops.bias_act import bias_act, bias_act_reference
 from sage_fast.ops.combine_rows import combine_rows, combine_rows_reference
-from sage_fast.ops.conv3x3 import conv3x3, conv3x3_reference
+from sage_fast.ops.conv3x3 import conv3x3, conv3x3_reference, conv3x3_transposed, conv3x3_transposed_reference
 from sage_fast.ops.counter_normal import counter_normal, counter_normal_reference
 from sage_fast.ops.edit_latents import edit_latents, edit_latents_reference
 from sage_fast.ops.fuse_frequencies import fuse_frequencies, fuse_frequencies_reference
@@ -20,6 +20,8 @@ __all__ = [
     "combine_rows_reference",
     "conv3x3",
     "conv3x3_reference",
+    "conv3x3_transposed",
+    "conv3x3_transposed_reference",
     "counter_normal",
     "counter_normal_reference",
     "edit_latents",

@@ -1,4 +1,4 @@
-"""3 x 3 convolution with fewer multiplications, for training."""
+"""3 x 3 convolutions of stride 1 and 2 with fewer multiplications, and their transposes: for training."""
 
 from __future__ import annotations
 
@@ -9,98 +9,165 @@ from torch.nn import functional as F
 from sage_fast import _native
 from sage_fast.errors import InputError
 
-__all__ = ["conv3x3", "conv3x3_reference"]
+__all__ = ["conv3x3", "conv3x3_reference", "conv3x3_transposed", "conv3x3_transposed_reference"]
 
-_MIN_SIDE = 8  # below, a tile is the whole image and the transforms of the weights cost more than they save
+_MIN_TILES = 16  # of 4 x 4 outputs in a batch; below, the transforms of the weights cost more than they save
 
 
-def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.conv2d(x, weight, padding=1)``; differentiable any number of times.
+def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """``F.conv2d(x, weight, padding=1)``, or with stride 2 ``F.conv2d(x, weight, stride=2)``; differentiable any number of times.
 
-    On the CPU in float32, square images with sides that are multiples of 4 from 8 px up and channels that are multiples of 16
-    take Winograd's F(4 x 4, 3 x 3), with 2.25 multiplications a pixel instead of 9, in the forward pass and in both
-    gradients; the result is channels last. Everything else is PyTorch's convolution, bfloat16 too: its products are as fast as
-    these transforms and the conversions that they would need.
+    On the CPU, square images whose results have sides that are multiples of 4, with channels that are multiples of 16, go
+    through the transform's domain, in the forward pass and in both gradients: 2.25 multiplications a pixel instead of 9 by
+    Winograd's F(4 x 4, 3 x 3), 5.06 with stride 2 by Toom-Cook (in float32; bfloat16 products of PyTorch's are faster than
+    that). Weights and sums are float32, images float32 or bfloat16; the result is channels last. Under autocast to bfloat16
+    the images are bfloat16, as PyTorch's are. Everything else is PyTorch's convolution.
+
+    Args:
+        x: [N, C_in, H, W], floating; with stride 2, sides are odd for the fewer multiplications.
+        weight: [C_out, C_in, 3, 3].
+        stride: 1, or 2.
+    Returns:
+        [N, C_out, H, W], or with stride 2 [N, C_out, (H - 1) // 2, (W - 1) // 2].
+    Raises:
+        InputError: shapes that do not belong together, or another stride.
+    """
+    _check(x, weight, 1, stride)
+    x = _autocast(x)
+    side = x.shape[2] if stride == 1 else (x.shape[2] - 1) / 2
+    if not _kernel_pays(x, weight, side, stride):
+        return F.conv2d(x, weight.to(x.dtype), stride=stride, padding=2 - stride)
+    return torch.ops.sage_fast.conv3x3(_last(x), _taps_together(weight), stride)
+
+
+def conv3x3_reference(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """The same in plain PyTorch."""
+    _check(x, weight, 1, stride)
+    return F.conv2d(x, weight, stride=stride, padding=2 - stride)
+
+
+def conv3x3_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """``F.conv_transpose2d(x, weight, stride=2)``; derivatives, kernels and dtypes as :func:`conv3x3`.
 
     Args:
         x: [N, C_in, H, W], floating.
-        weight: [C_out, C_in, 3, 3].
+        weight: [C_in, C_out, 3, 3].
     Returns:
-        [N, C_out, H, W].
+        [N, C_out, 2 H + 1, 2 W + 1].
     Raises:
         InputError: shapes that do not belong together.
     """
-    _check(x, weight)
-    if not _kernel_pays(x, weight):
-        return F.conv2d(x, weight, padding=1)
-    return torch.ops.sage_fast.conv3x3(_last(x), weight.permute(2, 3, 1, 0).contiguous())
+    _check(x, weight, 0, 2)
+    x = _autocast(x)
+    if not _kernel_pays(x, weight, x.shape[2], 2):
+        return F.conv_transpose2d(x, weight.to(x.dtype), stride=2)
+    return torch.ops.sage_fast.conv3x3_transposed(_last(x), _taps_together(weight), 2)
 
 
-def conv3x3_reference(x: Tensor, weight: Tensor) -> Tensor:
+def conv3x3_transposed_reference(x: Tensor, weight: Tensor) -> Tensor:
     """The same in plain PyTorch."""
-    _check(x, weight)
-    return F.conv2d(x, weight, padding=1)
+    _check(x, weight, 0, 2)
+    return F.conv_transpose2d(x, weight, stride=2)
 
 
-def _kernel_pays(x: Tensor, weight: Tensor) -> bool:
-    c_out, c_in, _, _ = weight.shape
+def _autocast(x: Tensor) -> Tensor:
+    """Images as PyTorch's convolution would take them; the weights may stay as they are."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def _kernel_pays(x: Tensor, weight: Tensor, side: float, stride: int) -> bool:
+    """``side``: of the smaller of the two images, without what stride 2 adds."""
+    tiles = x.shape[0] * int(side * side) // 16
     return (
-        x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled(x.device.type)
-        and x.shape[2] == x.shape[3] >= _MIN_SIDE
-        and x.shape[2] % 4 == c_in % 16 == c_out % 16 == 0
-        and max(c_in, c_out) <= 4096
+        (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and stride == 1))
+        and weight.dtype == torch.float32
+        and x.shape[2] == x.shape[3]
+        and side % 4 == x.shape[1] % 16 == weight.shape[0] % 16 == weight.shape[1] % 16 == 0
+        and (tiles >= _MIN_TILES or tiles == 0)
+        and max(weight.shape) <= 4096
         and x.device.type == "cpu"  # cuDNN has such transforms of its own
         and _native.has_kernel("conv3x3", "cpu")
     )
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, axis: int, stride: int) -> None:
     if x.ndim != 4 or not x.is_floating_point():
         raise InputError(f"x must be floating point [N, C_in, H, W], got {x.dtype} {list(x.shape)}.")
-    if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
-        raise InputError(f"weight must have shape [C_out, {x.shape[1]}, 3, 3], as x has it, got {list(weight.shape)}.")
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[axis] != x.shape[1]:
+        shape = f"[C_out, {x.shape[1]}, 3, 3]" if axis == 1 else f"[{x.shape[1]}, C_out, 3, 3]"
+        raise InputError(f"weight must have shape {shape}, as x has channels, got {list(weight.shape)}.")
+    if stride not in (1, 2):
+        raise InputError(f"stride must be 1 or 2, got {stride}.")
 
 
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _turned(taps: Tensor) -> Tensor:
-    """Taps [3, 3, C_in, C_out] of the transposed convolution: turned round, channels exchanged."""
-    return taps.flip((0, 1)).transpose(2, 3).contiguous()
+def _taps_together(weight: Tensor) -> Tensor:
+    """The 9 taps of a filter side by side in memory, filters in any order."""
+    return weight if weight.stride()[2:] == (3, 1) else weight.contiguous()
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+# Three products, linear in each of two factors; every derivative of one is another.
 
 
 def _backward(ctx, grad):
-    """With respect to x a convolution with the turned taps; with respect to the taps a product of x and grad."""
-    x, taps = ctx.saved_tensors
+    x, weight = ctx.saved_tensors
     grad = _last(grad)
-    grad_x = torch.ops.sage_fast.conv3x3(grad, _turned(taps)) if ctx.needs_input_grad[0] else None
-    grad_taps = torch.ops.sage_fast.conv3x3_taps(x, grad) if ctx.needs_input_grad[1] else None
-    return grad_x, grad_taps
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    grad_x = torch.ops.sage_fast.conv3x3_transposed(grad, weight, ctx.stride) if needs_x else None
+    grad_weight = torch.ops.sage_fast.conv3x3_taps(x, grad, ctx.stride) if needs_weight else None
+    return grad_x, grad_weight, None
 
 
-def _backward_taps(ctx, grad_taps):
-    """The product is linear in each of its factors, and either derivative is a convolution again."""
-    x, grad = ctx.saved_tensors
-    grad_taps = grad_taps.contiguous()
-    grad_x = torch.ops.sage_fast.conv3x3(grad, _turned(grad_taps)) if ctx.needs_input_grad[0] else None
-    grad_grad = torch.ops.sage_fast.conv3x3(x, grad_taps) if ctx.needs_input_grad[1] else None
-    return grad_x, grad_grad
+def _backward_transposed(ctx, grad):
+    y, weight = ctx.saved_tensors
+    grad = _last(grad)
+    needs_y, needs_weight, _ = ctx.needs_input_grad
+    grad_y = torch.ops.sage_fast.conv3x3(grad, weight, ctx.stride) if needs_y else None
+    grad_weight = torch.ops.sage_fast.conv3x3_taps(grad, y, ctx.stride) if needs_weight else None
+    return grad_y, grad_weight, None
 
 
-def _fake(x, taps):
-    shape = (x.shape[0], taps.shape[3], x.shape[2], x.shape[3])
-    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+def _backward_taps(ctx, grad):
+    x, y = ctx.saved_tensors
+    grad = grad.contiguous()
+    needs_x, needs_y, _ = ctx.needs_input_grad
+    grad_x = torch.ops.sage_fast.conv3x3_transposed(y, grad, ctx.stride) if needs_x else None
+    grad_y = torch.ops.sage_fast.conv3x3(x, grad, ctx.stride) if needs_y else None
+    return grad_x, grad_y, None
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.stride = inputs[2]
+
+
+def _fake_images(like: Tensor, channels: int, side: int) -> Tensor:
+    return like.new_empty(like.shape[0], channels, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def _fake(x, weight, stride):
+    return _fake_images(x, weight.shape[0], x.shape[2] if stride == 1 else (x.shape[2] - 1) // 2)
+
+
+def _fake_transposed(y, weight, stride):
+    return _fake_images(y, weight.shape[1], y.shape[2] if stride == 1 else 2 * y.shape[2] + 1)
+
+
+def _fake_taps(x, y, stride):
+    return x.new_empty(y.shape[1], x.shape[1], 3, 3, dtype=torch.float32)
 
 
 @_native.when_loaded
 def _register() -> None:
-    torch.library.register_fake("sage_fast::conv3x3", _fake)
-    torch.library.register_fake("sage_fast::conv3x3_taps", lambda x, grad: x.new_empty(3, 3, x.shape[1], grad.shape[1]))
-    torch.library.register_autograd("sage_fast::conv3x3", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("sage_fast::conv3x3_taps", _backward_taps, setup_context=_setup_context)
+    for name, fake, backward in (
+        ("conv3x3", _fake, _backward),
+        ("conv3x3_transposed", _fake_transposed, _backward_transposed),
+        ("conv3x3_taps", _fake_taps, _backward_taps),
+    ):
+        torch.library.register_fake(f"sage_fast::{name}", fake)
+        torch.library.register_autograd(f"sage_fast::{name}", backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sage_fast.errors import InputError
-from sage_fast.ops.conv3x3 import conv3x3, conv3x3_reference
+from sage_fast.ops.conv3x3 import conv3x3, conv3x3_transposed
 from sage_fast.ops.upfirdn2d import upfirdn2d, upfirdn2d_reference
 
 __all__ = ["modulated_conv2d", "modulated_conv2d_reference"]
@@ -45,7 +45,7 @@ def modulated_conv2d(
     _check(x, weight, style, up, down, resample_filter)
     style, factor = _demodulation(x, weight, style, eps) if demodulate else (style, None)
     x = x * style[:, :, None, None].to(x.dtype)
-    x = _convolve(x, weight.to(x.dtype), up, down, resample_filter)
+    x = _convolve(x, weight, up, down, resample_filter)
     return x if factor is None else x * factor[:, :, None, None].to(x.dtype)
 
 
@@ -72,31 +72,33 @@ def modulated_conv2d_reference(
 ) -> Tensor:
     """The same, as the equations are printed: a weight for each sample, one convolution a sample."""
     _check(x, weight, style, up, down, resample_filter)
-    plain = dict(conv=conv3x3_reference, resample=upfirdn2d_reference)
     outputs = []
     for image, s in zip(x, style):
         w = weight * s[None, :, None, None]  # Eq. 1
         if demodulate:
             w = w * torch.rsqrt(w.square().sum((1, 2, 3), keepdim=True) + eps)  # Eq. 3
-        outputs.append(_convolve(image[None], w, up, down, resample_filter, **plain))
-    return torch.cat(outputs) if outputs else _convolve(x, weight, up, down, resample_filter, **plain)
+        outputs.append(_convolve(image[None], w, up, down, resample_filter, plain=True))
+    return torch.cat(outputs) if outputs else _convolve(x, weight, up, down, resample_filter, plain=True)
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None, conv=conv3x3, resample=upfirdn2d
-) -> Tensor:
-    """'Same' convolution with 2-fold up- or downsampling behind or before an FIR filter, by the ops given."""
+def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None, plain: bool = False) -> Tensor:
+    """'Same' convolution with 2-fold up- or downsampling behind or before an FIR filter; ``plain``: by PyTorch alone."""
     k = weight.shape[2]
+    native = k == 3 and not plain
+    resample = upfirdn2d_reference if plain else upfirdn2d
+    if not native:
+        weight = weight.to(x.dtype)
     if up == 2 and f is not None:
         # Stride 2 and a k x k kernel give 2 H + k - 2 rows; the filter needs kh - 1 rows around 2 H.
-        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        turned = weight.transpose(0, 1)
+        x = conv3x3_transposed(x, turned) if native else F.conv_transpose2d(x, turned, stride=2)
         pad = [f.shape[1] - k + 1, f.shape[0] - k + 1]  # in all, of columns and rows
         return resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2], gain=4.0)
     if down == 2 and f is not None:
         pad = [f.shape[1] + k - 3, f.shape[0] + k - 3]
         x = resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
-        return F.conv2d(x, weight, stride=2)
-    return conv(x, weight) if k == 3 else F.conv2d(x, weight, padding=k // 2)
+        return conv3x3(x, weight, stride=2) if native else F.conv2d(x, weight, stride=2)
+    return conv3x3(x, weight) if native else F.conv2d(x, weight, padding=k // 2)
 
 
 def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tensor | None) -> None:
