@@ -16,8 +16,9 @@ from peers import load_trainers
 from torch import Tensor
 from torch.nn import functional as F
 
-from sage_fast.models import stylegan2
-from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.models import stylegan2_layers
+from sage_fast.models.discriminator import Discriminator
+from sage_fast.models.stylegan2 import Generator
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 
 CONFIGS = {"32s": (32, 2048, 128), "64s": (64, 4096, 128)}
@@ -46,20 +47,25 @@ def plain_modulated_conv2d(x, weight, style, demodulate=True, up=1, down=1, resa
     return x
 
 
-def plain_bias_act(x, b, act="lrelu"):
-    return F.leaky_relu(x + b.view(1, -1, *[1] * (x.ndim - 2)), 0.2) * 2**0.5
+def plain_conv3x3(x, weight, stride=1):
+    return F.conv2d(x, weight, stride=stride, padding=2 - stride)
+
+
+def plain_bias_act(x, b, act="lrelu", gain=2**0.5, clamp=None):
+    return F.leaky_relu(x + b.view(1, -1, *[1] * (x.ndim - 2)), 0.2) * gain
 
 
 @contextmanager
 def plain_ops() -> Iterator[None]:
     """The networks of this process take plain PyTorch inside."""
     plain = dict(upfirdn2d=plain_upfirdn2d, modulated_conv2d=plain_modulated_conv2d, bias_act=plain_bias_act)
-    ours = {name: getattr(stylegan2, name) for name in plain}
-    vars(stylegan2).update(plain)
+    plain["conv3x3"] = plain_conv3x3
+    ours = {name: getattr(stylegan2_layers, name) for name in plain}
+    vars(stylegan2_layers).update(plain)
     try:
         yield
     finally:
-        vars(stylegan2).update(ours)
+        vars(stylegan2_layers).update(ours)
 
 
 class Step:

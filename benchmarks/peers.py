@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.models.discriminator import Discriminator
+from sage_fast.models.stylegan2 import Generator
 
 Draw = Callable[[Tensor], Tensor]
 #: what their files import and the CPU roads do not need

@@ -127,16 +127,17 @@ class DownBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, residual: bool = True, clamp: float | None = None) -> None:
         super().__init__()
         self.conv1 = nn.Sequential(Conv(c_in, c_in, 3), BiasAct(c_in, clamp))
+        gain = math.sqrt(0.5) if residual else 1.0  # on either branch instead of their sum: a pass less
         self.conv2 = nn.Sequential(
-            Resample(padding=(2, 2, 2, 2)), Conv(c_in, c_out, 3, stride=2), BiasAct(c_out, clamp)
+            Resample(padding=(2, 2, 2, 2)), Conv(c_in, c_out, 3, stride=2), BiasAct(c_out, clamp, gain)
         )
         down = Resample(down=2, padding=(1, 1, 1, 1))
-        self.skip = nn.Sequential(down, Conv(c_in, c_out, 1)) if residual else None
+        self.skip = nn.Sequential(down, Conv(c_in, c_out, 1, gain=gain)) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C_in, H, W] -> [N, C_out, H / 2, W / 2]."""
         y = self.conv2(self.conv1(x))
-        return y if self.skip is None else (y + self.skip(x)) * math.sqrt(0.5)
+        return y if self.skip is None else y + self.skip(x)
 
 
 class Linear(nn.Module):
@@ -156,18 +157,19 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution without bias; odd kernels, padded only at stride 1."""
+    """Convolution without bias, times ``gain``; odd kernels, padded only at stride 1."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, gain: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
-        self.scale, self.stride = 1 / math.sqrt(c_in * kernel**2), stride
+        self.scale, self.stride = gain / math.sqrt(c_in * kernel**2), stride
         self.padding = kernel // 2 if stride == 1 else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride == 1 and self.padding == 1:
-            return conv3x3(x, self.weight * self.scale)
-        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+        weight = self.weight * self.scale
+        if weight.shape[2] == 3:
+            return conv3x3(x, weight, self.stride)
+        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
 class Resample(nn.Module):
@@ -186,15 +188,16 @@ class Resample(nn.Module):
 
 
 class BiasAct(nn.Module):
-    """Bias and leaky ReLU times sqrt(2), then in [-``clamp``, ``clamp``] where one is given."""
+    """Bias and leaky ReLU times sqrt(2), in [-``clamp``, ``clamp``] where one is given, then times ``gain``."""
 
-    def __init__(self, n: int, clamp: float | None = None) -> None:
+    def __init__(self, n: int, clamp: float | None = None, gain: float = 1.0) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(n))
-        self.clamp = clamp
+        self.clamp, self.gain = clamp, gain
 
     def forward(self, x: Tensor) -> Tensor:
-        return bias_act(x, self.bias, act="lrelu", clamp=self.clamp)
+        clamp = None if self.clamp is None else self.clamp * self.gain
+        return bias_act(x, self.bias, act="lrelu", gain=math.sqrt(2) * self.gain, clamp=clamp)
 
 
 class ConstantInput(nn.Module):
@@ -236,7 +239,7 @@ class _NoiseStrength(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        return x if noise is None else x + self.weight * noise
+        return x if noise is None else x + (self.weight * noise).to(x.dtype)  # float32 noise would widen bfloat16 maps
 
 
 class _Normalize(nn.Module):

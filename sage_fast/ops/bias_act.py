@@ -163,7 +163,8 @@ def _backward(ctx, grad):
     grad_x = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, y, *ctx.settings)
     if ctx.bias_dtype is None or not ctx.needs_input_grad[1]:
         return grad_x, *[None] * 6
-    exact = torch.float32 if grad_x.dtype in _HALVES else grad_x.dtype
+    # float32 sums in either case; on the CPU asking for a float32 result would copy grad_x to float32 first
+    exact = torch.float32 if grad_x.dtype in _HALVES and grad_x.device.type != "cpu" else grad_x.dtype
     grad_b = grad_x.sum(ctx.sum_over, dtype=exact) if ctx.sum_over else grad_x
     return grad_x, grad_b.to(ctx.bias_dtype), *[None] * 5
 
