@@ -40,7 +40,7 @@ struct SynthesisNetwork {
   const StyledLayer* layers;   // [n_layers]: conv1, then up and plain by turns
   const ImageLayer* to_image;  // [n_images]: one for each size
   const float* w_plus;         // [n, n_latent, style_dim]
-  float slope, gain, clamp;    // of the activation; clamp < 0: none
+  float slope, gain, clamp;    // of the activation; clamp: of each size's image too, < 0: none
   float* images;               // [n, n_channels, size, size] // output
   double* seconds;             // [n_layers + n_images], what each layer took, or null // output
 };

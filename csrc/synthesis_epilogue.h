@@ -21,7 +21,7 @@ struct EpilogueArgs {
   bool noise_per_sample;    //
   float strength;           // of the noise
   const float* next;        // [n, pitch] style of the next layer, or null: y is not wanted
-  float slope, gain, most;  // of the activation; most: infinity when there is no clamp
+  float slope, gain, most;  // of the activation; most: of it and of the layer's image, infinity when there is no clamp
   T* y;                     // [n, h, w, c] activation times next // output
 };
 
@@ -63,11 +63,15 @@ SAGE_FAST_HD float noise_at(const EpilogueArgs<T>& a, int64_t sample, int64_t pi
   return a.strength * a.noise[(a.noise_per_sample ? sample * a.h * a.w : 0) + pixel];
 }
 
-// Leaky ReLU times gain, clamped; a NaN stays one.
-SAGE_FAST_HD float activation(float v, float slope, float gain, float most) {
-  v = (v > 0 ? v : v * slope) * gain;
+// To [-most, most]; a NaN stays one.
+SAGE_FAST_HD float clamped(float v, float most) {
   v = v > most ? most : v;
   return v < -most ? -most : v;
+}
+
+// Leaky ReLU times gain, clamped.
+SAGE_FAST_HD float activation(float v, float slope, float gain, float most) {
+  return clamped((v > 0 ? v : v * slope) * gain, most);
 }
 
 // v: convolution in, activation out.
@@ -93,11 +97,11 @@ SAGE_FAST_HD float upsampled(const float* skip, int64_t half_h, int64_t half_w, 
   return .75f * at_x0 + .25f * at_x1;
 }
 
-// A pixel of image channel k from its sum over channels.
+// A pixel of image channel k from its sum over channels; the clamp is before the smaller image.
 SAGE_FAST_HD void finish_image(const ImageArgs& to, int64_t sample, int64_t k, int64_t pixel, int64_t h, int64_t w,
-                               float sum) {
+                               float most, float sum) {
   const int64_t plane = sample * to.channels + k;
-  sum += to.bias[k];
+  sum = clamped(sum + to.bias[k], most);
   if (to.skip) sum += upsampled(to.skip + plane * (h / 2) * (w / 2), h / 2, w / 2, pixel / w, pixel % w);
   to.image[plane * h * w + pixel] = sum;
 }

@@ -52,10 +52,11 @@ void add_upsampled(const float* skip, int64_t planes, int64_t size, float* image
   });
 }
 
-// images [n, c, size, size] = x [n, size, size, pitch] . weights [n, c, pitch] + bias [c]
+// images [n, c, size, size] = x [n, size, size, pitch] . weights [n, c, pitch] + bias [c], in [-clamp, clamp] where
+// clamp is not negative
 template <int C>
 void to_image(const float* x, const float* weights, const float* bias, int64_t n, int64_t pixels, int64_t pitch,
-              float* images) {
+              float clamp, float* images) {
   constexpr int64_t kRun = 4;  // pixels at a time: they share the loads of the weights
   parallel(n * pixels / kRun, 1 + 65536 / (pitch * C * kRun), [=](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
@@ -75,7 +76,12 @@ void to_image(const float* x, const float* weights, const float* bias, int64_t n
         for (int64_t p = 0; p < kRun; ++p) {
           float total = 0;
           for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[k][p][lane];
-          images[(image * C + k) * pixels + pixel + p] = total + bias[k];
+          total += bias[k];
+          if (clamp >= 0) {
+            total = total > clamp ? clamp : total;
+            total = total < -clamp ? -clamp : total;
+          }
+          images[(image * C + k) * pixels + pixel + p] = total;
         }
       }
     }
@@ -83,16 +89,16 @@ void to_image(const float* x, const float* weights, const float* bias, int64_t n
 }
 
 void to_image(int64_t channels, const float* x, const float* weights, const float* bias, int64_t n, int64_t pixels,
-              int64_t pitch, float* images) {
+              int64_t pitch, float clamp, float* images) {
   switch (channels) {
     case 1:
-      return to_image<1>(x, weights, bias, n, pixels, pitch, images);
+      return to_image<1>(x, weights, bias, n, pixels, pitch, clamp, images);
     case 2:
-      return to_image<2>(x, weights, bias, n, pixels, pitch, images);
+      return to_image<2>(x, weights, bias, n, pixels, pitch, clamp, images);
     case 3:
-      return to_image<3>(x, weights, bias, n, pixels, pitch, images);
+      return to_image<3>(x, weights, bias, n, pixels, pitch, clamp, images);
     default:
-      return to_image<4>(x, weights, bias, n, pixels, pitch, images);
+      return to_image<4>(x, weights, bias, n, pixels, pitch, clamp, images);
   }
 }
 
@@ -134,7 +140,7 @@ void image_layer(const SynthesisNetwork& net, int64_t index, int64_t latent, int
                weights[(i * channels + k) * pitch + r] = s * layer.weight[k * layer.c_in + r];
              }
            });
-  to_image(channels, x, weights, layer.bias, n, size * size, pitch, images);
+  to_image(channels, x, weights, layer.bias, n, size * size, pitch, net.clamp, images);
   if (skip != nullptr) add_upsampled(skip, n * channels, size, images);
 }
 

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) styled(EpilogueArgs<T> a, ImageAr
       if (first + at >= pixels) continue;
       float sum = 0;
       for (int w = 0; w < groups.warps(); ++w) sum += parts[turn][groups.part(at, w) * K + k];
-      finish_image(image, sample, k, first + at, a.h, a.w, sum);
+      finish_image(image, sample, k, first + at, a.h, a.w, a.most, sum);
     }
   }
 }

@@ -76,7 +76,7 @@ extern "C" void twin_styled(const int64_t* sizes, const float* numbers, const fl
         if (first + at >= pixels) continue;
         float sum = 0;
         for (int w = 0; w < groups.warps(); ++w) sum += parts[groups.part(int(at), w) * channels + k];
-        finish_image(to, sample, k, first + at, a.h, a.w, sum);
+        finish_image(to, sample, k, first + at, a.h, a.w, a.most, sum);
       }
     }
   }

@@ -42,6 +42,8 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", f"the fused synthesis has no kernel on '{device}'"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "differentiable", "a graph is being captured"
+    if generator.connections == "resnet":
+        return "differentiable", "the fused kernels have no residual connections"
     tensors, filters = _weights(generator), _filters(generator)
     maps = generator.noises.buffers() if noise is None else (m for m in noise if m is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in chain([w_plus], tensors, maps)):
@@ -89,16 +91,27 @@ def fused_network(generator: Generator) -> SynthesisNetwork:
 def _build(generator: Generator) -> SynthesisNetwork:
     layers, images = [], []
     layer: Any
-    to_rgb: Any
     for layer in chain([generator.conv1], generator.convs):
         conv = layer.conv
         strength = float(layer.noise.weight)
         layers.append(StyledLayer(conv.weight[0] * conv.scale, *_affine(conv), layer.activate.bias.clone(), strength))
-    for to_rgb in chain([generator.to_rgb1], generator.to_rgbs):
+    for to_rgb in _to_rgbs(generator):
         conv = to_rgb.conv
         weight = conv.weight[0, :, :, 0, 0] * conv.scale
         images.append(ImageLayer(weight, *_affine(conv), to_rgb.bias.flatten().clone()))
-    return SynthesisNetwork(generator.input.input.clone(), layers, images)
+    # without skip connections the smaller sizes add nothing to the image
+    nothing = [_zeros(images[-1], channels) for channels in generator.channels[: -len(images)]]
+    return SynthesisNetwork(generator.input.input.clone(), layers, nothing + images, clamp=generator.clamp)
+
+
+def _to_rgbs(generator: Generator) -> list[Any]:
+    return [layer for layer in (generator.to_rgb1, *generator.to_rgbs) if layer is not None]
+
+
+def _zeros(like: ImageLayer, channels: int) -> ImageLayer:
+    dim = like.affine.shape[1]
+    weight, affine = like.weight.new_zeros(len(like.bias), channels), like.affine.new_zeros(channels, dim)
+    return ImageLayer(weight, affine, like.affine.new_zeros(channels), torch.zeros_like(like.bias))
 
 
 def _affine(conv: Any) -> tuple[Tensor, Tensor]:
@@ -109,7 +122,7 @@ def _affine(conv: Any) -> tuple[Tensor, Tensor]:
 
 def _weights(generator: Generator) -> list[Tensor]:
     """Every parameter that synthesis reads."""
-    todo: list[nn.Module] = [generator.input, generator.conv1, generator.to_rgb1, generator.convs, generator.to_rgbs]
+    todo: list[nn.Module] = [generator.input, generator.conv1, generator.convs, *_to_rgbs(generator)]
     found: list[Tensor] = []
     while todo:  # by hand: ``parameters()`` takes twice as long, a good part of a small synthesis
         module = todo.pop()
@@ -121,7 +134,7 @@ def _weights(generator: Generator) -> list[Tensor]:
 def _filters(generator: Generator) -> list[Tensor]:
     """The resampling filters [4, 4] as a file may have set them."""
     layers: Any = generator.convs
-    to_rgbs: Any = generator.to_rgbs
+    to_rgbs: Any = generator.to_rgbs if generator.connections == "skip" else ()
     return [layer.conv.blur.kernel for layer in layers[::2]] + [to_rgb.upsample.kernel for to_rgb in to_rgbs]
 
 

@@ -55,7 +55,8 @@ class SynthesisNetwork:
     """The numbers of a synthesis network with skip connections ([StyleGAN2], Fig. 7), float32, without gradients.
 
     ``input`` [1, C, 4, 4]; ``layers``: one at 4 px, then two for each doubling; ``images``: one for each size. The resampling
-    filter is [1, 3, 3, 1]. Packed weights are made once for each precision and kept.
+    filter is [1, 3, 3, 1]. ``clamp`` bounds each activation, and what each size adds to the image; None: nothing does.
+    Packed weights are made once for each precision and kept.
     """
 
     input: Tensor
@@ -197,6 +198,7 @@ def synthesis_reference(network: SynthesisNetwork, w_plus: Tensor, noise: Sequen
             to_image = network.images[i // 2]
             style = F.linear(w_plus[:, i + 1], to_image.affine, to_image.affine_bias)
             new = F.conv2d(x * style[:, :, None, None], to_image.weight[:, :, None, None], to_image.bias)
+            new = new if network.clamp is None else new.clamp(-network.clamp, network.clamp)
             if image is not None:
                 new = new + F.conv_transpose2d(
                     image, fir.expand(image.shape[1], 1, 4, 4), stride=2, padding=1, groups=image.shape[1]

@@ -42,7 +42,7 @@ def styled_epilogue(
         image_weight: [N, channels, >= C] weight of the layer to the image times its style, 1 to 4 channels.
         image_bias: [channels].
         skip: [N, channels, H / 2, W / 2], the image of half the size, upsampled by [1, 3, 3, 1] and added; or None.
-        clamp: largest magnitude of the activation; negative: none.
+        clamp: largest magnitude of the activation, and of the image before ``skip``; negative: none.
     Returns:
         ``y`` [N, H, W, C] in the dtype of ``x``, the activation times ``next_style`` (empty without one), and the image
         [N, channels, H, W] float32.
@@ -60,6 +60,7 @@ def styled_epilogue_reference(
     c = x.shape[-1]
     y = _activated(x.float(), factor, bias, noise, strength, slope, gain, clamp)
     image = torch.einsum("nhwc,nkc->nkhw", y, image_weight[..., :c]) + image_bias[:, None, None]
+    image = image if clamp < 0 else image.clamp(-clamp, clamp)
     if skip is not None:
         k = skip.shape[1]
         image = image + F.conv_transpose2d(skip, _fir(skip).expand(k, 1, 4, 4), stride=2, padding=1, groups=k)

@@ -1,0 +1,290 @@
+"""The layers of StyleGAN2, with the parameter names of the common PyTorch port ([StyleGAN2], Fig. 2 (d) and appendix B).
+
+Weights are stored at unit variance and scaled at run time (equalised learning rate).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sage_fast.errors import InputError
+from sage_fast.ops import bias_act, modulated_conv2d, upfirdn2d
+from sage_fast.ops.conv3x3 import conv3x3
+
+__all__ = [
+    "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample", "StyledConv",
+    "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive", "check_resolution",
+]  # fmt: skip
+
+CONNECTIONS = ("skip", "resnet", "orig")  # [StyleGAN2], Fig. 7: what joins the resolutions
+_FIR = (1.0, 3.0, 3.0, 1.0)  # the resampling filter of [StyleGAN2], appendix B
+_MIN_RESOLUTION, _MAX_RESOLUTION = 4, 1024
+
+
+class MappingNetwork(nn.Sequential):
+    """z (and label) -> w: normalisation, then ``n_layers`` fully connected layers with leaky ReLU.
+
+    Keys are ``1.weight``, ``1.bias``, ... (index 0 is the normalisation); a conditional network has ``embed`` beside them.
+
+    Args:
+        style_dim: D, width of w.
+        n_layers: fully connected layers; none only where z is as wide as w.
+        c_dim: length of the label (0: none), embedded in ``embed_dim`` numbers (default D) that are normalised and put
+            behind z.
+        lr_mul: learning-rate multiplier.
+        z_dim: width of z (default D).
+        width: of the layers between (default D).
+    """
+
+    def __init__(
+        self,
+        style_dim: int,
+        n_layers: int,
+        c_dim: int = 0,
+        lr_mul: float = 0.01,
+        z_dim: int | None = None,
+        embed_dim: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        z_dim, embed_dim = style_dim if z_dim is None else z_dim, style_dim if embed_dim is None else embed_dim
+        inner = style_dim if width is None else width
+        widths = [z_dim + (embed_dim if c_dim else 0)] + [inner] * (n_layers - 1) + [style_dim] * (n_layers > 0)
+        layers = [Linear(a, b, lr_mul=lr_mul, act="lrelu") for a, b in zip(widths, widths[1:])]
+        super().__init__(_Normalize(), *layers)
+        self.n_layers, self.c_dim, self.style_dim, self.z_dim = n_layers, c_dim, style_dim, z_dim
+        self.embed = Linear(c_dim, embed_dim) if c_dim else None
+
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if z.ndim != 2 or z.shape[1] != self.z_dim:
+            raise InputError(f"z must have shape [N, {self.z_dim}], got {list(z.shape)}.")
+        check_label(c, self.c_dim, len(z))
+        x = self[0](z)
+        if self.embed is not None:
+            x = torch.cat([x, self[0](self.embed(c))], dim=1)
+        for i in range(1, self.n_layers + 1):
+            x = self[i](x)
+        return x
+
+
+class StyledConv(nn.Module):
+    """Modulated 3 x 3 convolution, noise, bias and leaky ReLU times sqrt(2); ``up=2`` doubles the size."""
+
+    def __init__(self, c_in: int, c_out: int, style_dim: int, up: int = 1, clamp: float | None = None) -> None:
+        super().__init__()
+        self.conv = _ModulatedConv(c_in, c_out, 3, style_dim, demodulate=True, up=up)
+        self.noise = _NoiseStrength()
+        self.activate = BiasAct(c_out, clamp)
+
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
+        """x [N, C_in, H, W], w [N, D], noise [N or 1, 1, up H, up W] or None -> [N, C_out, up H, up W]."""
+        return self.activate(self.noise(self.conv(x, w), noise))
+
+
+class ToRGB(nn.Module):
+    """Modulated 1 x 1 convolution to image channels, added to the upsampled image of the previous resolution.
+
+    ``clamp`` bounds what is added, not the sum.
+    """
+
+    def __init__(
+        self, c_in: int, n_channels: int, style_dim: int, upsample: bool = True, clamp: float | None = None
+    ) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, n_channels, 1, 1))
+        self.conv = _ModulatedConv(c_in, n_channels, 1, style_dim, demodulate=False)
+        self.clamp = clamp
+        if upsample:
+            self.upsample = Resample(up=2, padding=(2, 1, 2, 1))
+
+    def forward(self, x: Tensor, w: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], w [N, D], skip [N, 3, H/2, W/2] or None -> [N, 3, H, W]."""
+        image = self.conv(x, w) + self.bias
+        image = image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
+        return image if skip is None else image + self.upsample(skip)
+
+
+class UpSkip(nn.Module):
+    """The residual path of a generator's block: 1 x 1 convolution without bias, then the size doubled."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = Conv(c_in, c_out, 1)
+        self.upsample = Resample(up=2, padding=(2, 1, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, 2 H, 2 W]."""
+        return self.upsample(self.conv(x))
+
+
+class DownBlock(nn.Module):
+    """Two convolutions, the second with stride 2 behind a blur; if ``residual``, a 1 x 1 skip too: (a + b) / sqrt(2)."""
+
+    def __init__(self, c_in: int, c_out: int, residual: bool = True, clamp: float | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(Conv(c_in, c_in, 3), BiasAct(c_in, clamp))
+        self.conv2 = nn.Sequential(
+            Resample(padding=(2, 2, 2, 2)), Conv(c_in, c_out, 3, stride=2), BiasAct(c_out, clamp)
+        )
+        down = Resample(down=2, padding=(1, 1, 1, 1))
+        self.skip = nn.Sequential(down, Conv(c_in, c_out, 1)) if residual else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, H, W] -> [N, C_out, H / 2, W / 2]."""
+        y = self.conv2(self.conv1(x))
+        return y if self.skip is None else (y + self.skip(x)) * math.sqrt(0.5)
+
+
+class Linear(nn.Module):
+    """Fully connected layer; ``lr_mul`` is its learning-rate multiplier, ``act`` "linear" or "lrelu" times sqrt(2)."""
+
+    def __init__(self, d_in: int, d_out: int, bias_init: float = 0.0, lr_mul: float = 1.0, act: str = "linear") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_out, d_in) / lr_mul)
+        self.bias = nn.Parameter(torch.full([d_out], float(bias_init)))
+        self.scale, self.lr_mul, self.act = lr_mul / math.sqrt(d_in), lr_mul, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias * self.lr_mul if self.lr_mul != 1 else self.bias
+        if self.act == "linear":
+            return F.linear(x, self.weight * self.scale, bias)
+        return bias_act(F.linear(x, self.weight * self.scale), bias, act=self.act)
+
+
+class Conv(nn.Module):
+    """Convolution without bias; odd kernels, padded only at stride 1."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
+        self.scale, self.stride = 1 / math.sqrt(c_in * kernel**2), stride
+        self.padding = kernel // 2 if stride == 1 else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == 1 and self.padding == 1:
+            return conv3x3(x, self.weight * self.scale)
+        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+
+
+class Resample(nn.Module):
+    """FIR filter [1, 3, 3, 1] x [1, 3, 3, 1], up- or downsampling; ``kernel`` [4, 4] includes the gain up^2."""
+
+    kernel: Tensor
+
+    def __init__(self, up: int = 1, down: int = 1, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
+        super().__init__()
+        taps = torch.tensor(_FIR)
+        self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2 * up**2)
+        self.up, self.down, self.padding = up, down, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upfirdn2d(x, self.kernel, up=self.up, down=self.down, padding=self.padding)
+
+
+class BiasAct(nn.Module):
+    """Bias and leaky ReLU times sqrt(2), then in [-``clamp``, ``clamp``] where one is given."""
+
+    def __init__(self, n: int, clamp: float | None = None) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(n))
+        self.clamp = clamp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_act(x, self.bias, act="lrelu", clamp=self.clamp)
+
+
+class ConstantInput(nn.Module):
+    """The learned 4 x 4 input of the synthesis network."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+    def forward(self, n: int) -> Tensor:
+        # channels last from here on: a fifth faster on a CPU, and what tensor cores want
+        return self.input.expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
+class _ModulatedConv(nn.Module):
+    """Weight [1, C_out, C_in, k, k] and the affine map from w to the style."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, style_dim: int, demodulate: bool, up: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, c_out, c_in, kernel, kernel))
+        self.modulation = Linear(style_dim, c_in, bias_init=1.0)
+        self.scale, self.demodulate, self.up = 1 / math.sqrt(c_in * kernel**2), demodulate, up
+        if up == 2:
+            self.blur = Resample(up=2)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        style = self.modulation(w)
+        # the op applies the gain up^2 itself; the stored kernel has it folded in, as the common port's files do
+        fir = self.blur.kernel / 4 if self.up == 2 else None
+        weight = self.weight[0] * self.scale
+        return modulated_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
+
+
+class _NoiseStrength(nn.Module):
+    """Adds ``weight * noise``; one learned strength per layer, zero at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        return x if noise is None else x + self.weight * noise
+
+
+class _Normalize(nn.Module):
+    """Scale each row to unit mean square."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+def channel_list(resolution: int, base: int, most: int, channels: Sequence[int] | None) -> list[int]:
+    """Feature maps at 4, 8, ..., ``resolution``: ``channels`` itself, or ``min(base // r, most)`` at r."""
+    sizes = [4 << i for i in range(resolution.bit_length() - 2)]
+    if channels is None:
+        return [max(1, min(base // size, most)) for size in sizes]
+    if len(channels) != len(sizes) or min(channels) < 1:
+        raise InputError(f"channels must be {len(sizes)} positive numbers, for {sizes} px, got {list(channels)}.")
+    return [int(c) for c in channels]
+
+
+def check_resolution(resolution: int) -> int:
+    if not _MIN_RESOLUTION <= resolution <= _MAX_RESOLUTION or resolution & (resolution - 1):
+        raise InputError(
+            f"resolution must be a power of two from 4 to 1024, got {resolution}; choose e.g. 32, 64 or 256."
+        )
+    return int(resolution)
+
+
+def check_channels(n_channels: int) -> int:
+    if not 1 <= n_channels <= 4:
+        raise InputError(f"n_channels must be 1 to 4, got {n_channels}.")
+    return n_channels
+
+
+def check_positive(name: str, value: int) -> int:
+    if value < 1:
+        raise InputError(f"{name} must be at least 1, got {value}.")
+    return value
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+    return value
+
+
+def check_label(c: Tensor | None, c_dim: int, n: int) -> None:
+    if c_dim == 0 and c is None:
+        return
+    if c is None or c.ndim != 2 or c.shape != (n, c_dim):
+        got = "none" if c is None else str(list(c.shape))
+        raise InputError(f"c must have shape [{n}, {c_dim}] for this network, got {got}.")
