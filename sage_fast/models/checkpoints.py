@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sage_fast.errors import InputError
 from sage_fast.models.containers import DAMAGE, read_container
-from sage_fast.models.unpickling import Refusal, Stub
+from sage_fast.models.plain_trees import Global, Stub
+from sage_fast.models.spans import Refusal
 
-__all__ = ["Checkpoint", "Stub", "read_checkpoint", "state_dict_of"]
+__all__ = ["Checkpoint", "Global", "Stub", "read_checkpoint", "state_dict_of"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refusal("is a directory" if path.is_dir() else "is no regular file")
         with open(path, "rb", buffering=0) as raw:
-            return Checkpoint(path, *read_container(raw, os.fstat(raw.fileno()).st_size))
+            return Checkpoint(path, *read_container(raw, path, os.fstat(raw.fileno()).st_size))
     except Refusal as error:
         raise InputError(f"File {str(path)!r} {error}; give a published file of weights.") from error
     except DAMAGE as error:

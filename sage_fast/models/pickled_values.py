@@ -5,10 +5,11 @@ Each rule makes plain values, arrays or tensors by code of this file. None calls
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sage_fast.models.unpickling import (
-    Budget,
-    BuildRule,
-    Global,
-    PickleReader,
-    Refusal,
-    Rule,
-    Span,
-    Stub,
-    checked_key,
-    open_span,
-)
+from sage_fast.models.plain_trees import Global, Stub
+from sage_fast.models.spans import Budget, Refusal, Span, read_into
+from sage_fast.models.unpickling import PickleReader, Vocabulary, checked_key
 
-__all__ = ["ARRAY_RULES", "BUILD_RULES", "LEAVES", "RULES", "STORAGE_DTYPES", "Storage", "read_into", "strided"]
+__all__ = ["ARRAYS", "ARRAY_LEAVES", "CHECKPOINTS", "LEAVES", "STORAGE_DTYPES", "Storage", "array_from", "strided"]
 
-LEAVES = (type(None), bool, int, float, complex, str, bytes, Tensor, np.ndarray, Global)
+ARRAY_LEAVES = (type(None), bool, int, float, complex, str, bytes, np.ndarray)
+LEAVES = (*ARRAY_LEAVES, Tensor, Global)
 
 STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -51,24 +44,15 @@ STORAGE_DTYPES = {
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES.values()}
 
 
+Rule = Callable[[PickleReader, tuple[Any, ...]], Any]
+
+
 @dataclass(frozen=True)
 class Storage:
     """The elements that tensors share: ``raw`` is their bytes, uint8 of one dimension."""
 
     dtype: torch.dtype
     raw: Tensor
-
-
-def read_into(span: Span) -> Tensor:
-    """The bytes of a span as a uint8 tensor, read without a second copy.
-
-    Raises:
-        Refusal: the file is shorter.
-    """
-    raw = torch.empty(len(span), dtype=torch.uint8)
-    if len(span) and open_span(span).readinto(raw.numpy().data) != len(span):
-        raise Refusal("ends in the middle of its data")
-    return raw
 
 
 def strided(storage: Storage, offset: Any, size: Any, stride: Any, budget: Budget) -> Tensor:
@@ -211,12 +195,29 @@ def _namespace(reader: PickleReader, stub: Stub, state: Any) -> dict[Any, Any]:
 
 # NumPy
 
-_ARRAY_DTYPE = re.compile(r"[<>=|]?(?:[iu][1248]|f[248]|c(?:8|16)|b1|[SU]\d{1,6}|O8?|\?)")
+_NUMBERS = re.compile(r"[<>=|]?(?:[iu][1248]|f[248]|c(?:8|16)|b1|\?)")
+_OBJECTS = re.compile(r"\|?O8?")
+
+
+def array_from(span: Span, shape: tuple[int, ...], dtype: np.dtype[Any], order: str) -> np.ndarray:
+    """The array of numbers whose bytes a span holds, order "C" or "F", in the byte order of this machine.
+
+    Raises:
+        Refusal: shape, type and number of bytes do not go together.
+    """
+    if not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
+        raise Refusal("holds an array whose shape is none")
+    if not _NUMBERS.fullmatch(dtype.str):
+        raise Refusal(f"holds an array of the type {dtype.str[:40]!r}, which is not read")
+    if len(span) != math.prod(shape) * dtype.itemsize:
+        raise Refusal(f"claims an array of shape {list(shape)} where it has {len(span)} bytes")
+    array = read_into(span).numpy().view(dtype)
+    return array.astype(dtype.newbyteorder("="), copy=False).reshape(shape, order="F" if order == "F" else "C")
 
 
 def _dtype_stub(reader: PickleReader, args: tuple[Any, ...]) -> Stub:
     code = args[0]
-    if type(code) is not str or not _ARRAY_DTYPE.fullmatch(code):
+    if type(code) is not str or not (_NUMBERS.fullmatch(code) or _OBJECTS.fullmatch(code)):
         raise Refusal(f"holds an array of the type {str(code)[:40]!r}, which is not read")
     return Stub("numpy", "dtype", (code,))
 
@@ -234,7 +235,7 @@ def _dtype(stub: Any) -> np.dtype[Any]:
 
 
 def _array_stub(reader: PickleReader, args: tuple[Any, ...]) -> Stub:
-    if args[0] not in (Global("numpy", "ndarray"), Global("numpy", "matrix")):
+    if args[0] != Global("numpy", "ndarray"):
         raise Refusal("rebuilds an array of a class that is none")
     return Stub("numpy", "ndarray")
 
@@ -246,17 +247,15 @@ def _array_built(reader: PickleReader, stub: Stub, state: Any) -> Any:
     return _array(reader, shape, _dtype(dtype), "F" if fortran else "C", data)
 
 
-def _array(reader: PickleReader, shape: Any, dtype: np.dtype[Any], order: str, data: Any) -> np.ndarray:
-    """The array of those bytes, copied out of the file once."""
-    if not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32 or order not in ("C", "F"):
-        raise Refusal("holds an array whose shape is none")
+def _array(reader: PickleReader, shape: Any, dtype: np.dtype[Any], order: Any, data: Any) -> np.ndarray:
+    """The array of the bytes that a pickle holds; Python 2 pickled them as text."""
     data = data.encode("latin1") if type(data) is str else data
-    if type(data) not in (bytes, Span) or len(data) != math.prod(shape) * dtype.itemsize:
-        raise Refusal(f"holds an array of shape {list(shape)} with another number of bytes")
+    if type(data) is bytes:
+        data = Span(io.BytesIO(data), 0, len(data))
+    if type(data) is not Span:
+        raise Refusal("holds an array of something that is no bytes")
     reader.budget.allocate(len(data))
-    raw = read_into(data).numpy() if type(data) is Span else np.frombuffer(bytearray(data), np.uint8)
-    array = raw.view(dtype) if dtype.itemsize else np.zeros(math.prod(shape), dtype)
-    return array.astype(dtype.newbyteorder("="), copy=False).reshape(shape, order=order)  # type: ignore[call-overload]
+    return array_from(data, shape, dtype, order)
 
 
 def _object_array(reader: PickleReader, shape: Any, data: Any) -> Any:
@@ -268,15 +267,11 @@ def _object_array(reader: PickleReader, shape: Any, data: Any) -> Any:
 
 def _from_buffer(reader: PickleReader, args: tuple[Any, ...]) -> np.ndarray:
     data, dtype, shape, order = args
-    if _dtype(dtype).hasobject:
-        raise Refusal("holds an array of Python objects in raw bytes")
     return _array(reader, shape, _dtype(dtype), order, data)
 
 
 def _scalar(reader: PickleReader, args: tuple[Any, ...]) -> Any:
     dtype, data = args
-    if _dtype(dtype).hasobject:
-        raise Refusal("holds a number of a type that is no number's")
     return _array(reader, (), _dtype(dtype), "C", data).item()
 
 
@@ -284,7 +279,6 @@ def _numpy_rules() -> dict[tuple[str, str], Rule]:
     rules: dict[tuple[str, str], Rule] = {
         ("numpy", "dtype"): _dtype_stub,
         ("numpy", "ndarray"): _not_callable,
-        ("numpy", "matrix"): _not_callable,
     }
     for core in ("numpy.core", "numpy._core"):
         rules[f"{core}.multiarray", "_reconstruct"] = _array_stub
@@ -326,7 +320,7 @@ def _recorded(reader: PickleReader, args: tuple[Any, ...]) -> Stub:
     return Stub("torch_utils.persistence", meta["class_name"], (), meta.get("state"))
 
 
-ARRAY_RULES: Mapping[tuple[str, str], Rule] = {
+_ARRAY_CALLS: dict[tuple[str, str], Rule] = {
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): _default_dict,
@@ -334,22 +328,27 @@ ARRAY_RULES: Mapping[tuple[str, str], Rule] = {
     ("builtins", "list"): _not_callable,
     **_numpy_rules(),
 }
-RULES: Mapping[tuple[str, str], Rule] = {
-    **ARRAY_RULES,
-    **_torch_rules(),
-    ("builtins", "set"): _set,
-    ("builtins", "frozenset"): lambda reader, args: frozenset(_set(reader, args)),
-    ("builtins", "object"): _not_callable,
-    ("copyreg", "_reconstructor"): _reconstructor,
-    ("argparse", "Namespace"): lambda reader, args: Stub("argparse", "Namespace"),
-    ("types", "SimpleNamespace"): lambda reader, args: Stub("argparse", "Namespace"),
-    ("dnnlib", "EasyDict"): _dict,
-    ("dnnlib.util", "EasyDict"): _dict,
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _recorded,
-    **{("pathlib", name): _path for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")},
-}
-BUILD_RULES: Mapping[tuple[str, str], BuildRule] = {
-    ("argparse", "Namespace"): _namespace,
-    ("numpy", "dtype"): _dtype_built,
-    ("numpy", "ndarray"): _array_built,
-}
+_ARRAY_STATES = {("numpy", "dtype"): _dtype_built, ("numpy", "ndarray"): _array_built}
+
+ARRAYS = Vocabulary(_ARRAY_CALLS, _ARRAY_STATES)
+"""Arrays, dicts and numbers: what an .npy file of Python objects may hold."""
+
+CHECKPOINTS = Vocabulary(
+    {
+        **_ARRAY_CALLS,
+        **_torch_rules(),
+        ("builtins", "set"): _set,
+        ("builtins", "frozenset"): lambda reader, args: frozenset(_set(reader, args)),
+        ("builtins", "object"): _not_callable,
+        ("copyreg", "_reconstructor"): _reconstructor,
+        ("argparse", "Namespace"): lambda reader, args: Stub("argparse", "Namespace"),
+        ("types", "SimpleNamespace"): lambda reader, args: Stub("argparse", "Namespace"),
+        ("dnnlib", "EasyDict"): _dict,
+        ("dnnlib.util", "EasyDict"): _dict,
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): _recorded,
+        **{("pathlib", name): _path for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")},
+    },
+    {**_ARRAY_STATES, ("argparse", "Namespace"): _namespace},
+    records=True,
+)
+"""What published checkpoints hold."""
