@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from sage_fast.errors import InputError
@@ -16,7 +17,16 @@ from sage_fast.models.containers import DAMAGE, read_container
 from sage_fast.models.plain_trees import Global, Stub
 from sage_fast.models.spans import Refusal
 
-__all__ = ["Checkpoint", "Global", "Stub", "read_checkpoint", "state_dict_of"]
+__all__ = [
+    "Checkpoint",
+    "Global",
+    "Stub",
+    "is_module",
+    "is_tensorflow_network",
+    "read_checkpoint",
+    "state_dict_of",
+    "tensorflow_arrays_of",
+]
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,9 @@ def state_dict_of(module: Stub) -> dict[str, Tensor]:
 
 
 def _named_tensors(module: Stub, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if not is_module(module):
+        raise InputError(f"Record {module.name!r} is no network: it lacks the parameters, buffers or modules of one.")
     state = module.state
-    if not isinstance(state, dict) or not {"_parameters", "_buffers", "_modules"} <= set(state):
-        raise InputError(f"Record {module.name!r} is no network: it has no parameters, buffers and modules.")
     for table in ("_parameters", "_buffers"):
         for name, tensor in state[table].items():
             if isinstance(tensor, Tensor):
@@ -78,6 +88,45 @@ def _named_tensors(module: Stub, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for name, child in state["_modules"].items():
         if isinstance(child, Stub):
             yield from _named_tensors(child, f"{prefix}{name}.")
+
+
+def is_module(value: Any) -> bool:
+    """Whether a value is the record of a pickled ``nn.Module``, which :func:`state_dict_of` can walk."""
+    tables = ("_parameters", "_buffers", "_modules")
+    return isinstance(value, Stub) and isinstance(value.state, dict) and all(_is_table(value.state, t) for t in tables)
+
+
+def _is_table(state: Mapping[Any, Any], name: str) -> bool:
+    return isinstance(state.get(name), dict) and all(isinstance(key, str) for key in state[name])
+
+
+def is_tensorflow_network(value: Any) -> bool:
+    """Whether a value is the record of a pickled ``dnnlib.tflib.Network``, which :func:`tensorflow_arrays_of` can walk."""
+    if not (isinstance(value, Stub) and value.name == "Network" and isinstance(value.state, dict)):
+        return False
+    variables, components = value.state.get("variables"), value.state.get("components", {})
+    return isinstance(variables, list) and all(map(_is_variable, variables)) and isinstance(components, dict)
+
+
+def _is_variable(value: Any) -> bool:
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    return pair and isinstance(value[0], str) and isinstance(value[1], np.ndarray | int | float)
+
+
+def tensorflow_arrays_of(network: Stub) -> dict[str, np.ndarray]:
+    """Variables of a pickled TensorFlow network and, each behind its name and a slash, of its components.
+
+    Raises:
+        InputError: ``network`` is the record of something else.
+    """
+    if not is_tensorflow_network(network):
+        raise InputError(
+            f"Record {network.name!r} is no TensorFlow network: it lacks the variables or components of one."
+        )
+    arrays = {name: np.asarray(value) for name, value in network.state["variables"]}
+    for component, inner in network.state.get("components", {}).items():
+        arrays |= {f"{component}/{name}": value for name, value in tensorflow_arrays_of(inner).items()}
+    return arrays
 
 
 def _reason_of(error: BaseException) -> str:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 __all__ = ["Budget", "Refusal", "Span", "Window", "open_span", "read_into"]
 
-MAX_STEPS = 4_000_000  # instructions of all pickles of one file
-
 
 class Refusal(Exception):
     """Why a file is not read, as the rest of a sentence that begins with the file."""
@@ -38,7 +36,7 @@ class Budget:
     """What one file may still cost: instructions, bytes of new values, bytes that its tensors address."""
 
     def __init__(self, file_size: int) -> None:
-        self.steps = MAX_STEPS
+        self.steps = min(1_000_000 + file_size // 16, 10_000_000)  # a tensor of any use has 16 bytes an instruction
         self.bytes = file_size + (1 << 20)
         self.addressed = 4 * file_size + (64 << 20)
 

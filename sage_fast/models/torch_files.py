@@ -23,7 +23,6 @@ __all__ = ["MAGIC", "ZIP_MAGIC", "open_archive", "read_entry", "read_pickle", "r
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # 0x1950A86A20F9469CFC6C, pickled
 ZIP_MAGIC = b"PK\x03\x04"
-MAX_DIRECTORY = 8 << 20  # bytes of a zip archive's directory
 CHUNK = 1 << 20
 
 
@@ -162,10 +161,14 @@ def read_torch_archive(span: Span, budget: Budget) -> Any:
 
 
 class _Directory(io.BufferedReader):
-    """A file for ``ZipFile``, which reads an archive's directory at once, however long that says it is."""
+    """A file for ``ZipFile``, which reads an archive's directory at once, however long that claims to be."""
+
+    def __init__(self, span: Span) -> None:
+        super().__init__(Window(span))
+        self._longest = (1 << 20) + len(span) // 8
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > MAX_DIRECTORY:
+        if size is not None and size > self._longest:
             raise Refusal("is a zip file with more entries than are read")
         return super().read(size)
 
@@ -176,7 +179,7 @@ def open_archive(span: Span) -> zipfile.ZipFile:
     Raises:
         Refusal: it is not so.
     """
-    archive = zipfile.ZipFile(_Directory(Window(span)))
+    archive = zipfile.ZipFile(_Directory(span))
     entries = archive.infolist()
     if len({entry.filename for entry in entries}) != len(entries):
         raise Refusal("is a zip file that names an entry twice")
@@ -184,8 +187,8 @@ def open_archive(span: Span) -> zipfile.ZipFile:
         parts = entry.filename.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or ":" in parts[0]:
             raise Refusal(f"is a zip file with an entry outside of it, {entry.filename[:60]!r}")
-        if entry.flag_bits & 1:
-            raise Refusal("is a zip file that is encrypted")
+        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise Refusal("is a zip file with an entry that is encrypted or compressed in a rare way")
         if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
             raise Refusal("is a zip file with an entry of two sizes")
     if sum(entry.compress_size for entry in entries) > len(span):

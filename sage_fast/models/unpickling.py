@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sage_fast.models.plain_trees import Global, Stub, kind_of
-from sage_fast.models.spans import MAX_STEPS, Budget, Refusal, Span, open_span
+from sage_fast.models.spans import Budget, Refusal, Span, open_span
 
 __all__ = ["PickleReader", "Vocabulary", "checked_key"]
 
@@ -92,7 +92,7 @@ class PickleReader:
             step(self)
             if len(self.stack) > MAX_STACK or len(self.marks) > MAX_STACK:
                 raise Refusal("is a pickle with too many values open at once")
-        raise Refusal(f"is a pickle of more than {MAX_STEPS} instructions")
+        raise Refusal("is a pickle of more instructions than weights of its size need")
 
     # what instructions are made of
 
