@@ -25,7 +25,7 @@ from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.fusion import fuse_both, fuse_frequencies, fuse_pixels
-from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weights import load_bundle, load_directions
 
@@ -97,7 +97,7 @@ class FewShotPipeline:
     def __init__(
         self,
         generator: Generator,
-        encoder: PyramidEncoder,
+        encoder: ImageEncoder,
         relevant: CategoryRelevantDictionary,
         irrelevant: CategoryIrrelevantDictionary,
         codes: LatentTable,

@@ -20,7 +20,7 @@ from sage_fast.errors import InputError
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Measurements, Scores, as_written, measure, score
 from sage_fast.factorization.category_irrelevant import layer_groups
-from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.models.weights import load_discriminator, load_encoder
 
@@ -188,7 +188,7 @@ def _by_class_means(
 class _OwnNetwork:
     """Features of the discriminator (mean of every map) or encoder (mean offset of coarse, middle and fine layers)."""
 
-    def __init__(self, network: Discriminator | PyramidEncoder) -> None:
+    def __init__(self, network: Discriminator | ImageEncoder) -> None:
         self.network = network
         self.name = "discriminator" if isinstance(network, Discriminator) else "encoder"
 
@@ -206,7 +206,7 @@ class _OwnNetwork:
         return torch.cat([w_plus[:, list(group)].mean(1) for group in layer_groups(w_plus.shape[1])], 1)
 
 
-def _own_network(model: StrPath | None, encoder: PyramidEncoder) -> _OwnNetwork:
+def _own_network(model: StrPath | None, encoder: ImageEncoder) -> _OwnNetwork:
     try:
         return _OwnNetwork(load_discriminator(model))
     except InputError:  # a bundle need not hold one
