@@ -19,7 +19,7 @@ from sage_fast.models.weight_deltas import add_deltas, synthesize
 if TYPE_CHECKING:
     from sage_fast.models.stylegan2 import Generator
 
-__all__ = ["HyperStyle"]
+__all__ = ["HyperStyle", "codes_of"]
 
 
 class HyperStyle(ImageEncoder):
@@ -70,3 +70,8 @@ class HyperStyle(ImageEncoder):
         """One step: the deltas whose reconstructions are ``rendered``, improved."""
         seen = torch.cat([resized(images, self.resolution), resized(rendered, self.resolution)], dim=1)
         return add_deltas(deltas, self.hypernet(seen))
+
+
+def codes_of(encoder: ImageEncoder) -> ImageEncoder:
+    """The part of an encoder that gives codes: of HyperStyle the W encoder, of every other kind all of it."""
+    return encoder.w_encoder if isinstance(encoder, HyperStyle) else encoder

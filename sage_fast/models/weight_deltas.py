@@ -15,7 +15,7 @@ from sage_fast.models.image_encoder import WeightDeltas
 if TYPE_CHECKING:
     from sage_fast.models.stylegan2 import Generator
 
-__all__ = ["add_deltas", "layer_names", "select_deltas", "synthesize", "weight_shapes"]
+__all__ = ["add_deltas", "join_deltas", "layer_names", "select_deltas", "synthesize", "weight_shapes"]
 
 
 def layer_names(generator: Generator) -> list[str]:
@@ -41,13 +41,13 @@ def synthesize(
 ) -> Tensor:
     """``generator(w_plus)`` with the weights theta (1 + delta) of each image (Eq. 4 of HyperStyle, Alaluf et al. 2022).
 
-    Differentiable in latents, deltas and the generator's parameters. With deltas the layers run one by one, each as a grouped
-    convolution; the fused kernels share one weight among the batch.
+    Differentiable in latents, deltas and the generator's parameters. The layers run one by one, as grouped convolutions where
+    each image has its own deltas; the fused kernels do not serve weights that change with every call.
 
     Args:
         w_plus: absolute latents [N, L, D].
-        weight_deltas: one entry a layer of :func:`layer_names`, None or [N, C_out, C_in, k, k], k 1 where one number
-            serves a whole kernel. None: the generator as it is.
+        weight_deltas: one entry a layer of :func:`layer_names`, None or [N, C_out, C_in, k, k], N 1 where all images share
+            them, k 1 where one number serves a whole kernel. None: the generator as it is.
         noise, rng: as of ``Generator.synthesis``.
     Raises:
         InputError: another number of entries or other shapes than the generator has.
@@ -76,16 +76,30 @@ def add_deltas(a: WeightDeltas | None, b: WeightDeltas) -> WeightDeltas:
     return tuple(y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True))
 
 
-def select_deltas(weight_deltas: WeightDeltas | None, index: Tensor | Sequence[int] | slice) -> WeightDeltas | None:
-    """The deltas of the images that ``index`` picks."""
+def select_deltas(
+    weight_deltas: WeightDeltas | None, index: Tensor | Sequence[int] | slice, device: str | torch.device | None = None
+) -> WeightDeltas | None:
+    """The deltas of the images that ``index`` picks, on ``device`` where one is given."""
     if weight_deltas is None:
         return None
-    return tuple(None if delta is None else delta[index] for delta in weight_deltas)
+    return tuple(None if delta is None else delta[index].to(device) for delta in weight_deltas)
+
+
+def join_deltas(parts: Sequence[WeightDeltas | None]) -> WeightDeltas | None:
+    """The deltas of several batches as those of one, float32 on the CPU; None when they have none."""
+    given = [part for part in parts if part is not None]
+    if not given:
+        return None
+    layers = zip(*given, strict=True)
+    return tuple(
+        None if layer[0] is None else torch.cat([x.float().cpu() for x in layer if x is not None]) for layer in layers
+    )
 
 
 def _check_delta(name: str, weight: Tensor, delta: Tensor, n: int) -> None:
     _, c_out, c_in, k, _ = weight.shape
-    if delta.ndim != 5 or delta.shape[:3] != (n, c_out, c_in) or tuple(delta.shape[3:]) not in ((k, k), (1, 1)):
+    sizes = ((n, 1), (c_out,), (c_in,), (k, 1), (k, 1))
+    if delta.ndim != 5 or any(size not in allowed for size, allowed in zip(delta.shape, sizes)):
         raise InputError(
             f"weight deltas of {name} must have shape [{n}, {c_out}, {c_in}, {k}, {k}] or [{n}, {c_out}, {c_in}, 1, 1], "
             f"got {list(delta.shape)}; use the HyperStyle encoder that was trained with this generator."
