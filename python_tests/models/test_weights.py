@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import tiny_codes, tiny_networks
+from tiny_model import tiny_codes, tiny_encoder, tiny_networks
 
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.errors import InputError
@@ -247,6 +247,33 @@ def test_equal_parts_give_equal_bytes_and_the_codes_may_be_a_file(tmp_path):
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir()) and len(names) == 6
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("kind", ["psp", "e4e", "restyle", "hyperstyle"])
+def test_an_encoder_of_every_kind_comes_back(tmp_path, kind):
+    given = parts()
+    given["encoder"] = tiny_encoder(kind, given["generator"])
+    save_bundle(tmp_path / "b", **given)
+    back = load_bundle(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "bundle.json").read_text())["networks"]["encoder"]["kind"] == kind
+    assert back.encoder.kind == kind and equal_states(given["encoder"], back.encoder)
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        ours, theirs = (
+            e.invert(images, back.generator).offsets for e in (given["encoder"], load_encoder(tmp_path / "b"))
+        )
+    assert torch.equal(ours, theirs)
+
+
+def test_an_encoder_without_a_kind_is_psp(tmp_path):
+    given = parts()
+    save_bundle(tmp_path / "b", **given)
+    index = json.loads((tmp_path / "b" / "bundle.json").read_text())
+    for name in ("kind", "network", "progressive", "n_iterations"):
+        del index["networks"]["encoder"][name]
+    (tmp_path / "b" / "bundle.json").write_text(json.dumps(index))
+    back = load_bundle(tmp_path / "b").encoder
+    assert back.kind == "psp" and equal_states(given["encoder"], back)
 
 
 def test_the_hash_follows_what_shapes_an_image_and_nothing_else(tmp_path):

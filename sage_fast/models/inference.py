@@ -46,6 +46,8 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", "the fused kernels have no residual connections"
     tensors, filters = _weights(generator), _filters(generator)
     maps = generator.noises.buffers() if noise is None else (m for m in noise if m is not None)
+    if any(not isinstance(t, nn.Parameter) for t in tensors):
+        return "differentiable", "weights were replaced for this call"
     if torch.is_grad_enabled() and any(t.requires_grad for t in chain([w_plus], tensors, maps)):
         return "differentiable", "gradients are recorded"
     if w_plus.dtype != torch.float32 or any(t.dtype != torch.float32 for t in tensors):

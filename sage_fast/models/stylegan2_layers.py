@@ -224,7 +224,9 @@ class _ModulatedConv(nn.Module):
         style = self.modulation(w)
         # the op applies the gain up^2 itself; the stored kernel has it folded in, as the common port's files do
         fir = self.blur.kernel / 4 if self.up == 2 else None
-        weight = self.weight[0] * self.scale
+        weight = self.weight * self.scale
+        # [N, ...] where each sample has its own (models.weight_deltas); one that all share is a good deal faster
+        weight = weight if len(weight) == len(x) > 1 else weight[0]
         return modulated_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
 
 

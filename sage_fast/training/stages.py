@@ -181,7 +181,8 @@ def embed_stage(
         if table.files == images.files and table.categories == images.categories:
             return table
     assert trained.encoder is not None
-    table = embed(images, trained.encoder.to(device), batch)
+    noise = _config(folder, "encoder")["noise"]
+    table = embed(images, trained.encoder.to(device), trained.generator.to(device), batch, noise)
     path.unlink(missing_ok=True)
     _claim(folder, "codes", "encoder")
     table.save(path)
