@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import tiny_codes, tiny_encoder, tiny_networks
 
 from sage_fast.data.latent_table import LatentTable
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.stylegan2 import Discriminator, Generator, truncate
 from sage_fast.models.weights import (
     add_bundle_file,
@@ -136,7 +136,8 @@ def test_without_latent_avg_the_mean_of_the_mapping_stands_in(tmp_path):
     G = Generator(8, 8, 1, channel_max=4)
     state = {k: v for k, v in G.state_dict().items() if k != "latent_avg"}
     torch.save({"g_ema": state}, tmp_path / "g.pt")
-    assert torch.equal(load_generator(tmp_path / "g.pt").latent_avg, G.mean_latent())
+    with pytest.warns(SageFastWarning, match="no latent_avg"):
+        assert torch.equal(load_generator(tmp_path / "g.pt").latent_avg, G.mean_latent())
 
 
 class _Code:
@@ -160,11 +161,11 @@ def test_pickled_code_does_not_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([1, 2], "none of g_ema"),
-        ({"state_dict": {}}, "none of g_ema"),
-        ({"g_ema": torch.zeros(3)}, "no network 'g_ema'"),
-        ({"g_ema": {}}, "weights expected"),
-        ({"g_ema": {"input.input": torch.zeros(1, 4, 4, 4)}}, "weights expected"),
+        ([1, 2], "holds a list, none of the networks"),
+        ({"state_dict": {}}, "holds a table of state_dict, none of the networks"),
+        ({"g_ema": torch.zeros(3)}, "entry 'g_ema', is no network"),
+        ({"g_ema": {}}, "weights of a StyleGAN2 generator"),
+        ({"g_ema": {"input.input": torch.zeros(1, 4, 4, 4)}}, "weights of a StyleGAN2 generator"),
     ],
 )
 def test_foreign_content_is_refused(tmp_path, content, words):
@@ -185,19 +186,21 @@ def test_a_published_network_with_a_missing_or_misshapen_weight_is_refused(tmp_p
         else:
             state["convs.1.activate.gain"] = torch.zeros(5)
         torch.save({"g_ema": state}, tmp_path / "g.pt")
-        with pytest.raises(InputError, match="weights expected.*convs.1.activate") as error:
+        with pytest.raises(
+            InputError, match="convs.1.activate.*weights expected|weights expected.*convs.1.activate"
+        ) as error:
             load_generator(tmp_path / "g.pt")
         assert one_sentence(error)
 
 
 def test_what_a_published_file_lacks_is_named(tmp_path):
     path = published(tmp_path / "g.pt", Generator(8, 8, 1, channel_max=4))
-    with pytest.raises(InputError, match="no network 'd'"):
+    with pytest.raises(InputError, match="holds no discriminator, but generator"):
         load_discriminator(path)
-    with pytest.raises(InputError, match="folder of a bundle"):
+    with pytest.raises(InputError, match="holds no encoder, but generator"):
         load_encoder(path)
     (tmp_path / "g.pkl").write_bytes(b"\x80\x04.")
-    with pytest.raises(InputError, match="pickle that holds code") as error:
+    with pytest.raises(InputError, match="g.pkl") as error:
         load_generator(tmp_path / "g.pkl")
     assert one_sentence(error)
 

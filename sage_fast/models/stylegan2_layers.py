@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from sage_fast.ops.conv3x3 import conv3x3
 
 __all__ = [
     "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample", "StyledConv",
-    "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive", "check_resolution",
+    "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive", "check_resolution", "exact", "wide",
 ]  # fmt: skip
 
 CONNECTIONS = ("skip", "resnet", "orig")  # [StyleGAN2], Fig. 7: what joins the resolutions
@@ -63,12 +64,13 @@ class MappingNetwork(nn.Sequential):
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise InputError(f"z must have shape [N, {self.z_dim}], got {list(z.shape)}.")
         check_label(c, self.c_dim, len(z))
-        x = self[0](z)
+        x = self[0](wide(z))
         if self.embed is not None:
-            x = torch.cat([x, self[0](self.embed(c))], dim=1)
+            assert c is not None
+            x = torch.cat([x, self[0](self.embed(c.to(x.dtype)))], dim=1)
         for i in range(1, self.n_layers + 1):
             x = self[i](x)
-        return x
+        return x.to(z.dtype) if x.dtype == torch.float32 else x
 
 
 class StyledConv(nn.Module):
@@ -149,10 +151,11 @@ class Linear(nn.Module):
         self.scale, self.lr_mul, self.act = lr_mul / math.sqrt(d_in), lr_mul, act
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias * self.lr_mul if self.lr_mul != 1 else self.bias
+        weight, bias = self.weight.to(x.dtype) * self.scale, self.bias.to(x.dtype)
+        bias = bias * self.lr_mul if self.lr_mul != 1 else bias
         if self.act == "linear":
-            return F.linear(x, self.weight * self.scale, bias)
-        return bias_act(F.linear(x, self.weight * self.scale), bias, act=self.act)
+            return F.linear(x, weight, bias)
+        return bias_act(F.linear(x, weight), bias, act=self.act)
 
 
 class Conv(nn.Module):
@@ -165,9 +168,10 @@ class Conv(nn.Module):
         self.padding = kernel // 2 if stride == 1 else 0
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) * self.scale
         if self.stride == 1 and self.padding == 1:
-            return conv3x3(x, self.weight * self.scale)
-        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+            return conv3x3(x, weight)
+        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
 class Resample(nn.Module):
@@ -224,7 +228,7 @@ class _ModulatedConv(nn.Module):
         style = self.modulation(w)
         # the op applies the gain up^2 itself; the stored kernel has it folded in, as the common port's files do
         fir = self.blur.kernel / 4 if self.up == 2 else None
-        weight = self.weight * self.scale
+        weight = self.weight.to(x.dtype) * self.scale
         # [N, ...] where each sample has its own (models.weight_deltas); one that all share is a good deal faster
         weight = weight if len(weight) == len(x) > 1 else weight[0]
         return modulated_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
@@ -246,6 +250,16 @@ class _Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x``, in float32 where it has 16 bits and no gradients are recorded: activations between layers keep their bits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled() else x
+
+
+def exact(device_type: str) -> AbstractContextManager[object]:
+    """Products in the dtype of their factors where no gradients are recorded; training keeps its autocast."""
+    return nullcontext() if torch.is_grad_enabled() else torch.autocast(device_type, enabled=False)
 
 
 def channel_list(resolution: int, base: int, most: int, channels: Sequence[int] | None) -> list[int]:

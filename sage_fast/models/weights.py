@@ -30,7 +30,13 @@ from sage_fast.errors import InputError
 from sage_fast.models.encoder_kinds import build_encoder, encoder_architecture
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.image_encoder import ImageEncoder
-from sage_fast.models.published import fill_network, published_discriminator, published_generator, reason_of
+from sage_fast.models.published import (
+    fill_network,
+    published_discriminator,
+    published_encoder,
+    published_generator,
+    reason_of,
+)
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
 __all__ = [
@@ -156,7 +162,9 @@ def load_bundle(folder: StrPath | None = None, device: str | torch.device = "cpu
 def load_generator(
     path: StrPath | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Generator:
-    """The generator (its average, where the file has one) of a bundle folder or a published ``.pt``, in eval mode.
+    """The generator (its average, where the file has one) of a bundle folder or a published file, in eval mode.
+
+    docs/formats.md lists the formats, which are recognised from the content.
 
     Raises:
         InputError: the file or folder is missing, truncated, foreign, or holds no such network.
@@ -167,15 +175,15 @@ def load_generator(
 def load_discriminator(
     path: StrPath | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Discriminator:
-    """The discriminator of a bundle folder or a published ``.pt``, in eval mode. Raises as :func:`load_generator`."""
+    """The discriminator of a bundle folder or a published file, in eval mode. Raises as :func:`load_generator`."""
     return _load(path, "discriminator", _discriminator, published_discriminator, device, dtype)
 
 
 def load_encoder(
     path: StrPath | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ImageEncoder:
-    """The encoder of a bundle folder, of whatever kind, in eval mode. Raises as :func:`load_generator`."""
-    return _load(path, "encoder", build_encoder, None, device, dtype)
+    """The encoder of a bundle folder or a published file, of whatever kind, in eval mode. Raises as :func:`load_generator`."""
+    return _load(path, "encoder", build_encoder, published_encoder, device, dtype)
 
 
 def load_directions(path: StrPath | None = None) -> Directions:
@@ -375,11 +383,11 @@ def _load(
     path: StrPath | None,
     name: str,
     build: Callable[[Mapping[str, Any]], Network],
-    published: Callable[[StrPath], Network] | None,
+    published: Callable[[StrPath], Network],
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> Network:
-    if published is not None and path is not None and Path(path).is_file():
+    if path is not None and Path(path).is_file():
         network = published(path)
     else:
         folder = _bundle_folder(path)
