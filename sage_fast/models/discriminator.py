@@ -96,7 +96,13 @@ class Discriminator(nn.Module):
     def architecture(self) -> dict[str, object]:
         """The constructor's arguments, as plain numbers and lists, that rebuild this network."""
         names = ("resolution", "n_channels", "c_dim", "mbstd_group", "channels", "n_mapping")
-        usual = {"connections": "resnet", "clamp": None, "mbstd_channels": 1, "cmap_dim": None, "embed_dim": None}
+        usual: dict[str, object] = {
+            "connections": "resnet",
+            "clamp": None,
+            "mbstd_channels": 1,
+            "cmap_dim": None,
+            "embed_dim": None,
+        }
         usual |= {"mapping_width": None, "mapping_lr_mul": 0.01}
         special = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         return {name: getattr(self, name) for name in names} | special

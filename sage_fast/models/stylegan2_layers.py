@@ -18,8 +18,9 @@ from sage_fast.ops import bias_act, modulated_conv2d, upfirdn2d
 from sage_fast.ops.conv3x3 import conv3x3
 
 __all__ = [
-    "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample", "StyledConv",
-    "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive", "check_resolution", "exact", "wide",
+    "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
+    "StyledConv", "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive",
+    "check_resolution", "exact", "wide",
 ]  # fmt: skip
 
 CONNECTIONS = ("skip", "resnet", "orig")  # [StyleGAN2], Fig. 7: what joins the resolutions
