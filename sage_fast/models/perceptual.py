@@ -27,6 +27,7 @@ __all__ = [
     "load_perceptual",
     "normalised_features",
     "perceptual_distance",
+    "read_weights",
 ]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
@@ -188,7 +189,7 @@ def load_perceptual(spec: str | Path, discriminator: Discriminator | None = None
 
 
 def _from_file(path: Path) -> FeatureNetwork:
-    weights = {k: v for k, v in _read_weights(path).items() if k.startswith("features.")}
+    weights = {k: v for k, v in read_weights(path).items() if k.startswith("features.")}
     weights = {k.replace(".squeeze1x1.", ".squeeze."): v for k, v in weights.items()}  # both names are about
     squeeze = "features.3.squeeze.weight" in weights
     try:
@@ -202,7 +203,8 @@ def _from_file(path: Path) -> FeatureNetwork:
     return network
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pt or .pth file; no pickled code runs. InputError when it is none."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
