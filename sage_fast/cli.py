@@ -42,6 +42,19 @@ class NewData(Data):
 
 
 @dataclass(frozen=True)
+class EncoderData(NewData):
+    """Where ``train-encoder`` reads and writes."""
+
+    generator: Path | None = None  # begin the run with the generator of this bundle or file in place of train-gan
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.generator is None:
+            raise InputError(
+                "--overwrite would delete the generator that the encoder is for; it goes with --generator."
+            )
+
+
+@dataclass(frozen=True)
 class EmbedOptions:
     """Options of ``embed``."""
 
@@ -127,11 +140,14 @@ def _train_gan(argv: Sequence[str]) -> None:
 
 
 def _train_encoder(argv: Sequence[str]) -> None:
+    from sage_fast.data.writers import prepare_output
     from sage_fast.training.encoder import EncoderConfig
-    from sage_fast.training.stages import encoder_stage, read_seen_of_run
+    from sage_fast.training.stages import adopt_generator, encoder_stage, read_seen_of_run
 
-    paths, config = _parse("train-encoder", argv, Data, EncoderConfig())
+    paths, config = _parse("train-encoder", argv, EncoderData, EncoderConfig())
     device = _device(paths.device)
+    if paths.generator is not None:
+        adopt_generator(paths.generator, prepare_output(paths.out, paths.resume, paths.overwrite))
     images = read_seen_of_run(paths.data, paths.out, "encoder")
     encoder_stage(config, images.images, paths.out, paths.resume, device)
 
