@@ -36,7 +36,8 @@ class ProjectionConfig:
     """Settings of :func:`project`.
 
     ``space``: one latent for all layers (w) or one a layer (w_plus). ``method``: lbfgs or adam.
-    ``noise``: the generator's stored maps (const), none, or maps optimised with the latent (optimize).
+    ``noise``: the generator's stored maps (const), none, or maps optimised with the latent (optimize); None: as the model was trained,
+    where that is known (a bundle says), else const.
     """
 
     space: str = "w_plus"
@@ -44,12 +45,12 @@ class ProjectionConfig:
     steps: int = 500  # at most so many for an image
     lr: float | None = None  # None: 1 for lbfgs, 0.1 for adam
     history: int = 10  # pairs that lbfgs remembers
-    tolerance: float = 1e-4  # an image is done when its loss falls by less than this share over `patience` steps
+    tolerance: float = 1e-3  # an image is done when its loss falls by less than this share over `patience` steps
     patience: int | None = None  # None: 10 for lbfgs, 50 for adam
     pixel_weight: float = 1.0  # of the masked absolute error
     perceptual_weight: float = 1.0  # of the perceptual distance, where a feature network is given
     latent_weight: float = 0.5  # of the latent's distance from where it started
-    noise: str = "const"
+    noise: str | None = None
     noise_weight: float = 1e5  # keeps optimised noise from carrying structure
     n_candidates: int = (
         0  # start from the best of so many random latents, where no encoder is given; 0: from latent_avg
@@ -57,9 +58,11 @@ class ProjectionConfig:
     seed: int = 0  # of the candidates
 
     def __post_init__(self) -> None:
-        for name, known in (("space", SPACES), ("method", METHODS), ("noise", NOISES)):
+        for name, known in (("space", SPACES), ("method", METHODS), ("noise", (*NOISES, None))):
             if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got '{getattr(self, name)}'.")
+                raise InputError(
+                    f"{name} must be one of {', '.join(filter(None, known))}, got '{getattr(self, name)}'."
+                )
         for name in ("steps", "history", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -207,6 +210,11 @@ class _Objective:
         if self.encoder is not None:  # one at a time: the start does not depend on the batch, to the last bit
             shown = self._shown(self.targets.images, self.targets)
             code = average + torch.cat([self.encoder(image[None]) for image in shown])
+            if code.shape != (n, self.generator.n_latent, self.generator.style_dim):
+                size = [self.generator.n_latent, self.generator.style_dim]
+                raise InputError(
+                    f"encoder must give latents {size}, as the generator takes, got {list(code.shape[1:])}."
+                )
         if start is None:
             start = self._best_candidates() if code is None else code
         self.targets = replace(self.targets, anchor=start if code is None else code)
