@@ -87,8 +87,9 @@ def test_the_perceptual_term_is_the_distance_of_the_network(networks, own):
 def test_the_perceptual_term_brings_the_features_closer(networks, own):
     images, _ = own
     G, _, features = networks
-    with_it = project(images, G, perceptual=features, steps=60, latent_weight=0.0)
-    without = project(images, G, steps=60, latent_weight=0.0)
+    options = dict(steps=60, latent_weight=0.0, method="adam")  # at one pace, whatever the loss
+    with_it = project(images, G, perceptual=features, perceptual_weight=10.0, **options)
+    without = project(images, G, **options)
     assert perceptual_distance(features, with_it.images, images) < perceptual_distance(features, without.images, images)
 
 
@@ -103,22 +104,23 @@ def test_the_pull_keeps_latents_where_they_start(networks, own):
     free, held, fixed = (moved(weight, start=start) for weight in (0.0, 0.3, 30.0))
     assert fixed < 0.1 * held < 0.1 * free
 
-    def code_moved(weight):
-        found = project(images, G, E, steps=40, latent_weight=weight)
-        return (E(found.images) - E(images)).square().mean().item()
+    def code_moved(weight):  # from what the encoder sees in the given image to what it sees in the drawn one
+        found = project(foreign, G, E, steps=40, latent_weight=weight)
+        return (E(found.images) - E(foreign)).square().mean().item()
 
-    assert code_moved(30.0) < 0.5 * code_moved(0.0)
+    foreign = torch.rand(images.shape, generator=torch.Generator().manual_seed(7)).double() * 2 - 1
+    assert code_moved(1e3) < 0.5 * code_moved(0.0)
 
 
 def test_the_encoder_gives_the_start(networks, own):
     images, _ = own
     G, E, _ = networks
     code = G.latent_avg + E(images).detach()
-    found = project(images, G, E, steps=1, lr=1e-9)
+    found = project(images, G, E, steps=1, method="adam", lr=1e-9)
     torch.testing.assert_close(found.w_plus, code, rtol=0, atol=1e-6)
-    found = project(images, G, E, space="w", steps=1, lr=1e-9)
+    found = project(images, G, E, space="w", steps=1, method="adam", lr=1e-9)
     torch.testing.assert_close(found.w_plus[:, 0], code.mean(1), rtol=0, atol=1e-6)
-    found = project(images, G, steps=1, lr=1e-9)
+    found = project(images, G, steps=1, method="adam", lr=1e-9)
     torch.testing.assert_close(found.w_plus, G.latent_avg.expand_as(code), rtol=0, atol=1e-6)
 
 
@@ -127,7 +129,7 @@ def test_candidates_start_at_the_one_that_looks_most_like_it(networks):
     z = torch.randn(20, G.style_dim, generator=torch.Generator().manual_seed(9)).double()  # as the seed draws them
     w = G.broadcast(G.mapping(z)).detach()
     images = G(w[[3, 17]]).detach()
-    found = project(images, G, n_candidates=20, seed=9, steps=1, lr=1e-9)
+    found = project(images, G, n_candidates=20, seed=9, steps=1, method="adam", lr=1e-9)
     torch.testing.assert_close(found.w_plus, w[[3, 17]], rtol=0, atol=1e-5)
 
 
@@ -208,13 +210,14 @@ def test_weights_of_small_maps_are_those_of_the_enlarged_map():
 # --- one and many ---
 
 
-@pytest.mark.parametrize("method", ["lbfgs", "adam"])
-def test_eight_together_are_eight_alone(networks, own, method):
+@pytest.mark.parametrize(("method", "noise"), [("lbfgs", "optimize"), ("adam", "const")])
+def test_eight_together_are_eight_alone(networks, own, method, noise):
     """All that one image meets, in float64, where the rounding of batches stays small over the steps taken here."""
-    images, _ = own
+    images = own[0].clone()
+    images[:2] = 1 - images[:2] * 0.1  # nearly white, which the generator hardly draws: these give up sooner
     G, E, features = networks
     mask = torch.rand(8, 1, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(2)).double()
-    options = dict(space="w_plus", method=method, perceptual=features, steps=60, tolerance=3e-2, noise="optimize")
+    options = dict(method=method, perceptual=features, steps=80, tolerance=0.1, patience=10, noise=noise)
     together = project(images, G, E, mask, **options)
     assert len(set(together.n_steps.tolist())) > 1  # images leave at different times
     for i in range(8):
@@ -261,8 +264,8 @@ def test_networks_are_left_as_they_were(own):
     before = [(p.requires_grad, p.clone()) for n in (G, E, features) for p in n.parameters()]
     modes = [m.training for n in (G, E, features) for m in n.modules()]
     found = project(own[0][:2].float(), G, E, perceptual=features, steps=3)
-    with pytest.raises(RuntimeError):
-        project(own[0][:2].float(), G, lambda x: 1 / 0) if False else project(own[0][:2].float(), G, _Broken())
+    with pytest.raises(RuntimeError, match="broken"):
+        project(own[0][:2].float(), G, _Broken())
     for (wanted, value), p in zip(before, (p for n in (G, E, features) for p in n.parameters())):
         assert p.requires_grad == wanted and p.grad is None and torch.equal(p, value)
     assert modes == [m.training for n in (G, E, features) for m in n.modules()]
