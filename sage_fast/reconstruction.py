@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sage_fast import __version__
 from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
-from sage_fast.data.images import IMAGE_SUFFIXES, load_image, to_float
+from sage_fast.data.images import load_image, to_float
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import (
     ManifestWriter,
@@ -199,15 +199,20 @@ def _stems(files: list[str]) -> list[str]:
 
 def _read_masks(folder: Path, stems: list[str], resolution: int) -> Tensor:
     """The masks uint8 [N, 1, R, R] of all images, cut and scaled as images are."""
+    there: dict[str, list[str]] = {}
+    for file in scan_image_folder(folder, flat_ok=True).files:
+        there.setdefault(os.path.splitext(file)[0], []).append(file)
     masks = []
     for stem in stems:
-        found = [path for suffix in IMAGE_SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+        found = there.get(stem, [])
         if len(found) != 1:
             which = "several masks" if found else "no mask"
             raise InputError(f"Mask folder {str(folder)!r} has {which} for image {stem!r}; give one, as {stem}.png.")
-        masks.append(load_image(found[0], resolution, n_channels=1))
+        masks.append(load_image(folder / found[0], resolution, n_channels=1))
         if not bool(masks[-1].any()):
-            raise InputError(f"Mask {str(found[0])!r} is black, so it hides all of its image; leave that image out.")
+            raise InputError(
+                f"Mask {str(folder / found[0])!r} is black and hides all of its image; leave that image out."
+            )
     return torch.stack(masks)
 
 
