@@ -315,7 +315,7 @@ def test_invert_projects_a_folder_and_resumes(tiny_bundle, tiny_shots, tmp_path,
     assert cli.main(words) == 0
     assert "5 images were projected, mean loss" in (said := capsys.readouterr().out) and str(tmp_path / "out") in said
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["projection"]["space"], config["projection"]["method"], config["batch"]) == ("w", "adam", 2)
+    assert (config["space"], config["method"], config["batch"]) == ("w", "adam", 2)
     assert cli.main([*words, "--resume"]) == 0
     assert "0 images were projected, 5 were there already" in capsys.readouterr().out
     assert cli.main([*words[:-4], "--space=z"]) == 2

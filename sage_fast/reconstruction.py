@@ -81,7 +81,8 @@ class InvertSummary:
 
     def __str__(self) -> str:
         kept = f", {self.n_kept} were there already" if self.n_kept else ""
-        return f"{self.n_new} images were projected{kept}, mean loss {self.loss:.4f}; see {self.out}."
+        were = "image was" if self.n_new == 1 else "images were"
+        return f"{self.n_new} {were} projected{kept}, mean loss {self.loss:.4f}; see {self.out}."
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,12 +227,12 @@ def _resolve(
         pixels.update(masks.numpy().tobytes())
     return {
         **settings,
+        **asdict(projection),
         "device": str(model.generator.latent_avg.device),
         "images": images.files,
         "images_dir": images.root,
         "images_sha256": pixels.hexdigest(),
         "networks_sha256": model.hash,
-        "projection": asdict(projection),
         "version": __version__,
     }
 
