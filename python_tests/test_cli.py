@@ -350,6 +350,19 @@ def test_generate_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):
     assert "6 images" in (said := capsys.readouterr().out.splitlines()[-1]) and "4 were there already" in said
 
 
+def test_invert_projects_a_folder_and_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):
+    words = ["invert", f"--model={tiny_bundle}", f"--images={tiny_shots}", f"--out={tmp_path / 'out'}"]
+    words += ["--space=w", "--method=adam", "--steps=3", "--batch=2"]
+    assert cli.main(words) == 0
+    assert "5 images were projected, mean loss" in (said := capsys.readouterr().out) and str(tmp_path / "out") in said
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["space"], config["method"], config["batch"]) == ("w", "adam", 2)
+    assert cli.main([*words, "--resume"]) == 0
+    assert "0 images were projected, 5 were there already" in capsys.readouterr().out
+    assert cli.main([*words[:-4], "--space=z"]) == 2
+    assert "space must be one of w, w_plus" in capsys.readouterr().err
+
+
 def test_flora_is_written(tmp_path):
     words = ["data", "flora", f"--out={tmp_path / 'flora'}", "--which=unseen", "--n-per-category=2", "--resolution=8"]
     assert cli.main(words) == 0

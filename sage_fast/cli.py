@@ -78,6 +78,17 @@ class GeneratePaths:
 
 
 @dataclass(frozen=True)
+class InvertPaths:
+    """Where ``invert`` reads and writes."""
+
+    images: Path  # <category>/<image>.png, or one flat folder
+    out: Path  # gets <category>/<image>.png, latents/, codes.safetensors, manifest.jsonl, config.json
+    model: Path | None = None  # bundle or a generator's file; None: the model that comes with the package
+    encoder: Path | None = None  # bundle or file with the encoder; None: the bundle's own, none for a generator's file
+    mask_dir: Path | None = None  # a grey image of the same path for each image; black hides a pixel from the loss
+
+
+@dataclass(frozen=True)
 class EvaluatePaths:
     """What ``evaluate`` compares."""
 
@@ -184,6 +195,18 @@ def _generate(argv: Sequence[str]) -> None:
     print(summary)
 
 
+def _invert(argv: Sequence[str]) -> None:
+    from sage_fast.inversion import ProjectionConfig
+    from sage_fast.reconstruction import InvertConfig, invert
+
+    paths, config, projection = _parse("invert", argv, InvertPaths, InvertConfig(), ProjectionConfig())
+    with _bar("projecting") as progress:
+        summary = invert(
+            paths.model, paths.images, paths.out, config, projection, paths.encoder, paths.mask_dir, progress
+        )
+    print(summary)
+
+
 def _evaluate(argv: Sequence[str]) -> None:
     (paths,) = _parse("evaluate", argv, EvaluatePaths)
     from sage_fast.evaluation.report import evaluate_folder, table, write_report
@@ -258,6 +281,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "embed": (_embed, "stage 3: the codes of every image"),
     "train-dictionary": (_train_dictionary, "stage 4: the category-irrelevant directions; writes the model"),
     "generate": (_generate, "new images of novel categories from a few images of each"),
+    "invert": (_invert, "the latents of images, by optimisation"),
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
     "info": (_info, "what was built, and which kernels run where"),
     "profile": (_profile, "where a synthesis spends its time, layer by layer"),
