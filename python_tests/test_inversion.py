@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_model import RESOLUTION, tiny_networks
+from tiny_model import RESOLUTION, tiny_encoder, tiny_networks
 
 from sage_fast import inversion
 from sage_fast.errors import InputError
@@ -49,6 +49,18 @@ def one_sentence(error):
 
 
 # --- what is found ---
+
+
+@pytest.mark.parametrize("kind", ["e4e", "restyle", "hyperstyle"])
+def test_an_encoder_of_any_kind_gives_the_start(networks, own, kind):
+    images, G = own[0][:3], networks[0]
+    encoder = tiny_encoder(kind, G).double()
+    w_encoder = encoder.w_encoder if kind == "hyperstyle" else encoder
+    found = project(images, G, encoder, steps=20)
+    with torch.no_grad():
+        start = G(w_encoder.invert(images, G, "const").offsets + G.latent_avg)
+    error = (start - images).abs().mean((1, 2, 3))
+    assert ((found.images - images).abs().mean((1, 2, 3)) < error).all()
 
 
 @pytest.mark.parametrize("method", ["lbfgs", "adam"])

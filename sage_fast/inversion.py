@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from sage_fast.errors import InputError
 from sage_fast.minimize import Minima, minimize_adam, minimize_lbfgs
+from sage_fast.models.hyperstyle import codes_of
+from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.perceptual import FeatureNetwork, distance_maps, normalised_features
 from sage_fast.models.stylegan2 import Generator
 
@@ -122,7 +124,7 @@ def project(
     Args:
         images: [N, C, R, R], floating, in [-1, 1]; dtype and device become the generator's.
         generator: its parameters get no gradient and are left as they are.
-        encoder: images -> offsets from ``latent_avg`` [N, L, D]; gives the start and the pull.
+        encoder: of any kind, or any network images -> offsets from ``latent_avg`` [N, L, D]; gives the start and the pull.
         mask: [N or 1, 1, R, R] in [0, 1]; 0 hides a pixel from the loss, what lies between weighs it.
         space, method: see :class:`ProjectionConfig`.
         perceptual: a feature network, see :func:`sage_fast.models.perceptual.load_perceptual`.
@@ -209,7 +211,7 @@ class _Objective:
         code = None
         if self.encoder is not None:  # one at a time: the start does not depend on the batch, to the last bit
             shown = self._shown(self.targets.images, self.targets)
-            code = average + torch.cat([self.encoder(image[None]) for image in shown])
+            code = average + torch.cat([self._encode(image[None]) for image in shown])
             if code.shape != (n, self.generator.n_latent, self.generator.style_dim):
                 size = [self.generator.n_latent, self.generator.style_dim]
                 raise InputError(
@@ -245,12 +247,20 @@ class _Objective:
         noise = tuple(_standardised(m).view(len(x), *shape) for m, shape in zip(maps, shapes))
         return w_plus, noise, G.synthesis(w_plus, noise=noise)
 
+    def _encode(self, images: Tensor) -> Tensor:
+        """The encoder's offsets [n, L, D]; of HyperStyle those of its code, which is drawn by the generator as it is."""
+        assert self.encoder is not None
+        if not isinstance(self.encoder, ImageEncoder):
+            return self.encoder(images)
+        noise = "none" if self.config.noise == "none" else "const"
+        return codes_of(self.encoder).invert(images, self.generator, noise).offsets
+
     def _losses(self, x: Tensor, targets: _Targets) -> Tensor:
         config = self.config
         w_plus, noise, images = self.draw(x)
         loss = self._image_losses(images, targets)
         if config.latent_weight:
-            code = w_plus if self.encoder is None else self.encoder(images) + self.generator.latent_avg
+            code = w_plus if self.encoder is None else self._encode(images) + self.generator.latent_avg
             loss = loss + config.latent_weight * (code - targets.anchor).square().mean((1, 2))
         if noise is not None:
             loss = loss + config.noise_weight * sum(_autocorrelation(m) for m in noise)
