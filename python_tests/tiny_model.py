@@ -50,7 +50,7 @@ def tiny_encoder(kind: str, generator: Generator) -> ImageEncoder:
             return one.eval()
         hypernet = PyramidHypernet(RESOLUTION, weight_shapes(generator), **sizes, rank=2)
         for rows in hypernet.rows:
-            torch.nn.init.normal_(rows.weight, std=0.1)
+            torch.nn.init.normal_(rows.weight, std=1.0)
         return HyperStyle(one, hypernet, n_iterations=2).eval()
 
 

@@ -42,6 +42,19 @@ class NewData(Data):
 
 
 @dataclass(frozen=True)
+class EncoderData(NewData):
+    """Where ``train-encoder`` reads and writes."""
+
+    generator: Path | None = None  # begin the run with the generator of this bundle or file in place of train-gan
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.generator is None:
+            raise InputError(
+                "--overwrite would delete the generator that the encoder is for; it goes with --generator."
+            )
+
+
+@dataclass(frozen=True)
 class EmbedOptions:
     """Options of ``embed``."""
 
@@ -62,6 +75,17 @@ class GeneratePaths:
     shots: Path  # <category>/<image>.png with 1 to K images each, or one flat folder for one category
     out: Path  # gets <category>/<category>_00000.png, contact_sheet.png, manifest.jsonl, config.json
     model: Path | None = None  # run folder or bundle; None: the model that comes with the package
+
+
+@dataclass(frozen=True)
+class InvertPaths:
+    """Where ``invert`` reads and writes."""
+
+    images: Path  # <category>/<image>.png, or one flat folder
+    out: Path  # gets <category>/<image>.png, latents/, codes.safetensors, manifest.jsonl, config.json
+    model: Path | None = None  # bundle or a generator's file; None: the model that comes with the package
+    encoder: Path | None = None  # bundle or file with the encoder; None: the bundle's own, none for a generator's file
+    mask_dir: Path | None = None  # a grey image of the same path for each image; black hides a pixel from the loss
 
 
 @dataclass(frozen=True)
@@ -127,11 +151,14 @@ def _train_gan(argv: Sequence[str]) -> None:
 
 
 def _train_encoder(argv: Sequence[str]) -> None:
+    from sage_fast.data.writers import prepare_output
     from sage_fast.training.encoder import EncoderConfig
-    from sage_fast.training.stages import encoder_stage, read_seen_of_run
+    from sage_fast.training.stages import adopt_generator, encoder_stage, read_seen_of_run
 
-    paths, config = _parse("train-encoder", argv, Data, EncoderConfig())
+    paths, config = _parse("train-encoder", argv, EncoderData, EncoderConfig())
     device = _device(paths.device)
+    if paths.generator is not None:
+        adopt_generator(paths.generator, prepare_output(paths.out, paths.resume, paths.overwrite))
     images = read_seen_of_run(paths.data, paths.out, "encoder")
     encoder_stage(config, images.images, paths.out, paths.resume, device)
 
@@ -165,6 +192,18 @@ def _generate(argv: Sequence[str]) -> None:
     paths, config = _parse("generate", argv, GeneratePaths, GenerateConfig())
     with _bar("generating") as progress:
         summary = generate(paths.model, paths.shots, paths.out, config, progress)
+    print(summary)
+
+
+def _invert(argv: Sequence[str]) -> None:
+    from sage_fast.inversion import ProjectionConfig
+    from sage_fast.reconstruction import InvertConfig, invert
+
+    paths, config, projection = _parse("invert", argv, InvertPaths, InvertConfig(), ProjectionConfig())
+    with _bar("projecting") as progress:
+        summary = invert(
+            paths.model, paths.images, paths.out, config, projection, paths.encoder, paths.mask_dir, progress
+        )
     print(summary)
 
 
@@ -242,6 +281,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "embed": (_embed, "stage 3: the codes of every image"),
     "train-dictionary": (_train_dictionary, "stage 4: the category-irrelevant directions; writes the model"),
     "generate": (_generate, "new images of novel categories from a few images of each"),
+    "invert": (_invert, "the latents of images, by optimisation"),
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
     "info": (_info, "what was built, and which kernels run where"),
     "profile": (_profile, "where a synthesis spends its time, layer by layer"),

@@ -121,6 +121,14 @@ def test_progressive_styles_are_deltas_of_the_first():
         assert torch.equal(staged[:, stage + 1 :], whole[:, :1].expand(-1, 5 - stage, -1))
 
 
+@torch.no_grad()
+def test_one_style_is_an_encoder_into_w():
+    encoder = PyramidEncoder(16, 6, 8, 3, 64, 16, 4, progressive=True, n_styles=1)
+    offsets = encoder(torch.randn(2, 3, 16, 16))
+    assert offsets.shape == (2, 6, 8) and torch.equal(offsets, offsets[:, :1].expand(-1, 6, -1))
+    assert encoder.levels == [1]
+
+
 def test_resizing():
     images = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert resized(images, 4) is images
@@ -131,6 +139,8 @@ def test_resizing():
 def test_refuses_impossible_sizes():
     with pytest.raises(InputError, match="must not be negative"):
         PyramidEncoder(16, 6, 8, n_iterations=-1)
+    with pytest.raises(InputError, match="n_styles must be 6, or from 1 with progressive, got 2"):
+        PyramidEncoder(16, 6, 8, n_styles=2)
     with pytest.raises(InputError, match="at least 1"):
         HyperStyle(PyramidEncoder(16, 6, 8), PyramidHypernet(16, [(4, 4, 3)]), 0)
     with pytest.raises(InputError, match="3 x 3 layers"):

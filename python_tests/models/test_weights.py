@@ -272,7 +272,7 @@ def test_an_encoder_without_a_kind_is_psp(tmp_path):
     given = parts()
     save_bundle(tmp_path / "b", **given)
     index = json.loads((tmp_path / "b" / "bundle.json").read_text())
-    for name in ("kind", "network", "progressive", "n_iterations"):
+    for name in ("kind", "network", "progressive", "n_iterations", "n_styles"):
         del index["networks"]["encoder"][name]
     (tmp_path / "b" / "bundle.json").write_text(json.dumps(index))
     back = load_bundle(tmp_path / "b").encoder

@@ -40,6 +40,7 @@ class PyramidEncoder(ImageEncoder):
         progressive: style 0 is the base and the others are added to it (e4e, Tov et al. 2021, Eq. 2).
         n_iterations: 0, or how often a reconstruction is corrected (ReStyle, Alaluf et al. 2021); ``forward`` then takes images
             and reconstructions side by side.
+        n_styles: heads of a progressive encoder; layers beyond them have style 0 alone, so that 1 is an encoder into W. None: L.
 
     Attributes:
         stage: of a progressive encoder, the last style that adds its delta; 0 leaves the same offset in all layers.
@@ -58,19 +59,23 @@ class PyramidEncoder(ImageEncoder):
         head_width: int = 32,
         progressive: bool = False,
         n_iterations: int = 0,
+        n_styles: int | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(resolution, n_latent, style_dim, n_channels, channel_base, channel_max, head_width)
         if n_iterations < 0:
             raise InputError(f"n_iterations must not be negative, got {n_iterations}.")
+        self.n_styles = n_latent if n_styles is None else n_styles
+        if not 1 <= self.n_styles <= n_latent or (self.n_styles < n_latent and not progressive):
+            raise InputError(f"n_styles must be {n_latent}, or from 1 with progressive, got {n_styles}.")
         self.resolution, self.n_latent, self.style_dim, self.n_channels = resolution, n_latent, style_dim, n_channels
         self.channel_base, self.channel_max, self.head_width = channel_base, channel_max, head_width
-        self.progressive, self.n_iterations, self.stage = progressive, n_iterations, n_latent - 1
+        self.progressive, self.n_iterations, self.stage = progressive, n_iterations, self.n_styles - 1
         widths = _widths(resolution, channel_base, channel_max)
         n_inputs = 2 * n_channels if n_iterations else n_channels
         self.stem, self.blocks, _ = trunk_layers(n_inputs, resolution, channel_base, channel_max)
 
-        self.levels = _split_styles(n_latent, min(3, len(widths)))  # styles read from 4, 8, 16 px
+        self.levels = _split_styles(self.n_styles, min(3, len(widths)))  # styles read from 4, 8, 16 px
         width = max(8, channel_max // 2)
         self.lateral = nn.ModuleList(conv(widths[-1 - i], width, 1) for i in range(len(self.levels)))
         self.heads = nn.ModuleList(_Heads(width, n, style_dim, head_width, i) for i, n in enumerate(self.levels))
@@ -83,7 +88,7 @@ class PyramidEncoder(ImageEncoder):
     def architecture(self) -> dict[str, object]:
         """The constructor's arguments, as plain numbers, that rebuild this network."""
         names = ("resolution", "n_latent", "style_dim", "n_channels", "channel_base", "channel_max", "head_width")
-        return {name: getattr(self, name) for name in (*names, "progressive", "n_iterations")}
+        return {name: getattr(self, name) for name in (*names, "progressive", "n_iterations", "n_styles")}
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, C, R, R] in [-1, 1] (for ReStyle beside their reconstructions [N, 2 C, R, R]) -> offsets [N, L, D].
