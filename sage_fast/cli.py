@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from sage_fast.errors import InputError, SageFastWarning
 
@@ -100,8 +100,34 @@ class EvaluatePaths:
 
 
 @dataclass(frozen=True)
+class InspectPaths:
+    """What ``inspect`` looks at."""
+
+    positional: ClassVar[bool] = True
+    file: Path  # a file of any published format, or a bundle folder
+
+
+@dataclass(frozen=True)
+class ConvertPaths:
+    """What ``convert`` reads and writes."""
+
+    positional: ClassVar[bool] = True
+    source: Path  # a file of any published format, or a bundle folder
+    out: Path  # the file to write
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of ``convert``."""
+
+    to: str | None = (
+        None  # rosinality, psp, nvlabs or sage_fast; None: by the ending, .pt rosinality, .safetensors sage_fast
+    )
+
+
+@dataclass(frozen=True)
 class InfoOptions:
-    """Options of ``info``."""
+    """Options of ``info`` and ``inspect``."""
 
     json: bool = False  # for programs
 
@@ -221,6 +247,21 @@ def _evaluate(argv: Sequence[str]) -> None:
     print(f"{table({'generated': scores})}\n\nWhat the numbers mean, and the scores of each category: {report}")
 
 
+def _inspect(argv: Sequence[str]) -> None:
+    paths, options = _parse("inspect", argv, InspectPaths, InfoOptions())
+    from sage_fast.conversion import describe
+
+    report = describe(paths.file)
+    print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
+
+
+def _convert(argv: Sequence[str]) -> None:
+    paths, options = _parse("convert", argv, ConvertPaths, ConvertOptions())
+    from sage_fast.conversion import convert
+
+    print(f"The networks are in {convert(paths.source, paths.out, options.to)}.")
+
+
 def _info(argv: Sequence[str]) -> None:
     (options,) = _parse("info", argv, InfoOptions())
     from sage_fast.info import build_report
@@ -283,6 +324,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "generate": (_generate, "new images of novel categories from a few images of each"),
     "invert": (_invert, "the latents of images, by optimisation"),
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
+    "inspect": (_inspect, "what a file of networks holds, and what can be done with it"),
+    "convert": (_convert, "the networks of a file in another format"),
     "info": (_info, "what was built, and which kernels run where"),
     "profile": (_profile, "where a synthesis spends its time, layer by layer"),
     "data": (_data, "write a data set: 'data flora'"),
@@ -340,7 +383,8 @@ def _parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
     for number, part in enumerate(parts):
         kind = part if isinstance(part, type) else type(part)
         default = () if isinstance(part, type) else (field(default=part),)
-        fields.append((f"part_{number}", Annotated[kind, inline], *default))
+        marked = Annotated[kind, tyro.conf.Positional] if getattr(kind, "positional", False) else kind
+        fields.append((f"part_{number}", Annotated[marked, inline], *default))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from sage_fast.editing.distribution import ClassDistribution
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
 from sage_fast.editing.editor import PRESETS, FewShotEditor
 from sage_fast.errors import InputError
-from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
+from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.fusion import fuse_both, fuse_frequencies, fuse_pixels
 from sage_fast.models.image_encoder import ImageEncoder, Inversion, WeightDeltas
+from sage_fast.models.published import published_directions, read_published
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import join_deltas, select_deltas, synthesize
 from sage_fast.models.weights import load_bundle, load_directions
@@ -309,13 +311,31 @@ class FewShotPipeline:
         return self._editors[key]
 
 
-def load_dictionary(path: str | os.PathLike[str] | None = None) -> CategoryIrrelevantDictionary:
-    """The category-irrelevant dictionary of a bundle folder, on the CPU.
+def load_dictionary(
+    path: str | os.PathLike[str] | None = None,
+) -> CategoryIrrelevantDictionary | CategoryRelevantDictionary | dict[str, Tensor]:
+    """The dictionary of a bundle folder or of a file of AGE or SAGE, on the CPU.
 
+    Returns:
+        Of a bundle, and of the ``.pt`` of AGE or SAGE: the category-irrelevant dictionary; the latter edits layers 0-2 and
+        3-5 alone. Of ``class_embeddings.pt``: the category-relevant dictionary of its categories, in the order of their
+        names, with at most 10 components. Of ``ns.pt``: codes [n, 6, K] by category. Of ``n_distribution.npy``: ``mean``
+        [2, K], ``mean_abs`` [2, K] and ``cov`` [2, K, K].
     Raises:
-        InputError: see :func:`sage_fast.models.weights.load_directions`.
+        InputError: see :func:`sage_fast.models.weights.load_directions`; or the file holds none of these.
     """
-    return CategoryIrrelevantDictionary(*load_directions(path))
+    if path is None or not Path(path).is_file():
+        return CategoryIrrelevantDictionary(*load_directions(path))
+    found = read_published(path)
+    if found.embeddings is not None:
+        embeddings = torch.stack([found.embeddings[name] for name in sorted(found.embeddings)])
+        return CategoryRelevantDictionary.from_class_embeddings(embeddings, min(10, len(embeddings)))
+    if found.codes is not None or found.statistics is not None:
+        return dict(found.codes or found.statistics or {})
+    edited, n_latent = published_directions(path)
+    directions = edited.new_zeros(max(n_latent, len(edited)), *edited.shape[1:])
+    directions[: len(edited)] = edited
+    return CategoryIrrelevantDictionary(directions, layer_groups(len(directions), "released"))
 
 
 def normals(seed: int, category: str, number: int, count: int) -> Tensor:

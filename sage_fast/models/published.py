@@ -24,7 +24,7 @@ from sage_fast.models.published_tensorflow import read_tensorflow
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 
 __all__ = [
-    "fill_network", "published_directions", "published_discriminator", "published_encoder", "published_generator",
+    "build_encoder_part", "fill_network", "published_directions", "published_discriminator", "published_encoder", "published_generator",
     "read_published", "reason_of",
 ]  # fmt: skip
 
@@ -84,7 +84,7 @@ def published_encoder(path: StrPath) -> ImageEncoder:
         raise _lacks(path, found, "encoder")
     part = found.encoder()
     n_latent = None if found.generator is None else n_latent_of(found.generator().arguments["resolution"])
-    return _encoder(part, n_latent)
+    return build_encoder_part(part, n_latent)
 
 
 def published_directions(path: StrPath) -> tuple[Tensor, int]:
@@ -97,8 +97,15 @@ def published_directions(path: StrPath) -> tuple[Tensor, int]:
     return found.directions, n_latent_of(found.generator().arguments["resolution"])
 
 
-def _encoder(part: EncoderPart, n_latent: int | None) -> ImageEncoder:
-    """An encoder of offsets, whatever the file's outputs were relative to."""
+def build_encoder_part(part: EncoderPart, n_latent: int | None) -> ImageEncoder:
+    """An encoder of offsets, whatever the file's outputs were relative to.
+
+    Args:
+        part: its weights and options.
+        n_latent: L of the generator; None: what the options say.
+    Raises:
+        InputError: weights of another network, or one that needs another file.
+    """
     options = dict(part.options)
     networks = {name.partition(".")[0] for name in part.state}
     state = {name.removeprefix("encoder."): value for name, value in part.state.items()}

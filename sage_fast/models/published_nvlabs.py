@@ -124,7 +124,7 @@ def to_nvlabs(network: Generator | Discriminator) -> dict[str, Tensor]:
     names = dict(kinds[0](size, network.n_mapping, network.connections, network.c_dim > 0))
     found = {name: theirs(name, state[ours]) for ours, name in names.items()}
     for ours, name, gain in kinds[1](size, network.connections):
-        found[name] = usual if ours is None else state[ours] / gain
+        found[name] = usual.clone() if ours is None else state[ours] / gain
     return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
 

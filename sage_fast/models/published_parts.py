@@ -163,7 +163,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def floats(state: Any, where: str) -> dict[str, Tensor]:
-    """``state`` with float32 tensors, without the prefix that data-parallel training puts before all its names.
+    """``state`` with floating tensors as float32, without the prefix that data-parallel training puts before all its names.
 
     Raises:
         InputError: ``state`` is no mapping of names to tensors.
@@ -173,7 +173,7 @@ def floats(state: Any, where: str) -> dict[str, Tensor]:
     bare = {str(name): value for name, value in state.items()}
     if bare and all(name.startswith("module.") for name in bare):
         bare = prefixed(bare, "module.")
-    return {name: value.float() for name, value in bare.items()}
+    return {name: value.float() if value.is_floating_point() else value for name, value in bare.items()}
 
 
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -36,6 +36,8 @@ def read_encoders(content: Any, where: str) -> PublishedFile | None:
     average = average if isinstance(average, Tensor) else None
     encoder = {f"{word}.{name}": t for word in ("encoder", "hypernet") for name, t in networks.get(word, {}).items()}
     decoder, directions = networks.get("decoder"), networks.get("ax", {}).get("A")
+    if directions is not None and directions.ndim != 3:
+        raise InputError(f"{where} has directions 'ax.A' of shape {list(directions.shape)}, expected [6, 512, K].")
     known = {"state_dict", "opts", "latent_avg", FACTS}
     return PublishedFile(
         format=f"{_family(networks, options)} .pt",
@@ -45,8 +47,8 @@ def read_encoders(content: Any, where: str) -> PublishedFile | None:
         directions=directions,
         ignored=(
             *(str(name) for name in content if name not in known),
-            *("ax." + name for name in networks.get("ax", {}) if name.endswith("fc1.weight")),
-            *(f"{word}.*" for word in ("w_encoder",) if word in networks),
+            *sorted({f"ax.{name.partition('.')[0]}" for name in networks.get("ax", {}) if name != "A"}),
+            *(["w_encoder"] if "w_encoder" in networks else []),
         ),
     )
 
@@ -101,10 +103,3 @@ def _tensor(value: Any) -> Tensor:
     if isinstance(value, list):
         value = np.stack([np.asarray(part) for part in value])
     return torch.as_tensor(value, dtype=torch.float32)
-
-
-def check_directions(directions: Tensor, where: str) -> Tensor:
-    """A [layers, D, K] as :class:`CategoryIrrelevantDictionary` wants it. Raises :class:`InputError` otherwise."""
-    if directions.ndim != 3:
-        raise InputError(f"{where} has directions 'ax.A' of shape {list(directions.shape)}, expected [6, 512, K].")
-    return directions

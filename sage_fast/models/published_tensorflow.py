@@ -69,7 +69,7 @@ def _generator(G: Stub, where: str) -> Part:
     state: dict[str, Tensor] = {}
     for name, value in _variables(G, ""):
         new = _generator_name(name)
-        if new is None and re.fullmatch(r"(lod|.*/?DlatentAvg.*|mapping/LabelConcat/.*)", name):
+        if new is None and re.fullmatch(r"(synthesis/)?lod|mapping/LabelConcat/.*", name):
             if "LabelConcat" in name:
                 raise InputError(
                     f"{where} takes labels as the first StyleGAN2 did (LabelConcat), which is not supported; give a "
