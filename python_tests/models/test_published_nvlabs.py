@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from nvlabs_pickles import write_nvlabs, write_tensorflow
 from safetensors.torch import save_file
 
+from sage_fast import _native
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.published import read_published
 from sage_fast.models.published_nvlabs import to_nvlabs
-from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.models.stylegan2 import Discriminator, Generator, truncate
 from sage_fast.models.weights import load_discriminator, load_generator
 
 GENERATORS = {
@@ -182,3 +186,36 @@ def test_one_kind_of_network_where_another_is_meant(tmp_path):
     with pytest.raises(InputError, match=r"NVLabs StyleGAN2 .pkl. holds no generator, but discriminator") as error:
         load_generator(path)
     assert one_sentence(error)
+
+
+# --- fixtures with the outputs of their own code ---
+
+FIXTURE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "stylegan2ada_32px_uncond.pkl"
+
+
+@pytest.mark.skipif(not FIXTURE.exists(), reason=f"{FIXTURE.name} is not beside the repository")
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+@torch.no_grad()
+def test_a_published_pickle_computes_what_its_own_code_did(monkeypatch, native):
+    if not native:
+        monkeypatch.setattr(_native, "has_kernel", lambda op, device: False)
+    with np.load(FIXTURE.with_name("stylegan2ada_32px_uncond_expected.npz")) as arrays:
+        expected = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+    def close(ours, name, share=1e-4):
+        theirs = expected[name]
+        assert ours.shape == theirs.shape
+        assert (ours.float() - theirs).abs().max() <= share * theirs.abs().max(), name
+
+    G, D = load_generator(FIXTURE), load_discriminator(FIXTURE)
+    short = G.broadcast(truncate(G.mapping(expected["z"]), G.latent_avg, 0.7))
+    close(short, "ws_psi07")
+    close(D(expected["d_in"]), "d_logits")
+    arrays = {"img_const": (short, "const"), "img_none": (short, "none"), "img_wplus_none": (expected["wplus"], "none")}
+    low = load_generator(FIXTURE, dtype=torch.bfloat16)
+    for name, (w_plus, noise) in arrays.items():
+        close(G(w_plus, noise=noise), name)
+        close(low(w_plus.bfloat16(), noise=noise), name, 2e-2)
+        with torch.autocast("cpu", torch.bfloat16):
+            close(G(w_plus, noise=noise), name, 2e-2)
+    close(load_discriminator(FIXTURE, dtype=torch.bfloat16)(expected["d_in"].bfloat16()), "d_logits", 2e-2)
