@@ -32,6 +32,7 @@ from sage_fast.models.stylegan2_layers import (
     check_positive,
     check_resolution,
     exact,
+    normal,
     wide,
 )
 from sage_fast.ops.synthesis import synthesis as fused_synthesis
@@ -121,7 +122,7 @@ class Generator(nn.Module):
         self.noises = nn.Module()
         for i in range(self.n_latent - 1):
             size = 4 << ((i + 1) // 2)
-            self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, size, size))
+            self.noises.register_buffer(f"noise_{i}", normal(1, 1, size, size))
         self.register_buffer("latent_avg", torch.zeros(style_dim))
         self.register_load_state_dict_post_hook(_fill_latent_avg)
 

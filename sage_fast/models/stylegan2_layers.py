@@ -20,7 +20,7 @@ from sage_fast.ops.conv3x3 import conv3x3
 __all__ = [
     "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
     "StyledConv", "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive",
-    "check_resolution", "exact", "wide",
+    "check_resolution", "exact", "normal", "wide",
 ]  # fmt: skip
 
 CONNECTIONS = ("skip", "resnet", "orig")  # [StyleGAN2], Fig. 7: what joins the resolutions
@@ -147,7 +147,7 @@ class Linear(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, bias_init: float = 0.0, lr_mul: float = 1.0, act: str = "linear") -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(d_out, d_in) / lr_mul)
+        self.weight = nn.Parameter(normal(d_out, d_in, divisor=lr_mul))
         self.bias = nn.Parameter(torch.full([d_out], float(bias_init)))
         self.scale, self.lr_mul, self.act = lr_mul / math.sqrt(d_in), lr_mul, act
 
@@ -164,7 +164,7 @@ class Conv(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
+        self.weight = nn.Parameter(normal(c_out, c_in, kernel, kernel))
         self.scale, self.stride = 1 / math.sqrt(c_in * kernel**2), stride
         self.padding = kernel // 2 if stride == 1 else 0
 
@@ -182,8 +182,8 @@ class Resample(nn.Module):
 
     def __init__(self, up: int = 1, down: int = 1, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
         super().__init__()
-        taps = torch.tensor(_FIR)
-        self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2 * up**2)
+        total = sum(_FIR) ** 2
+        self.register_buffer("kernel", torch.tensor([[a * b / total * up**2 for b in _FIR] for a in _FIR]))
         self.up, self.down, self.padding = up, down, padding
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class ConstantInput(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+        self.input = nn.Parameter(normal(1, channels, 4, 4))
 
     def forward(self, n: int) -> Tensor:
         # channels last from here on: a fifth faster on a CPU, and what tensor cores want
@@ -219,7 +219,7 @@ class _ModulatedConv(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int, style_dim: int, demodulate: bool, up: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, c_out, c_in, kernel, kernel))
+        self.weight = nn.Parameter(normal(1, c_out, c_in, kernel, kernel))
         self.modulation = Linear(style_dim, c_in, bias_init=1.0)
         self.scale, self.demodulate, self.up = 1 / math.sqrt(c_in * kernel**2), demodulate, up
         if up == 2:
@@ -251,6 +251,12 @@ class _Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+def normal(*shape: int, divisor: float = 1.0) -> Tensor:
+    """Standard normal numbers over ``divisor``; on the meta device, where drawing imports torch's compiler, just the shape."""
+    x = torch.empty(*shape)
+    return x if x.is_meta else x.normal_().div_(divisor)
 
 
 def wide(x: Tensor) -> Tensor:
