@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 import types
+import zipfile
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -114,4 +115,26 @@ def torch_file(content: Any, archive: bool = True) -> bytes:
     """What ``torch.save`` writes: the zip archive, or the older stream."""
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=archive)
+    return file.getvalue()
+
+
+def torch_archive(pickle_bytes: bytes, storages: dict[str, bytes] | None = None, **more: bytes) -> bytes:
+    """A zip archive of torch with that data.pkl, those storages and more entries."""
+    entries = {"data.pkl": pickle_bytes, **{f"data/{key}": value for key, value in (storages or {}).items()}, **more}
+    return zip_file({f"archive/{key}": value for key, value in entries.items()})
+
+
+def torch_stream(pickle_bytes: bytes, keys: Any = (), rest: bytes = b"", little_endian: bool = True) -> bytes:
+    """The older torch format with that pickle, those keys and what follows them."""
+    system = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {}}
+    magic = 0x1950A86A20F9469CFC6C
+    headers = b"".join(pickle.dumps(value, protocol=2) for value in (magic, 1001, system))
+    return headers + pickle_bytes + pickle.dumps(list(keys), protocol=2) + rest
+
+
+def zip_file(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
     return file.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -85,7 +86,10 @@ def _read_npy(span: Span) -> Any:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise Refusal(f"is a NumPy file of version {version[0]}.{version[1]}, which is not read")
-    shape, fortran, dtype = readers[version](file)
+    try:
+        shape, fortran, dtype = readers[version](file)
+    except (TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise Refusal("is a NumPy file with a damaged header") from error
     data = Span(span.raw, span.start + file.tell(), span.stop)
     if not dtype.hasobject:
         return array_from(data, shape, dtype, "F" if fortran else "C")
