@@ -266,7 +266,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "100,000 lists deep": (pickled(b"]" * 100_000 + b"a" * 99_999), "deep"),
     "100,000 tuples deep": (pickled(b")" + pickle.TUPLE1 * 100_000), "deep"),
     "100,000 tuples deep as a key": (pickled(b"})" + pickle.TUPLE1 * 100_000 + b"Ns"), "as a key"),
-    "100,000 dicts deep": (pickled(b"}" + (ZERO + b"}") * 100_000 + b"s" * 100_000), "deep"),
+    "90,000 dicts deep": (pickled(b"}" + (ZERO + b"}") * 90_000 + b"s" * 90_000), "deep"),
     "100,000 instances deep": (
         pickled(name("a", "B") + pickle.MEMOIZE + pickle.POP + (ITSELF + b")\x81") * 50_000 + b"b" * 49_999),
         "deep",
@@ -276,8 +276,9 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         "deep",
     ),
     "two million marks": (pickled(b"(" * 2_000_000), "open at once"),
+    "a tuple of three million values": (pickled(b"(" + b"N" * 3_000_000 + b"t"), "open at once"),
     "a flood of instructions": (pickled(b"N0" * 2_000_000), "than weights"),
-    "a flood of values": (pickled(b"]" * 3_000_000), "is a pickle"),
+    "a flood of values": (pickled(b"]" * 3_000_000), "open at once"),
     "a flood of sets in the memo": (pickled((b"\x8f" + pickle.MEMOIZE + b"0") * 1_000_000), "than weights"),
     "a set copied a million times": (
         pickled(

@@ -224,8 +224,18 @@ def test_tensorflow_networks_are_records(read):
     assert np.array_equal(arrays["mapping/Dense0/weight"], np.eye(2)) and arrays["lod"] == 0
 
 
-def test_what_is_no_network_says_so():
-    record = Stub("a", "B", (), {"x": 1})
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {"x": 1},
+        {**module_state({}), "_buffers": [1]},
+        module_state({}, {"a": 1}),
+        module_state({}, {"a": Stub("c", "D")}),
+    ],
+)
+def test_what_is_no_network_says_so(state):
+    record = Stub("a", "B", (), state)
     with pytest.raises(InputError, match="Record 'B' is no network"):
         state_dict_of(record)
     with pytest.raises(InputError, match="Record 'B' is no TensorFlow network"):
