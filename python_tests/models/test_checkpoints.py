@@ -271,6 +271,16 @@ def test_safetensors(tmp_path):
     assert all(same(checkpoint.content[key], tensors[key]) for key in tensors) and len(checkpoint.content) == 3
 
 
+@pytest.mark.parametrize(
+    "write", [lambda path, tensors: save_file(tensors, path), lambda path, tensors: torch.save(tensors, path)]
+)
+def test_the_file_may_change_once_it_is_read(tmp_path, write):
+    write(tmp_path / "x", {"a": torch.ones(1 << 18)})
+    content = read_checkpoint(tmp_path / "x").content
+    os.truncate(tmp_path / "x", 0)
+    assert content["a"].sum() == 1 << 18
+
+
 def test_numpy_files(tmp_path):
     array = np.asfortranarray(np.arange(12.0).reshape(3, 4))
     np.save(tmp_path / "a.npy", array)

@@ -117,7 +117,8 @@ def _read_safetensors(span: Span, path: Path) -> tuple[dict[str, Any], dict[str,
         raise Refusal(f"claims a safetensors header of {n_bytes} bytes, more than it has or any needs")
     json.loads(file.read(n_bytes), object_pairs_hook=_without_duplicates)
     with safe_open(path, framework="pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}, dict(tensors.metadata() or {})
+        # clone: the library's tensors lie in the file's own pages, and reading those ends the process once the file is cut
+        return {name: tensors.get_tensor(name).clone() for name in tensors.keys()}, dict(tensors.metadata() or {})
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
