@@ -74,38 +74,37 @@ def state_dict_of(module: Stub) -> dict[str, Tensor]:
     Raises:
         InputError: ``module`` is the record of something else.
     """
-    return dict(_named_tensors(module, ""))
-
-
-def _named_tensors(module: Stub, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if not is_module(module):
         raise InputError(f"Record {module.name!r} is no network: it lacks the parameters, buffers or modules of one.")
-    state = module.state
-    for table in ("_parameters", "_buffers"):
-        for name, tensor in state[table].items():
-            if isinstance(tensor, Tensor):
-                yield f"{prefix}{name}", tensor
+    return dict(_named_tensors(module.state, ""))
+
+
+def _named_tensors(state: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*state["_parameters"].items(), *state["_buffers"].items()):
+        if isinstance(tensor, Tensor):
+            yield f"{prefix}{name}", tensor
     for name, child in state["_modules"].items():
-        if isinstance(child, Stub):
-            yield from _named_tensors(child, f"{prefix}{name}.")
+        if child is not None:
+            yield from _named_tensors(child.state, f"{prefix}{name}.")
 
 
 def is_module(value: Any) -> bool:
-    """Whether a value is the record of a pickled ``nn.Module``, which :func:`state_dict_of` can walk."""
-    tables = ("_parameters", "_buffers", "_modules")
-    return isinstance(value, Stub) and isinstance(value.state, dict) and all(_is_table(value.state, t) for t in tables)
-
-
-def _is_table(state: Mapping[Any, Any], name: str) -> bool:
-    return isinstance(state.get(name), dict) and all(isinstance(key, str) for key in state[name])
+    """Whether a value is the record of a pickled ``nn.Module``, whose modules are records of modules too."""
+    if not (isinstance(value, Stub) and isinstance(value.state, dict)):
+        return False
+    tables = [value.state.get(name) for name in ("_parameters", "_buffers", "_modules")]
+    named = all(isinstance(table, dict) and all(isinstance(name, str) for name in table) for table in tables)
+    return named and all(child is None or is_module(child) for child in value.state["_modules"].values())
 
 
 def is_tensorflow_network(value: Any) -> bool:
-    """Whether a value is the record of a pickled ``dnnlib.tflib.Network``, which :func:`tensorflow_arrays_of` can walk."""
+    """Whether a value is the record of a pickled ``dnnlib.tflib.Network``, whose components are such records too."""
     if not (isinstance(value, Stub) and value.name == "Network" and isinstance(value.state, dict)):
         return False
     variables, components = value.state.get("variables"), value.state.get("components", {})
-    return isinstance(variables, list) and all(map(_is_variable, variables)) and isinstance(components, dict)
+    if not (isinstance(variables, list) and isinstance(components, dict)):
+        return False
+    return all(map(_is_variable, variables)) and all(map(is_tensorflow_network, components.values()))
 
 
 def _is_variable(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -85,7 +86,10 @@ def _read_npy(span: Span) -> Any:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise Refusal(f"is a NumPy file of version {version[0]}.{version[1]}, which is not read")
-    shape, fortran, dtype = readers[version](file)
+    try:
+        shape, fortran, dtype = readers[version](file)
+    except (TypeError, SyntaxError, tokenize.TokenError) as error:
+        raise Refusal("is a NumPy file with a damaged header") from error
     data = Span(span.raw, span.start + file.tell(), span.stop)
     if not dtype.hasobject:
         return array_from(data, shape, dtype, "F" if fortran else "C")
@@ -113,7 +117,8 @@ def _read_safetensors(span: Span, path: Path) -> tuple[dict[str, Any], dict[str,
         raise Refusal(f"claims a safetensors header of {n_bytes} bytes, more than it has or any needs")
     json.loads(file.read(n_bytes), object_pairs_hook=_without_duplicates)
     with safe_open(path, framework="pt") as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}, dict(tensors.metadata() or {})
+        # clone: the library's tensors lie in the file's own pages, and reading those ends the process once the file is cut
+        return {name: tensors.get_tensor(name).clone() for name in tensors.keys()}, dict(tensors.metadata() or {})
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

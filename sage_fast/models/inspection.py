@@ -106,7 +106,7 @@ def _groups(value: Any, place: str) -> Iterator[TensorGroup]:
         settings = settings_of({name: child for name, child in children.items() if _is_setting(child)})
         yield TensorGroup(place, "", _entries(direct), settings)
         for name, child in children.items():
-            if not isinstance(child, Tensor | np.ndarray):
+            if not (isinstance(child, Tensor | np.ndarray) or _is_setting(child)):
                 yield from _groups(child, _join(place, name))
     elif isinstance(value, Stub):
         yield from _groups(value.state, place)

@@ -176,6 +176,13 @@ def _encode(reader: PickleReader, args: tuple[Any, ...]) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes(reader: PickleReader, args: tuple[Any, ...]) -> bytes:
+    """``bytes()``: how protocol 2 pickles empty bytes."""
+    if args:
+        raise Refusal("makes bytes of something else")
+    return b""
+
+
 def _reconstructor(reader: PickleReader, args: tuple[Any, ...]) -> Any:
     cls, base, state = args
     if base != Global("builtins", "object") or state is not None:
@@ -326,6 +333,7 @@ _ARRAY_CALLS: dict[tuple[str, str], Rule] = {
     ("collections", "defaultdict"): _default_dict,
     ("builtins", "dict"): _dict,
     ("builtins", "list"): _not_callable,
+    ("builtins", "bytes"): _no_bytes,
     **_numpy_rules(),
 }
 _ARRAY_STATES = {("numpy", "dtype"): _dtype_built, ("numpy", "ndarray"): _array_built}

@@ -36,7 +36,7 @@ class Budget:
     """What one file may still cost: instructions, bytes of new values, bytes that its tensors address."""
 
     def __init__(self, file_size: int) -> None:
-        self.steps = min(1_000_000 + file_size // 16, 10_000_000)  # a tensor of any use has 16 bytes an instruction
+        self.steps = min(500_000 + file_size // 8, 10_000_000)  # a tensor of any use has 8 bytes an instruction
         self.bytes = file_size + (1 << 20)
         self.addressed = 4 * file_size + (64 << 20)
 

@@ -20,7 +20,8 @@ from sage_fast.models.spans import Budget, Refusal, Span, open_span
 
 __all__ = ["PickleReader", "Vocabulary", "checked_key"]
 
-MAX_STACK = 1_000_000
+MAX_STACK = 200_000  # values that no container holds yet; picklers write containers in pieces of 1000
+MAX_MARKS = 10_000
 MAX_TEXT = 16 << 20  # bytes of one string
 MAX_INLINE = 64 << 10  # bytes of one bytes object; longer ones stay in the file as a Span
 MAX_INTEGER = 128  # bytes of one integer
@@ -90,7 +91,7 @@ class PickleReader:
             if step is None:
                 raise Refusal(_unknown(code))
             step(self)
-            if len(self.stack) > MAX_STACK or len(self.marks) > MAX_STACK:
+            if len(self.stack) > MAX_STACK or len(self.marks) > MAX_MARKS:
                 raise Refusal("is a pickle with too many values open at once")
         raise Refusal("is a pickle of more instructions than weights of its size need")
 
