@@ -176,6 +176,15 @@ def test_inspect_names_what_is_refused(tmp_path):
     assert report["loads"] == [] and report["converts to"] == []
 
 
+def test_a_file_of_other_tensors_is_listed_and_cannot_be_converted(tmp_path):
+    torch.save({"model": {"layer.weight": torch.zeros(2, 3), "layer.bias": torch.zeros(2)}}, tmp_path / "x.pt")
+    report = describe(tmp_path / "x.pt")
+    assert report["tensors"] == {"model": {"tensors": 2, "numbers": 8, "first": "layer.weight"}}
+    assert report["format"] == "not recognised" and report["loads"] == report["converts to"] == []
+    with pytest.raises(InputError, match="a table of model, none of the networks of a published format"):
+        convert(tmp_path / "x.pt", tmp_path / "y.pt")
+
+
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x04N.", b"PK\x03\x04"], ids=str)
 def test_files_that_are_none(tmp_path, data):
     (tmp_path / "x.pt").write_bytes(data)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.models.checkpoints import read_checkpoint
+from sage_fast.models.inspection import describe as describe_tensors
 from sage_fast.models.published import build_encoder_part, read_published
 from sage_fast.models.published_nvlabs import to_nvlabs
 from sage_fast.models.published_parts import EncoderPart, PublishedFile
@@ -56,7 +58,10 @@ def describe(path: StrPath) -> dict[str, Any]:
     """
     if Path(path).is_dir():
         return _describe_bundle(path)
-    found = read_published(path)
+    try:
+        found = read_published(path)
+    except InputError as error:
+        return _describe_tensors(path, error)
     networks: dict[str, Any] = {}
     for name in ("generator", "discriminator", "encoder"):
         if getattr(found, name) is not None:
@@ -239,6 +244,21 @@ def _describe_bundle(path: StrPath) -> dict[str, Any]:
         "converts to": [target for target in TARGETS if _refusal(target, carried) is None],
         "ignored": [],
     }
+
+
+def _describe_tensors(path: StrPath, error: InputError) -> dict[str, Any]:
+    """The tensors of a file that can be read but is of no known format; ``error`` where there are none."""
+    groups = [group for group in describe_tensors(read_checkpoint(path)) if group.tensors]
+    if not groups:
+        raise error
+    tensors = {
+        " ".join(filter(None, (group.place, group.class_name))) or "all": {
+            "tensors": len(group.tensors), "numbers": group.n_elements, "first": group.tensors[0].name
+        }
+        for group in groups
+    }  # fmt: skip
+    report = {"format": "not recognised", "bytes": Path(path).stat().st_size, "networks": {}, "tensors": tensors}
+    return report | {"refused": str(error), "loads": [], "converts to": [], "ignored": []}
 
 
 def _describe_network(found: PublishedFile, name: str) -> dict[str, Any]:
