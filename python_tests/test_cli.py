@@ -209,7 +209,8 @@ def test_codes_of_the_model_are_those_its_encoder_gives(run, seen):
 
     bundle = load_bundle(run)
     images = stages.read_seen(seen, 8)
-    torch.testing.assert_close(embed_images(images.images, bundle.encoder), bundle.codes.w_plus, rtol=0, atol=1e-5)
+    codes = embed_images(images.images, bundle.encoder, bundle.generator)
+    torch.testing.assert_close(codes, bundle.codes.w_plus, rtol=0, atol=1e-5)
 
 
 def test_stages_one_by_one_give_the_same_model(run, seen, tmp_path):
@@ -219,6 +220,46 @@ def test_stages_one_by_one_give_the_same_model(run, seen, tmp_path):
     assert cli.main(["embed", *words]) == 0
     assert cli.main(["train-dictionary", *words, *TINY_DICTIONARY]) == 0
     assert bundle_files(tmp_path / "run") == bundle_files(run)
+
+
+@pytest.mark.parametrize("kind", ["psp", "e4e", "restyle", "hyperstyle"])
+def test_every_kind_of_encoder_on_a_given_generator(run, seen, tmp_path, kind, capsys):
+    from sage_fast.models.weights import load_bundle
+
+    out = tmp_path / "run"
+    words, few = [f"--data={seen}", f"--out={out}"], ["--perceptual=none", *TINY_ENCODER]
+    start = ["train-encoder", *words, f"--generator={run}", f"--kind={kind}", *few]
+    assert cli.main(start) == 0
+    assert cli.main(["embed", *words]) == 0
+    assert cli.main(["train-dictionary", *words, "--perceptual-weight=0", *TINY_DICTIONARY]) == 0
+    bundle = load_bundle(out)
+    assert bundle.encoder.kind == kind and bundle.about["settings"]["encoder"]["kind"] == kind
+    ours, theirs = bundle.generator.state_dict(), load_bundle(run).generator.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    shots = write_images(tmp_path / "novel", n_categories=1, n=2)
+    assert cli.main(["generate", f"--model={out}", f"--shots={shots}", f"--out={tmp_path / 'new'}", "-n", "2"]) == 0
+    assert len(list((tmp_path / "new" / "category_0").glob("*.png"))) == 2
+    capsys.readouterr()
+    assert cli.main(start) == 2 and "not empty" in capsys.readouterr().err
+    assert cli.main([*start, "--resume"]) == 0
+
+
+def test_a_run_keeps_its_generator(run, seen, tmp_path, capsys):
+    from sage_fast.models.weights import load_bundle, save_bundle
+
+    out, few = tmp_path / "run", ["--perceptual=none", *TINY_ENCODER]
+    words = ["train-encoder", f"--data={seen}", f"--out={out}"]
+    assert cli.main([*words, f"--generator={run}", *few]) == 0
+    bundle = load_bundle(run)
+    with torch.no_grad():
+        bundle.generator.conv1.conv.weight.mul_(2)
+    parts = {"generator": bundle.generator, "encoder": bundle.encoder, "codes": bundle.codes}
+    other = save_bundle(tmp_path / "other", **parts, directions=bundle.dictionary.directions)
+    assert cli.main([*words, f"--generator={other}", *few, "--resume"]) == 2
+    assert "another generator" in capsys.readouterr().err
+    assert cli.main([*words, *few, "--overwrite"]) == 2
+    assert "goes with --generator" in capsys.readouterr().err
+    assert cli.main([*words, f"--generator={other}", *few, "--overwrite"]) == 0
 
 
 def test_an_interrupted_run_resumes_to_the_same_model(run, seen, tmp_path, monkeypatch):
@@ -307,6 +348,19 @@ def test_generate_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):
     assert cli.main([*words, "-n", "2"]) == 0
     assert cli.main([*words, "-n", "5", "--resume"]) == 0
     assert "6 images" in (said := capsys.readouterr().out.splitlines()[-1]) and "4 were there already" in said
+
+
+def test_invert_projects_a_folder_and_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):
+    words = ["invert", f"--model={tiny_bundle}", f"--images={tiny_shots}", f"--out={tmp_path / 'out'}"]
+    words += ["--space=w", "--method=adam", "--steps=3", "--batch=2"]
+    assert cli.main(words) == 0
+    assert "5 images were projected, mean loss" in (said := capsys.readouterr().out) and str(tmp_path / "out") in said
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["space"], config["method"], config["batch"]) == ("w", "adam", 2)
+    assert cli.main([*words, "--resume"]) == 0
+    assert "0 images were projected, 5 were there already" in capsys.readouterr().out
+    assert cli.main([*words[:-4], "--space=z"]) == 2
+    assert "space must be one of w, w_plus" in capsys.readouterr().err
 
 
 def test_flora_is_written(tmp_path):

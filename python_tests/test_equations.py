@@ -99,17 +99,17 @@ def test_eq_1_edit_is_the_image_of_a_moved_latent(G):
 @torch.no_grad()
 def test_eq_2_inversion_and_back(G, E):
     x = torch.from_numpy(rng.integers(0, 256, size=(5, 3, 8, 8), dtype=np.uint8))
-    z = embed_images(x, E, batch=2) + G.latent_avg  # z = I(x)
+    z = embed_images(x, E, G, batch=2) + G.latent_avg  # z = I(x)
     rebuilt = G(z, noise="none")  # x^ = G(z)
     assert rebuilt.shape == x.shape
     assert torch.equal(rebuilt, G(z, noise="none")) and not torch.allclose(rebuilt[0], rebuilt[1])
 
 
 @torch.no_grad()
-def test_eq_3_the_encoder_gives_one_latent_a_layer(E):
+def test_eq_3_the_encoder_gives_one_latent_a_layer(G, E):
     x = rng.integers(0, 256, size=(5, 3, 8, 8), dtype=np.uint8)
     scaled = x.astype(np.float32) / 127.5 - 1
-    equal(embed_images(T(x), E, batch=2), np.stack([E(T(i[None])).numpy()[0] for i in scaled]))
+    equal(embed_images(T(x), E, G, batch=2), np.stack([E(T(i[None])).numpy()[0] for i in scaled]))
 
 
 def test_eq_4_latents_are_class_embedding_plus_residual():

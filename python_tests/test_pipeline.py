@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tiny_model import RESOLUTION, tiny_networks
+from tiny_model import RESOLUTION, tiny_codes, tiny_encoder, tiny_networks
 
 from sage_fast.data.folders import read_images, scan_image_folder
 from sage_fast.data.writers import to_uint8
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
 from sage_fast.errors import InputError
 from sage_fast.fusion import fuse_frequencies, fuse_pixels
+from sage_fast.generation import GenerateConfig, generate
+from sage_fast.models.encoder_kinds import KINDS
+from sage_fast.models.weight_deltas import select_deltas, synthesize
+from sage_fast.models.weights import save_bundle
 from sage_fast.pipeline import FewShotPipeline, load_dictionary, normals
 
 
@@ -240,3 +244,49 @@ def test_an_unknown_preset_or_noise_is_refused(tiny_bundle, pipeline):
         FewShotPipeline(
             pipeline.generator, pipeline.encoder, pipeline.relevant, pipeline.irrelevant, pipeline.codes, noise="random"
         )
+
+
+# --- encoders of every kind ---
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def bundle_of_kind(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    generator, _, _ = tiny_networks()
+    codes, directions = tiny_codes(generator.n_latent)
+    encoder = tiny_encoder(request.param, generator)
+    return save_bundle(folder, generator=generator, encoder=encoder, directions=directions, codes=codes)
+
+
+def test_every_kind_of_encoder_edits_its_shots(bundle_of_kind, shots):
+    pipeline = FewShotPipeline.from_bundle(bundle_of_kind)
+    novel = pipeline.prepare(shots)
+    together, one = (pipeline(shots, n=7, seed=1, category="lily", batch=batch) for batch in (64, 1))
+    assert together.images.isfinite().all() and together.images.flatten(1).std(0).mean() > 0
+    assert torch.equal(together.w_plus, one.w_plus) and grey_levels_apart(together.images, one.images) <= 1
+    few = pipeline.draw(novel, [5, 2], seed=1, category="lily")
+    assert grey_levels_apart(few.images, together.images[[5, 2]]) <= 1
+    inverted = pipeline(shots, n=5, method="inversion")
+    assert grey_levels_apart(inverted.images, novel.inverted[[0, 1, 2, 0, 1]]) <= 1
+
+
+def test_what_is_drawn_from_a_shot_is_drawn_with_its_weights(shots, tmp_path):
+    generator, _, _ = tiny_networks()
+    codes, directions = tiny_codes(generator.n_latent)
+    encoder = tiny_encoder("hyperstyle", generator)
+    save_bundle(tmp_path / "b", generator=generator, encoder=encoder, directions=directions, codes=codes)
+    pipeline = FewShotPipeline.from_bundle(tmp_path / "b")
+    result, found = pipeline(shots, n=6, seed=1), pipeline.invert(shots)
+    assert any(delta is not None for delta in found.weight_deltas)
+    for j in range(6):
+        deltas = select_deltas(found.weight_deltas, [j % 3])
+        with torch.no_grad():
+            drawn = synthesize(generator, result.w_plus[j : j + 1] + generator.latent_avg, deltas, "none")
+            plain = generator(result.w_plus[j : j + 1] + generator.latent_avg, noise="none")
+        assert grey_levels_apart(result.images[j : j + 1], drawn) <= 1
+        assert grey_levels_apart(result.images[j : j + 1], plain) > 1
+
+
+def test_every_kind_of_encoder_generates_to_disk(bundle_of_kind, tiny_shots, tmp_path):
+    summary = generate(bundle_of_kind, tiny_shots, tmp_path / "out", GenerateConfig(n=2))
+    assert summary.n_new == 2 * len(summary.categories) and (tmp_path / "out" / "contact_sheet.png").exists()

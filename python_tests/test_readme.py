@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvlabs_pickles import write_nvlabs
+from tiny_model import tiny_networks
 
 from sage_fast import cli
 
@@ -37,6 +39,8 @@ def namespace(tiny_bundle, tiny_shots, tmp_path_factory):
         shutil.copytree(tiny_bundle, folder / "RUN")
         shutil.copytree(tiny_shots, folder / "NOVEL_DIR")
         shutil.copytree(tiny_shots, folder / "REAL_DIR")
+        shutil.copytree(tiny_shots / "lily", folder / "IMAGES")
+        write_nvlabs(folder / "network.pkl", tiny_networks()[0])
         patch.chdir(folder)
         for number, block in enumerate(blocks("python")):
             exec(compile(block, f"README.md, Python block {number}", "exec"), names)
@@ -53,6 +57,7 @@ def test_the_python_blocks_run(namespace):
     assert namespace["images_fused"].shape == (16, 3, 8, 8)
     assert namespace["irrelevant"].directions.shape[2] == 8
     assert 0 <= namespace["scores"].retention <= 1
+    assert namespace["projection"].images.shape == (3, 3, 8, 8)
 
 
 def test_step_by_step_is_what_the_pipeline_does(namespace):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.hypernets import PyramidHypernet
+from sage_fast.models.hyperstyle import HyperStyle
+from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.models.weight_deltas import weight_shapes
 
 RESOLUTION, STYLE_DIM, N_SEEN, N_EACH, N_DIRECTIONS = 8, 16, 6, 8, 5
 
@@ -27,6 +33,25 @@ def tiny_networks() -> tuple[Generator, PyramidEncoder, Discriminator]:
             for layer in (generator.to_rgb1, *generator.to_rgbs):
                 layer.conv.weight.mul_(0.2)  # colours well inside [-1, 1]
     return generator.eval(), encoder.eval(), discriminator.eval()
+
+
+def tiny_encoder(kind: str, generator: Generator) -> ImageEncoder:
+    """An encoder of a kind for :func:`tiny_networks`, with random weights whose outputs depend on their inputs."""
+    sizes: dict[str, Any] = {"channel_base": 64, "channel_max": 8, "head_width": 4}
+    shape = (RESOLUTION, generator.n_latent, STYLE_DIM)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        n_iterations = 3 if kind == "restyle" else 0
+        one = PyramidEncoder(*shape, **sizes, progressive=kind in ("e4e", "hyperstyle"), n_iterations=n_iterations)
+        with torch.no_grad():
+            for heads in one.heads:
+                heads.weight.mul_(30 if kind != "restyle" else 10)
+        if kind != "hyperstyle":
+            return one.eval()
+        hypernet = PyramidHypernet(RESOLUTION, weight_shapes(generator), **sizes, rank=2)
+        for rows in hypernet.rows:
+            torch.nn.init.normal_(rows.weight, std=1.0)
+        return HyperStyle(one, hypernet, n_iterations=2).eval()
 
 
 def tiny_codes(n_latent: int) -> tuple[LatentTable, torch.Tensor]:

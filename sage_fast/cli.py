@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from sage_fast.errors import InputError, SageFastWarning
 
@@ -39,6 +39,19 @@ class NewData(Data):
     """Where a training command that begins a run reads and writes."""
 
     overwrite: bool = False  # empty the run folder first; only one that sage-fast made
+
+
+@dataclass(frozen=True)
+class EncoderData(NewData):
+    """Where ``train-encoder`` reads and writes."""
+
+    generator: Path | None = None  # begin the run with the generator of this bundle or file in place of train-gan
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.generator is None:
+            raise InputError(
+                "--overwrite would delete the generator that the encoder is for; it goes with --generator."
+            )
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,17 @@ class GeneratePaths:
 
 
 @dataclass(frozen=True)
+class InvertPaths:
+    """Where ``invert`` reads and writes."""
+
+    images: Path  # <category>/<image>.png, or one flat folder
+    out: Path  # gets <category>/<image>.png, latents/, codes.safetensors, manifest.jsonl, config.json
+    model: Path | None = None  # bundle or a generator's file; None: the model that comes with the package
+    encoder: Path | None = None  # bundle or file with the encoder; None: the bundle's own, none for a generator's file
+    mask_dir: Path | None = None  # a grey image of the same path for each image; black hides a pixel from the loss
+
+
+@dataclass(frozen=True)
 class EvaluatePaths:
     """What ``evaluate`` compares."""
 
@@ -76,8 +100,34 @@ class EvaluatePaths:
 
 
 @dataclass(frozen=True)
+class InspectPaths:
+    """What ``inspect`` looks at."""
+
+    positional: ClassVar[bool] = True
+    file: Path  # a file of any published format, or a bundle folder
+
+
+@dataclass(frozen=True)
+class ConvertPaths:
+    """What ``convert`` reads and writes."""
+
+    positional: ClassVar[bool] = True
+    source: Path  # a file of any published format, or a bundle folder
+    out: Path  # the file to write
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of ``convert``."""
+
+    to: str | None = (
+        None  # rosinality, psp, nvlabs or sage_fast; None: by the ending, .pt rosinality, .safetensors sage_fast
+    )
+
+
+@dataclass(frozen=True)
 class InfoOptions:
-    """Options of ``info``."""
+    """Options of ``info`` and ``inspect``."""
 
     json: bool = False  # for programs
 
@@ -127,11 +177,14 @@ def _train_gan(argv: Sequence[str]) -> None:
 
 
 def _train_encoder(argv: Sequence[str]) -> None:
+    from sage_fast.data.writers import prepare_output
     from sage_fast.training.encoder import EncoderConfig
-    from sage_fast.training.stages import encoder_stage, read_seen_of_run
+    from sage_fast.training.stages import adopt_generator, encoder_stage, read_seen_of_run
 
-    paths, config = _parse("train-encoder", argv, Data, EncoderConfig())
+    paths, config = _parse("train-encoder", argv, EncoderData, EncoderConfig())
     device = _device(paths.device)
+    if paths.generator is not None:
+        adopt_generator(paths.generator, prepare_output(paths.out, paths.resume, paths.overwrite))
     images = read_seen_of_run(paths.data, paths.out, "encoder")
     encoder_stage(config, images.images, paths.out, paths.resume, device)
 
@@ -168,6 +221,18 @@ def _generate(argv: Sequence[str]) -> None:
     print(summary)
 
 
+def _invert(argv: Sequence[str]) -> None:
+    from sage_fast.inversion import ProjectionConfig
+    from sage_fast.reconstruction import InvertConfig, invert
+
+    paths, config, projection = _parse("invert", argv, InvertPaths, InvertConfig(), ProjectionConfig())
+    with _bar("projecting") as progress:
+        summary = invert(
+            paths.model, paths.images, paths.out, config, projection, paths.encoder, paths.mask_dir, progress
+        )
+    print(summary)
+
+
 def _evaluate(argv: Sequence[str]) -> None:
     (paths,) = _parse("evaluate", argv, EvaluatePaths)
     from sage_fast.evaluation.report import evaluate_folder, table, write_report
@@ -180,6 +245,21 @@ def _evaluate(argv: Sequence[str]) -> None:
     scores = evaluate_folder(paths.model, paths.generated, paths.real, oracle=oracle)
     report = write_report(paths.out or paths.generated, scores)
     print(f"{table({'generated': scores})}\n\nWhat the numbers mean, and the scores of each category: {report}")
+
+
+def _inspect(argv: Sequence[str]) -> None:
+    paths, options = _parse("inspect", argv, InspectPaths, InfoOptions())
+    from sage_fast.conversion import describe
+
+    report = describe(paths.file)
+    print(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
+
+
+def _convert(argv: Sequence[str]) -> None:
+    paths, options = _parse("convert", argv, ConvertPaths, ConvertOptions())
+    from sage_fast.conversion import convert
+
+    print(f"The networks are in {convert(paths.source, paths.out, options.to)}.")
 
 
 def _info(argv: Sequence[str]) -> None:
@@ -242,7 +322,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "embed": (_embed, "stage 3: the codes of every image"),
     "train-dictionary": (_train_dictionary, "stage 4: the category-irrelevant directions; writes the model"),
     "generate": (_generate, "new images of novel categories from a few images of each"),
+    "invert": (_invert, "the latents of images, by optimisation"),
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
+    "inspect": (_inspect, "what a file of networks holds, and what can be done with it"),
+    "convert": (_convert, "the networks of a file in another format"),
     "info": (_info, "what was built, and which kernels run where"),
     "profile": (_profile, "where a synthesis spends its time, layer by layer"),
     "data": (_data, "write a data set: 'data flora'"),
@@ -300,7 +383,8 @@ def _parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
     for number, part in enumerate(parts):
         kind = part if isinstance(part, type) else type(part)
         default = () if isinstance(part, type) else (field(default=part),)
-        fields.append((f"part_{number}", Annotated[kind, inline], *default))
+        marked = Annotated[kind, tyro.conf.Positional] if getattr(kind, "positional", False) else kind
+        fields.append((f"part_{number}", Annotated[marked, inline], *default))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):

@@ -27,6 +27,7 @@ from sage_fast.data.splits import take_shots
 from sage_fast.data.writers import (
     ManifestWriter,
     atomic_write,
+    check_apart,
     contact_sheet,
     prepare_output,
     save_png,
@@ -127,7 +128,7 @@ def generate(
     """
     pipeline = _pipeline(model, config)
     shots = _read_shots(pipeline, shots_dir, config)
-    _check_apart(Path(out), Path(shots_dir), None if isinstance(model, FewShotPipeline | None) else Path(model))
+    check_apart(out, {"the shots": shots_dir}, [None if isinstance(model, FewShotPipeline) else model])
     _prepare(pipeline, shots, shots.categories[0], config)  # raises what any setting can raise
     folder = prepare_output(out, config.resume, config.overwrite)
     resolved = _resolve(pipeline, shots, config)
@@ -246,15 +247,6 @@ def _check_resumed(folder: Path, resolved: dict[str, Any]) -> None:
         raise InputError(
             f"Output folder {str(folder)!r} was made with n {old['n']}, got n {resolved['n']}; ask for more."
         )
-
-
-def _check_apart(out: Path, shots: Path, model: Path | None) -> None:
-    """Raise InputError when ``out`` could be taken for shots later, or emptying it could delete shots or model."""
-    out, shots = out.resolve(), shots.resolve()
-    if out == shots or out in shots.parents or shots in out.parents:
-        raise InputError(f"Output folder {str(out)!r} and the shots in {str(shots)!r} overlap; give another folder.")
-    if model is not None and (out == model.resolve() or out in model.resolve().parents):
-        raise InputError(f"Output folder {str(out)!r} holds the model {str(model)!r}; give another folder.")
 
 
 def _file(category: str, number: int) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from sage_fast.editing.distribution import ClassDistribution
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
 from sage_fast.editing.editor import PRESETS, FewShotEditor
 from sage_fast.errors import InputError
-from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
+from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.fusion import fuse_both, fuse_frequencies, fuse_pixels
-from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.image_encoder import ImageEncoder, Inversion, WeightDeltas
+from sage_fast.models.published import published_directions, read_published
 from sage_fast.models.stylegan2 import Generator
+from sage_fast.models.weight_deltas import join_deltas, select_deltas, synthesize
 from sage_fast.models.weights import load_bundle, load_directions
 
 __all__ = ["FUSIONS", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals"]
@@ -56,12 +59,14 @@ class NovelCategory:
         w_plus: their offsets from ``latent_avg`` [K, L, D].
         inverted: their reconstructions [K, C, R, R] in [-1, 1].
         distribution: of the category's latents; None for the method ``"inversion"``.
+        weight_deltas: what HyperStyle changes in the generator for each shot, and for what is drawn from it; else None.
     """
 
     shots: Tensor
     w_plus: Tensor
     inverted: Tensor
     distribution: ClassDistribution | None
+    weight_deltas: WeightDeltas | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +102,7 @@ class FewShotPipeline:
     def __init__(
         self,
         generator: Generator,
-        encoder: PyramidEncoder,
+        encoder: ImageEncoder,
         relevant: CategoryRelevantDictionary,
         irrelevant: CategoryIrrelevantDictionary,
         codes: LatentTable,
@@ -138,21 +143,27 @@ class FewShotPipeline:
         """Where the networks run."""
         return next(self.generator.parameters()).device
 
-    @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Images to offsets from ``latent_avg`` (Eq. 3 of [SAGE]).
+        """The offsets [N, L, D] of :meth:`invert`."""
+        return self.invert(images).offsets
 
-        One image at a time: a code is the same to the last bit whatever else is embedded with it.
+    @torch.no_grad()
+    def invert(self, images: Tensor) -> Inversion:
+        """Images to offsets from ``latent_avg`` (Eq. 3 of [SAGE]) and, for HyperStyle, to changes of the generator.
+
+        One image at a time: a code is the same to the last bit whatever else is inverted with it.
 
         Args:
             images: [N, C, R, R], uint8 or float in [-1, 1], N >= 1.
         Returns:
-            offsets [N, L, D] on the CPU.
+            offsets [N, L, D] and weight deltas, on the CPU.
         Raises:
             InputError: no images, of another size, or not scaled to [-1, 1].
         """
-        images = _float_images(images).to(next(self.encoder.parameters()).device)
-        return torch.cat([self.encoder(image[None]).float().cpu() for image in images])
+        images = _float_images(images).to(self.device)
+        found = [self.encoder.invert(image[None], self.generator, self.noise) for image in images]
+        offsets = torch.cat([inversion.offsets.float().cpu() for inversion in found])
+        return Inversion(offsets, join_deltas([inversion.weight_deltas for inversion in found]))
 
     def adapt(self, shots: Tensor, method: str = "sage", **options: Any) -> ClassDistribution:
         """The distribution of a novel category (Eq. 15, 17-19 of [SAGE]) from its ``shots`` [K, C, R, R].
@@ -168,9 +179,11 @@ class FewShotPipeline:
         """What :meth:`draw` needs of a novel category; arguments of :meth:`adapt`, or method ``"inversion"``."""
         if method == "inversion" and options:
             raise InputError(f"method 'inversion' edits nothing, so {', '.join(options)} has no effect; leave it out.")
-        w_plus = self.embed(shots)
+        inversion = self.invert(shots)
+        w_plus, deltas = inversion.offsets, inversion.weight_deltas
         distribution = None if method == "inversion" else self._editor(method, len(shots), options).adapt(w_plus)
-        return NovelCategory(_float_images(shots).cpu(), w_plus, self.render(w_plus, batch), distribution)
+        inverted = self.render(w_plus, batch, deltas)
+        return NovelCategory(_float_images(shots).cpu(), w_plus, inverted, distribution, deltas)
 
     def draw(
         self,
@@ -189,8 +202,8 @@ class FewShotPipeline:
         """
         fusions = _fusions(fusion)
         w_plus = self._latents(novel, numbers, alpha, seed, category)
-        images = self.render(w_plus, batch)
         sources = torch.tensor(numbers, dtype=torch.int64) % len(novel.shots)
+        images = self.render(w_plus, batch, novel.weight_deltas, sources)
         real, inverted = novel.shots, novel.inverted
         if len(real) > 1:  # one shot serves all
             real, inverted = real[sources], inverted[sources]
@@ -233,13 +246,40 @@ class FewShotPipeline:
         return self.draw(novel, range(n), alpha, seed, category, fusion, batch)
 
     @torch.no_grad()
-    def render(self, w_plus: Tensor, batch: int = 64) -> Tensor:
-        """Offsets [N, L, D] to images [N, C, R, R] in [-1, 1] on the CPU."""
+    def render(
+        self,
+        w_plus: Tensor,
+        batch: int = 64,
+        weight_deltas: WeightDeltas | None = None,
+        sources: Tensor | None = None,
+    ) -> Tensor:
+        """Offsets [N, L, D] to images [N, C, R, R] in [-1, 1] on the CPU.
+
+        Args:
+            batch: images drawn at a time.
+            weight_deltas: of K shots, as :meth:`invert` gave them.
+            sources: int64 [N], the shot whose deltas each image is drawn with; 0 to K - 1 when absent.
+        """
+        if weight_deltas is not None:
+            return self._render_with(
+                w_plus, batch, weight_deltas, torch.arange(len(w_plus)) if sources is None else sources
+            )
         G = self.generator
         with torch.inference_mode():  # spares each op its way through autograd: a tenth of the time of small batches
             parts = [G(part.to(G.latent_avg) + G.latent_avg, noise=self.noise) for part in w_plus.split(batch)]
             parts = [part.float().clamp_(-1, 1).cpu() for part in parts]
         return torch.cat(parts)  # out here, so that the images are ordinary tensors
+
+    def _render_with(self, w_plus: Tensor, batch: int, weight_deltas: WeightDeltas, sources: Tensor) -> Tensor:
+        """The images of one shot after those of another: they share its weights."""
+        G = self.generator
+        images = torch.empty(len(w_plus), G.n_channels, G.resolution, G.resolution)
+        for shot in sources.unique().tolist():
+            deltas = select_deltas(weight_deltas, slice(shot, shot + 1), G.latent_avg.device)
+            for part in torch.nonzero(sources == shot).flatten().split(batch):
+                drawn = synthesize(G, w_plus[part].to(G.latent_avg) + G.latent_avg, deltas, self.noise)
+                images[part] = drawn.float().clamp_(-1, 1).cpu()
+        return images
 
     def _latents(
         self, novel: NovelCategory, numbers: Sequence[int], alpha: float | None, seed: int, category: str
@@ -271,13 +311,31 @@ class FewShotPipeline:
         return self._editors[key]
 
 
-def load_dictionary(path: str | os.PathLike[str] | None = None) -> CategoryIrrelevantDictionary:
-    """The category-irrelevant dictionary of a bundle folder, on the CPU.
+def load_dictionary(
+    path: str | os.PathLike[str] | None = None,
+) -> CategoryIrrelevantDictionary | CategoryRelevantDictionary | dict[str, Tensor]:
+    """The dictionary of a bundle folder or of a file of AGE or SAGE, on the CPU.
 
+    Returns:
+        Of a bundle, and of the ``.pt`` of AGE or SAGE: the category-irrelevant dictionary; the latter edits layers 0-2 and
+        3-5 alone. Of ``class_embeddings.pt``: the category-relevant dictionary of its categories, in the order of their
+        names, with at most 10 components. Of ``ns.pt``: codes [n, 6, K] by category. Of ``n_distribution.npy``: ``mean``
+        [2, K], ``mean_abs`` [2, K] and ``cov`` [2, K, K].
     Raises:
-        InputError: see :func:`sage_fast.models.weights.load_directions`.
+        InputError: see :func:`sage_fast.models.weights.load_directions`; or the file holds none of these.
     """
-    return CategoryIrrelevantDictionary(*load_directions(path))
+    if path is None or not Path(path).is_file():
+        return CategoryIrrelevantDictionary(*load_directions(path))
+    found = read_published(path)
+    if found.embeddings is not None:
+        embeddings = torch.stack([found.embeddings[name] for name in sorted(found.embeddings)])
+        return CategoryRelevantDictionary.from_class_embeddings(embeddings, min(10, len(embeddings)))
+    if found.codes is not None or found.statistics is not None:
+        return dict(found.codes or found.statistics or {})
+    edited, n_latent = published_directions(path)
+    directions = edited.new_zeros(max(n_latent, len(edited)), *edited.shape[1:])
+    directions[: len(edited)] = edited
+    return CategoryIrrelevantDictionary(directions, layer_groups(len(directions), "released"))
 
 
 def normals(seed: int, category: str, number: int, count: int) -> Tensor:

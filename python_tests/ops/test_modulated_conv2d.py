@@ -60,6 +60,23 @@ def test_equals_reference(device, way, k, demodulate, dtype):
         torch.testing.assert_close(result, expected, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=1e-5)
 
 
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_of_each_samples_own(device, way, k, demodulate):
+    x, weight, style = arguments(n=3, k=k, size=(8, 6), dtype=torch.float64, device=device)
+    weights = weight * torch.tensor([1.0, -2.0, 0.5], device=device, dtype=torch.float64).view(3, 1, 1, 1, 1)
+    weights = weights + torch.linspace(-1, 1, weights.numel(), device=device, dtype=torch.float64).view_as(weights)
+    options = WAYS[way] | dict(demodulate=demodulate)
+    expected = torch.cat([modulated_conv2d(x[i : i + 1], weights[i], style[i : i + 1], **options) for i in range(3)])
+    torch.testing.assert_close(modulated_conv2d(x, weights, style, **options), expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(
+        modulated_conv2d_reference(x, weights, style, **options), expected, atol=1e-10, rtol=1e-10
+    )
+    with pytest.raises(InputError, match="one for each of the 2 samples"):
+        modulated_conv2d(x[:2], weights, style[:2], **options)
+
+
 def test_memory_layouts(device, laid_out):
     tensors = [laid_out(t) for t in arguments(n=3, device=device)]
     for options in WAYS.values():

@@ -159,7 +159,7 @@ def test_other_sizes(tmp_path, resolution, n_channels):
     images = torch.randint(0, 256, (8, n_channels, resolution, resolution), dtype=torch.uint8)
     config = dataclasses.replace(TUNED, total_steps=1, noise="const")
     encoder = train_encoder(config, images, G, D, tmp_path)
-    assert embed_images(images, encoder, batch=3).shape == (8, G.n_latent, 8)
+    assert embed_images(images, encoder, G, batch=3).shape == (8, G.n_latent, 8)
 
 
 def test_golden_run(tmp_path, images):
@@ -184,7 +184,7 @@ def test_embed_keeps_every_image():
     labels = torch.tensor([0, 0, 1, 1, 1, 0, 1])
     files = [f"{i}.png" for i in range(7)]
     encoder = PyramidEncoder(8, 4, 8, channel_base=64, channel_max=16).train()
-    table = embed(ImageSet(images, labels, ["a", "b"], files, []), encoder, batch=2)
+    table = embed(ImageSet(images, labels, ["a", "b"], files, []), encoder, _networks()[0], batch=2)
     assert encoder.training and table.w_plus.dtype == torch.float32
     with torch.no_grad():
         expected = encoder(images.float() / 127.5 - 1)

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -289,6 +289,29 @@ def prepare_output(folder: str | os.PathLike[str], resume: bool = False, overwri
     if not (visible and resume) and not (folder / MARKER).exists():
         write_json(folder / MARKER, {"made_by": "sage_fast"})
     return folder
+
+
+def check_apart(
+    out: str | os.PathLike[str],
+    inputs: Mapping[str, str | os.PathLike[str]],
+    models: Iterable[str | os.PathLike[str] | None] = (),
+) -> None:
+    """Refuse an output folder that could be taken for input later, or whose emptying could delete what is read.
+
+    Args:
+        inputs: what is read (``"the shots"``) -> its folder; neither may lie in the other.
+        models: files or folders that may not lie in ``out``; None is passed over.
+    Raises:
+        InputError: they do.
+    """
+    out = Path(out).resolve()
+    for name, folder in inputs.items():
+        folder = Path(folder).resolve()
+        if out == folder or out in folder.parents or folder in out.parents:
+            raise InputError(f"Output folder {str(out)!r} and {name} in {str(folder)!r} overlap; give another folder.")
+    for model in models:
+        if model is not None and (out == Path(model).resolve() or out in Path(model).resolve().parents):
+            raise InputError(f"Output folder {str(out)!r} holds the model {str(model)!r}; give another folder.")
 
 
 def _delete_own(folder: Path) -> None:

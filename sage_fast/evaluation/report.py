@@ -20,9 +20,9 @@ from sage_fast.errors import InputError
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Measurements, Scores, as_written, measure, score
 from sage_fast.factorization.category_irrelevant import layer_groups
-from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.hyperstyle import codes_of
 from sage_fast.models.stylegan2 import Discriminator
-from sage_fast.models.weights import load_discriminator, load_encoder
+from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder
 
 __all__ = ["evaluate_folder", "markdown_table", "nearest_class_mean", "table", "write_report"]
 
@@ -77,7 +77,7 @@ def evaluate_folder(
     if encoder.n_channels == 3 and set(theirs.categories) <= _flora_numbers().keys():
         measured = _by_oracle(oracle or load_oracle(), ours, theirs, batch)
     else:
-        measured = _by_class_means(_own_network(model, encoder), ours, theirs, batch)
+        measured = _by_class_means(_own_network(model), ours, theirs, batch)
     return dataclasses.replace(score(*measured), categories=tuple(ours.categories))
 
 
@@ -188,29 +188,32 @@ def _by_class_means(
 class _OwnNetwork:
     """Features of the discriminator (mean of every map) or encoder (mean offset of coarse, middle and fine layers)."""
 
-    def __init__(self, network: Discriminator | PyramidEncoder) -> None:
+    def __init__(self, network: Discriminator | Bundle) -> None:
         self.network = network
         self.name = "discriminator" if isinstance(network, Discriminator) else "encoder"
+        sizes = network if isinstance(network, Discriminator) else network.generator
+        self.resolution, self.n_channels = sizes.resolution, sizes.n_channels
 
     @torch.no_grad()
     def describe(self, folder: ImageFolder, batch: int) -> tuple[Tensor, Tensor]:
         """Labels [N] and features [N, F] of the images of a folder."""
-        part = read_images(folder, self.network.resolution, self.network.n_channels)
+        part = read_images(folder, self.resolution, self.n_channels)
         features = [self._of_batch(as_written(images)) for images in part.images.split(batch)]
         return part.labels, torch.cat(features)
 
     def _of_batch(self, images: Tensor) -> Tensor:
         if isinstance(self.network, Discriminator):
             return torch.cat([x.mean((2, 3)) for x in self.network.features(images)], 1)
-        w_plus = self.network(images)
+        encoder = codes_of(self.network.encoder)
+        w_plus = encoder.invert(images, self.network.generator, self.network.noise).offsets
         return torch.cat([w_plus[:, list(group)].mean(1) for group in layer_groups(w_plus.shape[1])], 1)
 
 
-def _own_network(model: StrPath | None, encoder: PyramidEncoder) -> _OwnNetwork:
+def _own_network(model: StrPath | None) -> _OwnNetwork:
     try:
         return _OwnNetwork(load_discriminator(model))
     except InputError:  # a bundle need not hold one
-        return _OwnNetwork(encoder)
+        return _OwnNetwork(load_bundle(model))
 
 
 def _network_of(rows: Mapping[str, Scores]) -> str:

@@ -24,6 +24,8 @@ from sage_fast.models.stylegan2_layers import (
     check_label,
     check_positive,
     check_resolution,
+    exact,
+    wide,
 )
 
 __all__ = ["Discriminator"]
@@ -94,7 +96,13 @@ class Discriminator(nn.Module):
     def architecture(self) -> dict[str, object]:
         """The constructor's arguments, as plain numbers and lists, that rebuild this network."""
         names = ("resolution", "n_channels", "c_dim", "mbstd_group", "channels", "n_mapping")
-        usual = {"connections": "resnet", "clamp": None, "mbstd_channels": 1, "cmap_dim": None, "embed_dim": None}
+        usual: dict[str, object] = {
+            "connections": "resnet",
+            "clamp": None,
+            "mbstd_channels": 1,
+            "cmap_dim": None,
+            "embed_dim": None,
+        }
         usual |= {"mapping_width": None, "mapping_lr_mul": 0.01}
         special = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         return {name: getattr(self, name) for name in names} | special
@@ -113,6 +121,11 @@ class Discriminator(nn.Module):
         """Logits [N, 1] of images [N, C, H, W] (and labels ``c`` [N, c_dim]); large means real."""
         self._check_images(images)
         check_label(c, self.c_dim, len(images))
+        with exact(images.device.type):
+            logits = self._logits(wide(images), c)
+        return logits if torch.is_grad_enabled() else logits.to(images.dtype)
+
+    def _logits(self, images: Tensor, c: Tensor | None) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
         x = self.convs[0](images)
         for i in range(len(self.convs) - 1):
@@ -121,7 +134,8 @@ class Discriminator(nn.Module):
         x = self.final_linear(x.flatten(1))
         if self.embed is None:
             return x
-        return (x * self.embed(c)).sum(1, keepdim=True) / math.sqrt(x.shape[1])
+        assert c is not None
+        return (x * self.embed(c.to(x.dtype))).sum(1, keepdim=True) / math.sqrt(x.shape[1])
 
     def _halve(self, i: int, x: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Block ``i``: maps and images of one resolution to those of the next."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_road", "counter_noise", "fused_network", "wanted_dtype"]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Key = tuple[tuple[int, int], ...]
 _networks: WeakKeyDictionary[nn.Module, tuple[_Key, SynthesisNetwork]] = WeakKeyDictionary()
 _binomial: WeakKeyDictionary[nn.Module, tuple[_Key, bool]] = WeakKeyDictionary()
@@ -46,10 +47,12 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", "the fused kernels have no residual connections"
     tensors, filters = _weights(generator), _filters(generator)
     maps = generator.noises.buffers() if noise is None else (m for m in noise if m is not None)
+    if any(not isinstance(t, nn.Parameter) for t in tensors):
+        return "differentiable", "weights were replaced for this call"
     if torch.is_grad_enabled() and any(t.requires_grad for t in chain([w_plus], tensors, maps)):
         return "differentiable", "gradients are recorded"
-    if w_plus.dtype != torch.float32 or any(t.dtype != torch.float32 for t in tensors):
-        return "differentiable", "the fused kernels take float32 weights and latents"
+    if w_plus.dtype not in _DTYPES or any(t.dtype not in _DTYPES for t in tensors):
+        return "differentiable", "the fused kernels take weights and latents of at most 32 bits"
     if any(t.is_inference() for t in chain(tensors, filters)):
         return "differentiable", "weights made in inference mode do not say when they change"
     most = MAX_CHANNELS if device == "cuda" else 4096
@@ -57,14 +60,13 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", f"more than {most} channels"
     if not _are_binomial(generator, filters):
         return "differentiable", "the fused kernels have the resampling filter [1, 3, 3, 1]"
-    return "fused", "no gradients, float32"
+    return "fused", f"no gradients, {str(generator.input.input.dtype).removeprefix('torch.')}"
 
 
-def wanted_dtype(device: torch.device) -> torch.dtype:
-    """What the fused kernels are to multiply in: autocast's choice where the device has such products, else float32."""
-    if not torch.is_autocast_enabled(device.type):
-        return torch.float32
-    dtype = torch.get_autocast_dtype(device.type)
+def wanted_dtype(device: torch.device, weights: torch.dtype = torch.float32) -> torch.dtype:
+    """What the fused kernels are to multiply in: autocast's choice or that of the weights, where the device has such products,
+    else float32."""
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
     return dtype if has_products(dtype, device) else torch.float32
 
 
@@ -93,15 +95,15 @@ def _build(generator: Generator) -> SynthesisNetwork:
     layer: Any
     for layer in chain([generator.conv1], generator.convs):
         conv = layer.conv
-        strength = float(layer.noise.weight)
-        layers.append(StyledLayer(conv.weight[0] * conv.scale, *_affine(conv), layer.activate.bias.clone(), strength))
+        strength, bias = float(layer.noise.weight), layer.activate.bias.float().clone()
+        layers.append(StyledLayer(conv.weight[0].float() * conv.scale, *_affine(conv), bias, strength))
     for to_rgb in _to_rgbs(generator):
         conv = to_rgb.conv
-        weight = conv.weight[0, :, :, 0, 0] * conv.scale
-        images.append(ImageLayer(weight, *_affine(conv), to_rgb.bias.flatten().clone()))
+        weight = conv.weight[0, :, :, 0, 0].float() * conv.scale
+        images.append(ImageLayer(weight, *_affine(conv), to_rgb.bias.float().flatten().clone()))
     # without skip connections the smaller sizes add nothing to the image
     nothing = [_zeros(images[-1], channels) for channels in generator.channels[: -len(images)]]
-    return SynthesisNetwork(generator.input.input.clone(), layers, nothing + images, clamp=generator.clamp)
+    return SynthesisNetwork(generator.input.input.float().clone(), layers, nothing + images, clamp=generator.clamp)
 
 
 def _to_rgbs(generator: Generator) -> list[Any]:
@@ -117,7 +119,7 @@ def _zeros(like: ImageLayer, channels: int) -> ImageLayer:
 def _affine(conv: Any) -> tuple[Tensor, Tensor]:
     """The map from w to the style: [C_in, D] and [C_in]."""
     linear = conv.modulation
-    return linear.weight * linear.scale, linear.bias * linear.lr_mul
+    return linear.weight.float() * linear.scale, linear.bias.float() * linear.lr_mul
 
 
 def _weights(generator: Generator) -> list[Tensor]:

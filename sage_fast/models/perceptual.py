@@ -24,9 +24,11 @@ __all__ = [
     "FeatureNetwork",
     "LpipsFeatures",
     "SqueezeFeatures",
+    "distance_maps",
     "load_perceptual",
     "normalised_features",
     "perceptual_distance",
+    "read_weights",
 ]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
@@ -142,14 +144,19 @@ def perceptual_distance(network: FeatureNetwork, a: Tensor, b: Tensor | Sequence
         b: images of the same shape, or the list ``normalised_features(network, b)`` when it is used more than once.
     """
     target = normalised_features(network, b) if isinstance(b, Tensor) else b
-    weights = network.channel_weights or [None] * len(target)
-    total = a.new_zeros(())
-    for x, y, weight in zip(normalised_features(network, a), target, weights):
-        square = (x - y).square()
-        if weight is not None:
-            square = square * weight.to(square).view(1, -1, 1, 1)
-        total = total + square.sum() / (len(a) * x.shape[2] * x.shape[3])
-    return total
+    maps = distance_maps(network, normalised_features(network, a), target)
+    return torch.stack([distance.mean() for distance in maps]).sum()
+
+
+def distance_maps(network: FeatureNetwork, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """The squared distances of :func:`perceptual_distance` where they arise: a map [N, h_i, w_i] a layer.
+
+    Args:
+        network: whose features ``a`` and ``b`` are, both as from :func:`normalised_features`.
+    """
+    weights = network.channel_weights or [None] * len(b)
+    squares = [(x - y).square() for x, y in zip(a, b)]
+    return [s.sum(1) if w is None else (s * w.to(s).view(1, -1, 1, 1)).sum(1) for s, w in zip(squares, weights)]
 
 
 def normalised_features(network: FeatureNetwork, images: Tensor) -> list[Tensor]:
@@ -188,7 +195,7 @@ def load_perceptual(spec: str | Path, discriminator: Discriminator | None = None
 
 
 def _from_file(path: Path) -> FeatureNetwork:
-    weights = {k: v for k, v in _read_weights(path).items() if k.startswith("features.")}
+    weights = {k: v for k, v in read_weights(path).items() if k.startswith("features.")}
     weights = {k.replace(".squeeze1x1.", ".squeeze."): v for k, v in weights.items()}  # both names are about
     squeeze = "features.3.squeeze.weight" in weights
     try:
@@ -202,7 +209,8 @@ def _from_file(path: Path) -> FeatureNetwork:
     return network
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pt or .pth file; no pickled code runs. InputError when it is none."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -1,133 +1,135 @@
-"""StyleGAN2 weights as others publish them: the ``.pt`` of the common PyTorch port.
+"""Networks as others publish them: the format is recognised from the content, and nothing in a file runs.
 
-Such a file is a dictionary of state dicts ``g_ema``, ``g``, ``d`` and a tensor ``latent_avg``. It is read without
-running pickled code, and the architecture follows from the names and shapes.
+docs/formats.md lists the formats. :func:`read_published` takes a file apart; the loaders here make networks of it.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sage_fast.errors import InputError
-from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.models.checkpoints import read_checkpoint
+from sage_fast.models.image_encoder import ImageEncoder
+from sage_fast.models.published_encoders import encoder_from_state, from_absolute
+from sage_fast.models.published_nvlabs import read_nvlabs
+from sage_fast.models.published_parts import EncoderPart, PublishedFile, fill_network, reason_of
+from sage_fast.models.published_psp import read_encoders, read_statistics
+from sage_fast.models.published_rosinality import mean_row, read_rosinality
+from sage_fast.models.published_safetensors import read_safetensors
+from sage_fast.models.published_tensorflow import read_tensorflow
+from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 
-__all__ = ["fill_network", "published_discriminator", "published_generator", "reason_of"]
+__all__ = [
+    "build_encoder_part", "fill_network", "published_directions", "published_discriminator", "published_encoder", "published_generator",
+    "read_published", "reason_of",
+]  # fmt: skip
 
-Network = TypeVar("Network", bound=nn.Module)
+StrPath = str | os.PathLike[str]
+_READERS = (read_nvlabs, read_tensorflow, read_encoders, read_rosinality, read_statistics)
 
 
-def published_generator(path: str | os.PathLike[str]) -> Generator:
-    """The averaged generator ``g_ema`` of a published file (else ``g``), float32 on the CPU.
+def read_published(path: StrPath) -> PublishedFile:
+    """What a file of a published format holds.
 
-    Without ``latent_avg`` in the file the mean of the mapping over 10,000 prior samples stands in for it.
+    Raises:
+        InputError: it is missing, truncated, holds what no such file needs, or no network that is known.
+    """
+    checkpoint, where = read_checkpoint(path), f"File {str(path)!r}"
+    if checkpoint.container == "safetensors":
+        found = read_safetensors(checkpoint.content, checkpoint.metadata, where)
+    else:
+        found = next((file for read in _READERS if (file := read(checkpoint.content, where)) is not None), None)
+    if found is None:
+        raise InputError(
+            f"{where} holds {_described(checkpoint.content)}, none of the networks of a published format "
+            "(G_ema, G, D; g_ema, g, d; state_dict with encoder or decoder); give another file."
+        )
+    return found
+
+
+def published_generator(path: StrPath) -> Generator:
+    """The averaged generator of a published file (else the plain one), float32 on the CPU.
+
+    Without a mean latent in the file the mean of the mapping over 10,000 prior samples stands in for it, with a warning.
 
     Raises:
         InputError: the file is missing, truncated, foreign, or holds no generator.
     """
-    content = _read(Path(path))
-    key = "g_ema" if "g_ema" in content else "g"
-    state = _state(content, key, path)
-    if torch.is_tensor(content.get("latent_avg")):
-        state["latent_avg"] = content["latent_avg"].float().flatten()
-    return fill_network(lambda: Generator(**_generator_shape(state)), state, f"File {str(path)!r}, entry {key!r},")
+    found = read_published(path)
+    if found.generator is None:
+        raise _lacks(path, found, "generator")
+    return found.generator().build()
 
 
-def published_discriminator(path: str | os.PathLike[str]) -> Discriminator:
-    """The discriminator ``d`` of a published file, float32 on the CPU. Raises as :func:`published_generator`."""
-    state = _state(_read(Path(path)), "d", path)
-    return fill_network(lambda: Discriminator(**_discriminator_shape(state)), state, f"File {str(path)!r}, entry 'd',")
+def published_discriminator(path: StrPath) -> Discriminator:
+    """The discriminator of a published file, float32 on the CPU. Raises as :func:`published_generator`."""
+    found = read_published(path)
+    if found.discriminator is None:
+        raise _lacks(path, found, "discriminator")
+    return found.discriminator().build()
 
 
-def fill_network(build: Callable[[], Network], state: Mapping[str, Tensor], where: str) -> Network:
-    """The network that ``build`` makes, with the weights of ``state``, in eval mode; leaves torch's random state alone.
+def published_encoder(path: StrPath) -> ImageEncoder:
+    """The encoder of a published file, float32 on the CPU; its outputs are offsets from ``latent_avg``.
 
     Raises:
-        InputError: ``build`` fails or the weights do not fit; ``where`` names their file.
+        InputError: as :func:`published_generator`, or the file holds an encoder that needs another file.
     """
+    found = read_published(path)
+    if found.encoder is None:
+        raise _lacks(path, found, "encoder")
+    part = found.encoder()
+    n_latent = None if found.generator is None else n_latent_of(found.generator().arguments["resolution"])
+    return build_encoder_part(part, n_latent)
+
+
+def published_directions(path: StrPath) -> tuple[Tensor, int]:
+    """A [6, D, K] of a file of AGE or SAGE, and the number of styles L of its generator."""
+    found = read_published(path)
+    if found.directions is None:
+        raise _lacks(path, found, "directions")
+    if found.generator is None:
+        return found.directions, len(found.directions)
+    return found.directions, n_latent_of(found.generator().arguments["resolution"])
+
+
+def build_encoder_part(part: EncoderPart, n_latent: int | None) -> ImageEncoder:
+    """An encoder of offsets, whatever the file's outputs were relative to.
+
+    Args:
+        part: its weights and options.
+        n_latent: L of the generator; None: what the options say.
+    Raises:
+        InputError: weights of another network, or one that needs another file.
+    """
+    options = dict(part.options)
+    networks = {name.partition(".")[0] for name in part.state}
+    state = {name.removeprefix("encoder."): value for name, value in part.state.items()}
+    options.setdefault(
+        "encoder_type", "SharedWeightsHyperNetResNet" if "hypernet" in networks else "GradualStyleEncoder"
+    )
     try:
-        with torch.random.fork_rng(devices=[]):
-            network = build()
-        network.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise InputError(
-            f"{where} does not hold the weights expected ({reason_of(error)}); give another file."
-        ) from error
-    return network.eval()
+        encoder = encoder_from_state(options, state, n_latent)
+        if part.latent_avg is not None and options.get("start_from_latent_avg") is False:
+            from_absolute(encoder, mean_row(part.latent_avg, encoder.style_dim, part.where))
+    except InputError as error:
+        raise InputError(f"{part.where}: {error}") from error
+    return encoder
 
 
-def reason_of(error: BaseException) -> str:
-    """What went wrong, in a few words without a full stop."""
-    if isinstance(error, KeyError):
-        return f"no {error.args[0]!r}"
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    first = " ".join(str(error).split()).split(". ")[0]
-    return first.rstrip(".")[:200] or type(error).__name__
+def _lacks(path: StrPath, found: PublishedFile, wanted: str) -> InputError:
+    held = ", ".join(found.holds()) or "nothing that can be loaded"
+    return InputError(
+        f"File {str(path)!r} ({found.format}) holds no {wanted}, but {held}; give a file that was saved with one."
+    )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() == ".pkl":
-        raise InputError(
-            f"File {str(path)!r} is a pickle that holds code, which is not read; "
-            "give the .pt of the common PyTorch port or the folder of a bundle."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch on pickle protocols
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged archives and foreign files raise almost any exception type
-        raise InputError(
-            f"File {str(path)!r} is truncated or no file of weights ({reason_of(error)}); "
-            "give a published .pt or the folder of a bundle."
-        ) from error
-    if not isinstance(content, dict) or not {"g_ema", "g", "d"} & set(content):
-        raise InputError(f"File {str(path)!r} holds none of g_ema, g and d; give a StyleGAN2 .pt of the PyTorch port.")
-    return content
-
-
-def _state(content: Mapping[str, Any], key: str, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict under ``key``, without the prefix that data-parallel training puts before its names."""
-    state = content.get(key)
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise InputError(f"File {str(path)!r} holds no network {key!r}; give a file that was saved with it.")
-    return {str(name).removeprefix("module."): value.float() for name, value in state.items()}
-
-
-def _generator_shape(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of :class:`Generator` that its weights tell."""
-    n_blocks = _count(state, "convs.", ".conv.weight") // 2
-    channels = [state["input.input"].shape[1]] + [state[f"convs.{2 * i}.conv.weight"].shape[1] for i in range(n_blocks)]
-    style_dim = state["conv1.conv.modulation.weight"].shape[1]
-    embed = state.get("style.embed.weight")
-    return {
-        "resolution": 4 << n_blocks,
-        "style_dim": style_dim,
-        "n_mapping": _count(state, "style.", ".weight"),
-        "n_channels": state["to_rgb1.bias"].shape[1],
-        "channels": channels,
-        "c_dim": 0 if embed is None else embed.shape[1],
-    }
-
-
-def _discriminator_shape(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of :class:`Discriminator` that its weights tell."""
-    n_blocks = _count(state, "convs.", ".skip.1.weight")
-    first = state["convs.0.0.weight"]
-    widths = [first.shape[0]] + [state[f"convs.{i + 1}.conv2.1.weight"].shape[0] for i in range(n_blocks)]
-    shape = {"resolution": 4 << n_blocks, "n_channels": first.shape[1], "channels": widths[::-1]}
-    if "embed.0.weight" in state:
-        shape |= {"c_dim": state["embed.0.weight"].shape[1], "n_mapping": _count(state, "embed.1.", ".weight")}
-    return shape
-
-
-def _count(state: Mapping[str, Tensor], prefix: str, suffix: str) -> int:
-    """How many names read prefix, a number, suffix."""
-    middles = (name[len(prefix) : -len(suffix)] for name in state if name.startswith(prefix) and name.endswith(suffix))
-    return sum(middle.isdecimal() for middle in middles)
+def _described(content: Any) -> str:
+    if isinstance(content, Mapping):
+        names = [str(name)[:40] for name in list(content)[:4]]
+        return f"a table of {', '.join(names)}{', ...' if len(content) > 4 else ''}" if names else "an empty table"
+    return f"a {type(content).__name__}"

@@ -9,13 +9,14 @@ in :mod:`sage_fast.ops`: weights are shared by the batch, the style scales activ
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.discriminator import Discriminator
 from sage_fast.models.inference import choose_road, fused_network, wanted_dtype
 from sage_fast.models.stylegan2_layers import (
@@ -30,6 +31,9 @@ from sage_fast.models.stylegan2_layers import (
     check_choice,
     check_positive,
     check_resolution,
+    exact,
+    normal,
+    wide,
 )
 from sage_fast.ops.synthesis import synthesis as fused_synthesis
 
@@ -118,7 +122,7 @@ class Generator(nn.Module):
         self.noises = nn.Module()
         for i in range(self.n_latent - 1):
             size = 4 << ((i + 1) // 2)
-            self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, size, size))
+            self.noises.register_buffer(f"noise_{i}", normal(1, 1, size, size))
         self.register_buffer("latent_avg", torch.zeros(style_dim))
         self.register_load_state_dict_post_hook(_fill_latent_avg)
 
@@ -140,8 +144,9 @@ class Generator(nn.Module):
     @torch.no_grad()
     def mean_latent(self, n: int = 10_000, seed: int = 0) -> Tensor:
         """Mean of ``mapping`` over ``n`` prior samples drawn on the CPU with ``seed``, the labels taken in turn: [D]."""
-        z = torch.randn(n, self.style.z_dim, generator=torch.Generator().manual_seed(seed)).to(self.latent_avg)
-        labels = torch.eye(self.c_dim).to(self.latent_avg)[torch.arange(n) % self.c_dim] if self.c_dim else None
+        like = self.input.input
+        z = torch.randn(n, self.style.z_dim, generator=torch.Generator().manual_seed(seed)).to(like)
+        labels = torch.eye(self.c_dim)[torch.arange(n) % self.c_dim].to(like) if self.c_dim else None
         return self.mapping(z, labels).mean(0)
 
     def synthesis(self, w_plus: Tensor, noise: Noise = "const", rng: torch.Generator | None = None) -> Tensor:
@@ -161,8 +166,11 @@ class Generator(nn.Module):
         self._check_w_plus(w_plus)
         maps = self._noise_maps(noise, w_plus, rng)
         if choose_road(self, w_plus, maps)[0] == "fused":
-            return fused_synthesis(fused_network(self), w_plus, maps, dtype=wanted_dtype(w_plus.device))
-        return self._layer_by_layer(w_plus.unbind(1), maps)
+            dtype = wanted_dtype(w_plus.device, self.input.input.dtype)
+            return fused_synthesis(fused_network(self), w_plus.float(), maps, dtype=dtype).to(w_plus.dtype)
+        with exact(w_plus.device.type):
+            images = self._layer_by_layer(wide(w_plus).unbind(1), maps)
+        return images if torch.is_grad_enabled() else images.to(w_plus.dtype)
 
     def forward(self, w_plus: Tensor, noise: Noise = "const", rng: torch.Generator | None = None) -> Tensor:
         """The same as :meth:`synthesis`."""
@@ -170,7 +178,7 @@ class Generator(nn.Module):
 
     def _layer_by_layer(self, w: Sequence[Tensor], maps: Sequence[Tensor | None]) -> Tensor:
         """The synthesis by differentiable layers; w: L latents [N, D]."""
-        x = self.conv1(self.input(len(w[0])), w[0], maps[0])
+        x = self.conv1(wide(self.input(len(w[0]))), w[0], maps[0])
         image = None if self.to_rgb1 is None else self.to_rgb1(x, w[1])
         for i in range(len(self.channels) - 1):
             before = x
@@ -212,4 +220,11 @@ def _fill_latent_avg(module: nn.Module, incompatible_keys) -> None:
     if missing and isinstance(module, Generator):
         for key in missing:
             incompatible_keys.missing_keys.remove(key)
-        module.latent_avg.copy_(module.mean_latent())
+        if incompatible_keys.missing_keys:
+            return  # there is no mapping to ask
+        module.latent_avg = module.mean_latent()
+        warnings.warn(
+            "the weights have no latent_avg; the mean of the mapping over 10,000 samples of seed 0 stands in for it.",
+            SageFastWarning,
+            stacklevel=2,
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from sage_fast.ops import bias_act, modulated_conv2d, upfirdn2d
 from sage_fast.ops.conv3x3 import conv3x3
 
 __all__ = [
-    "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample", "StyledConv",
-    "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive", "check_resolution",
+    "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
+    "StyledConv", "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive",
+    "check_resolution", "exact", "normal", "wide",
 ]  # fmt: skip
 
 CONNECTIONS = ("skip", "resnet", "orig")  # [StyleGAN2], Fig. 7: what joins the resolutions
@@ -63,12 +65,13 @@ class MappingNetwork(nn.Sequential):
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise InputError(f"z must have shape [N, {self.z_dim}], got {list(z.shape)}.")
         check_label(c, self.c_dim, len(z))
-        x = self[0](z)
+        x = self[0](wide(z))
         if self.embed is not None:
-            x = torch.cat([x, self[0](self.embed(c))], dim=1)
+            assert c is not None
+            x = torch.cat([x, self[0](self.embed(c.to(x.dtype)))], dim=1)
         for i in range(1, self.n_layers + 1):
             x = self[i](x)
-        return x
+        return x.to(z.dtype) if x.dtype == torch.float32 else x
 
 
 class StyledConv(nn.Module):
@@ -145,15 +148,16 @@ class Linear(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, bias_init: float = 0.0, lr_mul: float = 1.0, act: str = "linear") -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(d_out, d_in) / lr_mul)
+        self.weight = nn.Parameter(normal(d_out, d_in, divisor=lr_mul))
         self.bias = nn.Parameter(torch.full([d_out], float(bias_init)))
         self.scale, self.lr_mul, self.act = lr_mul / math.sqrt(d_in), lr_mul, act
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias * self.lr_mul if self.lr_mul != 1 else self.bias
+        weight, bias = self.weight.to(x.dtype) * self.scale, self.bias.to(x.dtype)
+        bias = bias * self.lr_mul if self.lr_mul != 1 else bias
         if self.act == "linear":
-            return F.linear(x, self.weight * self.scale, bias)
-        return bias_act(F.linear(x, self.weight * self.scale), bias, act=self.act)
+            return F.linear(x, weight, bias)
+        return bias_act(F.linear(x, weight), bias, act=self.act)
 
 
 class Conv(nn.Module):
@@ -161,15 +165,15 @@ class Conv(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel))
+        self.weight = nn.Parameter(normal(c_out, c_in, kernel, kernel))
         self.scale, self.stride = gain / math.sqrt(c_in * kernel**2), stride
         self.padding = kernel // 2 if stride == 1 else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * self.scale
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype)) * self.scale
         if weight.shape[2] == 3:
             return conv3x3(x, weight, self.stride)
-        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+        return F.conv2d(x, weight.to(x.dtype), stride=self.stride, padding=self.padding)
 
 
 class Resample(nn.Module):
@@ -179,8 +183,8 @@ class Resample(nn.Module):
 
     def __init__(self, up: int = 1, down: int = 1, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
         super().__init__()
-        taps = torch.tensor(_FIR)
-        self.register_buffer("kernel", torch.outer(taps, taps) / taps.sum() ** 2 * up**2)
+        total = sum(_FIR) ** 2
+        self.register_buffer("kernel", torch.tensor([[a * b / total * up**2 for b in _FIR] for a in _FIR]))
         self.up, self.down, self.padding = up, down, padding
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +209,7 @@ class ConstantInput(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+        self.input = nn.Parameter(normal(1, channels, 4, 4))
 
     def forward(self, n: int) -> Tensor:
         # channels last from here on: a fifth faster on a CPU, and what tensor cores want
@@ -217,7 +221,7 @@ class _ModulatedConv(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int, style_dim: int, demodulate: bool, up: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, c_out, c_in, kernel, kernel))
+        self.weight = nn.Parameter(normal(1, c_out, c_in, kernel, kernel))
         self.modulation = Linear(style_dim, c_in, bias_init=1.0)
         self.scale, self.demodulate, self.up = 1 / math.sqrt(c_in * kernel**2), demodulate, up
         if up == 2:
@@ -227,7 +231,9 @@ class _ModulatedConv(nn.Module):
         style = self.modulation(w)
         # the op applies the gain up^2 itself; the stored kernel has it folded in, as the common port's files do
         fir = self.blur.kernel / 4 if self.up == 2 else None
-        weight = self.weight[0] * self.scale
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype)) * self.scale
+        # [N, ...] where each sample has its own (models.weight_deltas); one that all share is a good deal faster
+        weight = weight if len(weight) == len(x) > 1 else weight[0]
         return modulated_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
 
 
@@ -247,6 +253,22 @@ class _Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+def normal(*shape: int, divisor: float = 1.0) -> Tensor:
+    """Standard normal numbers over ``divisor``; on the meta device, where drawing imports torch's compiler, just the shape."""
+    x = torch.empty(*shape)
+    return x if x.is_meta else x.normal_().div_(divisor)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x``, in float32 where it has 16 bits and no gradients are recorded: activations between layers keep their bits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled() else x
+
+
+def exact(device_type: str) -> AbstractContextManager[object]:
+    """Products in the dtype of their factors where no gradients are recorded; training keeps its autocast."""
+    return nullcontext() if torch.is_grad_enabled() else torch.autocast(device_type, enabled=False)
 
 
 def channel_list(resolution: int, base: int, most: int, channels: Sequence[int] | None) -> list[int]:

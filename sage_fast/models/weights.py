@@ -27,8 +27,16 @@ from torch import Tensor, nn
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError
+from sage_fast.models.encoder_kinds import build_encoder, encoder_architecture
 from sage_fast.models.encoders import PyramidEncoder
-from sage_fast.models.published import fill_network, published_discriminator, published_generator, reason_of
+from sage_fast.models.image_encoder import ImageEncoder
+from sage_fast.models.published import (
+    fill_network,
+    published_discriminator,
+    published_encoder,
+    published_generator,
+    reason_of,
+)
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
 __all__ = [
@@ -37,7 +45,7 @@ __all__ = [
 ]  # fmt: skip
 
 StrPath = str | os.PathLike[str]
-Network = TypeVar("Network", Generator, Discriminator, PyramidEncoder)
+Network = TypeVar("Network", Generator, Discriminator, ImageEncoder)
 
 _FORMAT, _VERSION, _INDEX = "sage_fast.bundle", 1, "bundle.json"
 _SHIPPED = Path(__file__).parents[1] / "model"
@@ -68,7 +76,7 @@ class Bundle:
     """
 
     generator: Generator
-    encoder: PyramidEncoder
+    encoder: ImageEncoder
     dictionary: Directions
     codes: LatentTable
     noise: str
@@ -80,7 +88,7 @@ def save_bundle(
     folder: StrPath,
     *,
     generator: Generator,
-    encoder: PyramidEncoder,
+    encoder: ImageEncoder,
     directions: Tensor,
     codes: LatentTable | StrPath,
     groups: Sequence[Sequence[int]] | None = None,
@@ -125,7 +133,7 @@ def save_bundle(
         "n_channels": generator.n_channels,
         "noise": noise,
         "groups": None if groups is None else [[int(layer) for layer in group] for group in groups],
-        "networks": {name: network.architecture() for name, network in networks.items()},  # type: ignore[operator]
+        "networks": {name: _architecture(network) for name, network in networks.items()},
         "about": dict(about or {}),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(content.items())},
     }
@@ -142,8 +150,8 @@ def load_bundle(folder: StrPath | None = None, device: str | torch.device = "cpu
     """
     folder = _bundle_folder(folder)
     index = _read_index(folder)
-    generator = _bundle_network(folder, index, "generator", Generator).to(_device(device))
-    encoder = _bundle_network(folder, index, "encoder", PyramidEncoder).to(_device(device))
+    generator = _bundle_network(folder, index, "generator", _generator).to(_device(device))
+    encoder = _bundle_network(folder, index, "encoder", build_encoder).to(_device(device))
     dictionary = _bundle_directions(folder, index)
     read_bundle_file(folder, "codes.safetensors")
     codes = LatentTable.load(folder / "codes.safetensors")
@@ -154,26 +162,28 @@ def load_bundle(folder: StrPath | None = None, device: str | torch.device = "cpu
 def load_generator(
     path: StrPath | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Generator:
-    """The generator (its average, where the file has one) of a bundle folder or a published ``.pt``, in eval mode.
+    """The generator (its average, where the file has one) of a bundle folder or a published file, in eval mode.
+
+    docs/formats.md lists the formats, which are recognised from the content.
 
     Raises:
         InputError: the file or folder is missing, truncated, foreign, or holds no such network.
     """
-    return _load(path, "generator", Generator, published_generator, device, dtype)
+    return _load(path, "generator", _generator, published_generator, device, dtype)
 
 
 def load_discriminator(
     path: StrPath | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Discriminator:
-    """The discriminator of a bundle folder or a published ``.pt``, in eval mode. Raises as :func:`load_generator`."""
-    return _load(path, "discriminator", Discriminator, published_discriminator, device, dtype)
+    """The discriminator of a bundle folder or a published file, in eval mode. Raises as :func:`load_generator`."""
+    return _load(path, "discriminator", _discriminator, published_discriminator, device, dtype)
 
 
 def load_encoder(
     path: StrPath | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> PyramidEncoder:
-    """The encoder of a bundle folder, in eval mode. Raises as :func:`load_generator`."""
-    return _load(path, "encoder", PyramidEncoder, None, device, dtype)
+) -> ImageEncoder:
+    """The encoder of a bundle folder or a published file, of whatever kind, in eval mode. Raises as :func:`load_generator`."""
+    return _load(path, "encoder", build_encoder, published_encoder, device, dtype)
 
 
 def load_directions(path: StrPath | None = None) -> Directions:
@@ -258,10 +268,28 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _bundle_network(folder: Path, index: dict[str, Any], name: str, kind: type[Network]) -> Network:
+def _bundle_network(
+    folder: Path, index: dict[str, Any], name: str, build: Callable[[Mapping[str, Any]], Network]
+) -> Network:
     state = _tensors(folder, f"{name}.safetensors")
     where = f"Model file {str(folder / name) + '.safetensors'!r}"
-    return fill_network(lambda: kind(**index["networks"][name]), state, where)
+    return fill_network(lambda: build(index["networks"][name]), state, where)
+
+
+def _generator(architecture: Mapping[str, Any]) -> Generator:
+    return Generator(**architecture)
+
+
+def _discriminator(architecture: Mapping[str, Any]) -> Discriminator:
+    return Discriminator(**architecture)
+
+
+def _architecture(network: nn.Module) -> dict[str, Any]:
+    """What rebuilds a network; of an encoder its kind too."""
+    if isinstance(network, ImageEncoder):
+        return encoder_architecture(network)
+    assert isinstance(network, Generator | Discriminator)
+    return network.architecture()
 
 
 def _bundle_directions(folder: Path, index: dict[str, Any]) -> Directions:
@@ -331,10 +359,11 @@ def _hash(index: Mapping[str, Any]) -> str:
 
 
 def _check_parts(
-    generator: Generator, encoder: PyramidEncoder, directions: Tensor, codes: LatentTable, where: str
+    generator: Generator, encoder: ImageEncoder, directions: Tensor, codes: LatentTable, where: str
 ) -> None:
     latents = (generator.n_latent, generator.style_dim)
-    if (encoder.n_latent, encoder.style_dim) != latents or encoder.resolution != generator.resolution:
+    other_size = isinstance(encoder, PyramidEncoder) and encoder.resolution != generator.resolution
+    if (encoder.n_latent, encoder.style_dim) != latents or other_size:
         raise InputError(
             f"{where}: the generator has {generator.resolution} px and styles {list(latents)}, the encoder "
             f"{encoder.resolution} px and {[encoder.n_latent, encoder.style_dim]}; use networks trained together."
@@ -353,16 +382,16 @@ def _check_parts(
 def _load(
     path: StrPath | None,
     name: str,
-    kind: type[Network],
-    published: Callable[[StrPath], Network] | None,
+    build: Callable[[Mapping[str, Any]], Network],
+    published: Callable[[StrPath], Network],
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> Network:
-    if published is not None and path is not None and Path(path).is_file():
+    if path is not None and Path(path).is_file():
         network = published(path)
     else:
         folder = _bundle_folder(path)
-        network = _bundle_network(folder, _read_index(folder), name, kind)
+        network = _bundle_network(folder, _read_index(folder), name, build)
     return network.to(_device(device), dtype)
 
 

@@ -31,7 +31,7 @@ def modulated_conv2d(
 
     Args:
         x: [N, C_in, H, W].
-        weight: [C_out, C_in, k, k], k odd.
+        weight: [C_out, C_in, k, k], k odd; [N, C_out, C_in, k, k] for a weight of each sample's own, convolved in groups.
         style: [N, C_in].
         demodulate: divide by the norm of the modulated weight (off in ToRGB).
         up: 1, or 2 for a transposed convolution of stride 2 followed by ``resample_filter`` (blur).
@@ -43,6 +43,9 @@ def modulated_conv2d(
         InputError: shapes that do not fit, or a resample filter that is missing or without use.
     """
     _check(x, weight, style, up, down, resample_filter)
+    if weight.ndim == 5:
+        weight = _modulated(weight, style[:, None], demodulate, eps)
+        return _convolve(x, weight, up, down, resample_filter)
     style, factor = _demodulation(x, weight, style, eps) if demodulate else (style, None)
     x = x * style[:, :, None, None].to(x.dtype)
     x = _convolve(x, weight, up, down, resample_filter)
@@ -72,33 +75,56 @@ def modulated_conv2d_reference(
 ) -> Tensor:
     """The same, as the equations are printed: a weight for each sample, one convolution a sample."""
     _check(x, weight, style, up, down, resample_filter)
+    weights = weight if weight.ndim == 5 else weight.expand(len(x), -1, -1, -1, -1)
     outputs = []
-    for image, s in zip(x, style):
-        w = weight * s[None, :, None, None]  # Eq. 1
-        if demodulate:
-            w = w * torch.rsqrt(w.square().sum((1, 2, 3), keepdim=True) + eps)  # Eq. 3
+    for image, w, s in zip(x, weights, style):
+        w = _modulated(w, s, demodulate, eps)
         outputs.append(_convolve(image[None], w, up, down, resample_filter, plain=True))
     return torch.cat(outputs) if outputs else _convolve(x, weight, up, down, resample_filter, plain=True)
 
 
+def _modulated(weight: Tensor, style: Tensor, demodulate: bool, eps: float) -> Tensor:
+    """The weight [..., C_out, C_in, k, k] scaled by the style [..., C_in] and to unit norm."""
+    w = weight * style[..., None, None]  # Eq. 1
+    return w * torch.rsqrt(w.square().sum((-3, -2, -1), keepdim=True) + eps) if demodulate else w  # Eq. 3
+
+
 def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None, plain: bool = False) -> Tensor:
     """'Same' convolution with 2-fold up- or downsampling behind or before an FIR filter; ``plain``: by PyTorch alone."""
-    k = weight.shape[2]
-    native = k == 3 and not plain
+    k = weight.shape[-1]
+    native = k == 3 and weight.ndim == 4 and not plain
     resample = upfirdn2d_reference if plain else upfirdn2d
     if not native:
         weight = weight.to(x.dtype)
     if up == 2 and f is not None:
         # Stride 2 and a k x k kernel give 2 H + k - 2 rows; the filter needs kh - 1 rows around 2 H.
-        turned = weight.transpose(0, 1)
-        x = conv3x3_transposed(x, turned) if native else F.conv_transpose2d(x, turned, stride=2)
+        x = conv3x3_transposed(x, weight.transpose(0, 1)) if native else _transposed(x, weight)
         pad = [f.shape[1] - k + 1, f.shape[0] - k + 1]  # in all, of columns and rows
         return resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2], gain=4.0)
     if down == 2 and f is not None:
         pad = [f.shape[1] + k - 3, f.shape[0] + k - 3]
         x = resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
-        return conv3x3(x, weight, stride=2) if native else F.conv2d(x, weight, stride=2)
-    return conv3x3(x, weight) if native else F.conv2d(x, weight, padding=k // 2)
+        return conv3x3(x, weight, stride=2) if native else _plain(x, weight, stride=2)
+    return conv3x3(x, weight) if native else _plain(x, weight, padding=k // 2)
+
+
+def _plain(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """``conv2d`` with one weight for all samples or, with five dimensions, one for each, as groups."""
+    if weight.ndim == 4:
+        return F.conv2d(x, weight, stride=stride, padding=padding)
+    n = len(x)
+    y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), stride=stride, padding=padding, groups=n)
+    return y.reshape(n, -1, *y.shape[2:])
+
+
+def _transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """The transposed convolution of stride 2; weights as of :func:`_plain`."""
+    weight = weight.transpose(-4, -3)
+    if weight.ndim == 4:
+        return F.conv_transpose2d(x, weight, stride=2)
+    n = len(x)
+    y = F.conv_transpose2d(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), stride=2, groups=n)
+    return y.reshape(n, -1, *y.shape[2:])
 
 
 def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tensor | None) -> None:
@@ -109,10 +135,12 @@ def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tens
             raise InputError(
                 f"{name} must be floating point on {x.device}, as x is, got {tensor.dtype} on {tensor.device}."
             )
-    if weight.ndim != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+    if weight.ndim not in (4, 5) or weight.shape[-2] != weight.shape[-1] or weight.shape[-1] % 2 == 0:
         raise InputError(f"weight must have shape [C_out, C_in, k, k] with k odd, got {list(weight.shape)}.")
-    if x.shape[1] != weight.shape[1]:
-        raise InputError(f"x must have the {weight.shape[1]} channels of weight, got {x.shape[1]}.")
+    if weight.ndim == 5 and len(weight) != len(x):
+        raise InputError(f"weight must be one for each of the {len(x)} samples of x, got {len(weight)}.")
+    if x.shape[1] != weight.shape[-3]:
+        raise InputError(f"x must have the {weight.shape[-3]} channels of weight, got {x.shape[1]}.")
     if style.shape != x.shape[:2]:
         raise InputError(
             f"style must have shape {list(x.shape[:2])}, one factor per input channel, got {list(style.shape)}."

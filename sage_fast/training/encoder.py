@@ -1,28 +1,61 @@
-"""Train the encoder that maps images to W+ offsets of a given generator ([SAGE], Eq. 3; pSp, Richardson et al. 2021).
+"""Train the encoder that maps images to W+ offsets of a given generator ([SAGE], Eq. 3).
 
-Mean squared error, perceptual distance and a small norm of the offsets; with ``tune_generator`` the generator goes on
-learning beside it (see :mod:`sage_fast.training.tuning`).
+Four kinds: psp (Richardson et al. 2021), e4e (Tov et al. 2021), restyle (Alaluf et al. 2021) and hyperstyle (Alaluf et al. 2022).
+All learn from mean squared error, perceptual distance, a small norm of the offsets and, with a network for it, identity; with
+``tune_generator`` the generator goes on learning beside psp or e4e (see :mod:`sage_fast.training.tuning`).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
+from sage_fast.models.encoder_kinds import KINDS, encoder_architecture
 from sage_fast.models.encoders import PyramidEncoder
-from sage_fast.models.perceptual import load_perceptual, perceptual_distance
+from sage_fast.models.hyperstyle import HyperStyle
+from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Discriminator, Generator
-from sage_fast.training.losses import code_norm, pixel_mse
-from sage_fast.training.runtime import PRECISIONS, Run, autocast, draw_batch, ema_update
+from sage_fast.models.weight_deltas import synthesize
+from sage_fast.training.encoder_steps import HyperStyleSteps, OnePassSteps, ReStyleSteps, new_encoder
+from sage_fast.training.latent_critic import E4EConfig
+from sage_fast.training.losses import pixel_mse
+from sage_fast.training.reconstruction import Reconstruction
+from sage_fast.training.runtime import PRECISIONS, Run, draw_batch, ema_update
 from sage_fast.training.tuning import GeneratorTuning
 
-__all__ = ["EncoderConfig", "train_encoder"]
+__all__ = ["EncoderConfig", "HyperStyleConfig", "train_encoder"]
+
+_N_ITERATIONS = 5  # of ReStyle and HyperStyle, in both papers
+
+
+@dataclass(frozen=True)
+class HyperStyleConfig:
+    """Settings of kind ``"hyperstyle"``.
+
+    ``w_encoder``: a bundle whose encoder gives the codes; None trains an encoder into W in the first ``w_share`` of the steps.
+    ``head_width``, ``rank``: of the hypernetwork, see :class:`sage_fast.models.hypernets.PyramidHypernet`.
+    """
+
+    w_encoder: str | None = None
+    w_share: float = 0.4
+    head_width: int = 16
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.w_share < 1:
+            raise InputError(
+                f"w_share is a share of the steps, expected more than 0 and less than 1, got {self.w_share}."
+            )
+        for name in ("head_width", "rank"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -31,9 +64,12 @@ class EncoderConfig:
 
     ``perceptual``: ``"discriminator"`` (features of the discriminator as it was given), ``"none"``, ``"lpips-..."`` or a
     weights file: see :func:`sage_fast.models.perceptual.load_perceptual`.
+    ``identity``: ``"none"`` or a weights file: see :func:`sage_fast.models.identity.load_identity`.
+    ``n_iterations``: corrections of restyle, refinements of hyperstyle, in training and afterwards; None: 5.
     ``noise``: the generator's noise during training and, for the same images, afterwards: ``"none"`` or ``"const"``.
     """
 
+    kind: Literal["psp", "e4e", "restyle", "hyperstyle"] = "psp"
     total_steps: int = 20_000
     batch: int = 16
     channel_base: int = 1024
@@ -46,7 +82,12 @@ class EncoderConfig:
     perceptual_weight: float = 0.1
     perceptual: str = "discriminator"
     perceptual_share: float = 1.0  # of the batch that the perceptual term looks at: it costs as much as all the rest
+    identity: str = "none"
+    identity_weight: float = 0.1
     norm_weight: float = 0.0005
+    n_iterations: int | None = None
+    e4e: E4EConfig = field(default_factory=E4EConfig)
+    hyperstyle: HyperStyleConfig = field(default_factory=HyperStyleConfig)
     noise: str = "none"
     flip: bool = True
     precision: str = "float32"  # or "bfloat16": see sage_fast.training.runtime.autocast
@@ -68,7 +109,8 @@ class EncoderConfig:
         for name in (*positive, "save_every", "grid_every", "tune_lr", "r1_every"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("mse_weight", "perceptual_weight", "norm_weight", "adversarial_weight", "warmup", "n_validation"):
+        weights = ("mse_weight", "perceptual_weight", "norm_weight", "identity_weight", "adversarial_weight")
+        for name in (*weights, "warmup", "n_validation"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.precision not in PRECISIONS:
@@ -84,6 +126,34 @@ class EncoderConfig:
             raise InputError(f"batch must be at least 4 with tune_generator, got {self.batch}.")
         if self.mse_weight == 0 and (self.perceptual_weight == 0 or self.perceptual == "none"):
             raise InputError("mse_weight and the perceptual term are both off; the encoder needs one of them.")
+        self._check_kind()
+
+    @property
+    def iterations(self) -> int:
+        """Corrections of restyle, refinements of hyperstyle."""
+        return _N_ITERATIONS if self.n_iterations is None else self.n_iterations
+
+    @property
+    def w_steps(self) -> int:
+        """Steps in which hyperstyle trains its encoder into W; 0 for every other kind."""
+        if self.kind != "hyperstyle" or self.hyperstyle.w_encoder is not None:
+            return 0
+        return max(1, round(self.hyperstyle.w_share * self.total_steps))
+
+    def _check_kind(self) -> None:
+        """Raise InputError for an unknown kind and for settings that this one ignores."""
+        if self.kind not in KINDS:
+            raise InputError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
+        iterated = self.kind in ("restyle", "hyperstyle")
+        if self.n_iterations is not None and (not iterated or self.n_iterations < 1):
+            raise InputError(
+                f"n_iterations is at least 1, for restyle and hyperstyle, got {self.n_iterations} for {self.kind}."
+            )
+        if self.tune_generator and iterated:
+            raise InputError(f"tune_generator goes with psp and e4e, got kind {self.kind!r}; leave it out.")
+        for kind, fresh in (("e4e", E4EConfig()), ("hyperstyle", HyperStyleConfig())):
+            if self.kind != kind and getattr(self, kind) != fresh:
+                raise InputError(f"settings of {kind} have no effect on kind {self.kind!r}; leave them out.")
 
 
 def train_encoder(
@@ -94,14 +164,14 @@ def train_encoder(
     folder: str | Path,
     resume: bool = False,
     device: str | torch.device = "cpu",
-) -> PyramidEncoder:
+) -> ImageEncoder:
     """Train from uint8 images [M, C, R, R]; returns the averaged encoder in eval mode, offsets from ``generator.latent_avg``.
 
     The generator and the discriminator given stay as they are, unless ``config.tune_generator``: then their weights are
     replaced by the tuned ones (the generator's average), ``latent_avg`` excepted. Checkpoints continue bit for bit.
 
-    Deviation: pSp adds an identity loss for faces and needs none of the averaging; codes of a small generator move less
-    between checkpoints with it.
+    Deviation: the papers' programs use Ranger and no averaging; codes of a small generator move less between checkpoints
+    with it. HyperStyle's two networks are trained one after the other here, by one call.
 
     Raises:
         InputError: the images do not fit the generator, a network is missing, or a loss is not finite.
@@ -109,21 +179,18 @@ def train_encoder(
     _check_images(images, generator, config)
     run = Run(folder, "encoder", config, resume)
     rng = torch.Generator().manual_seed(config.seed)
-    E = _new_encoder(config, generator).to(device)
+    E = new_encoder(config, generator).to(device)
     average = copy.deepcopy(E).eval().requires_grad_(False)
     optim = torch.optim.Adam(E.parameters(), lr=config.lr, betas=(0.9, 0.999))
-    perceptual = load_perceptual(config.perceptual, discriminator) if config.perceptual_weight else None
+    reconstruction = Reconstruction(config, discriminator, device)
+    tuning = GeneratorTuning(config, generator, discriminator, device) if config.tune_generator else None
+    G = tuning.G if tuning else copy.deepcopy(generator).to(device).eval().requires_grad_(False)
+    synthesis = tuning.average_G if tuning else G
+    steps = _steps(config, E, average, G, reconstruction, tuning, device)
     parts: dict[str, torch.nn.Module | torch.optim.Optimizer] = {"E": E, "average": average, "optim": optim}
-    if perceptual is not None:
-        perceptual = perceptual.to(device)
-    if config.tune_generator:
-        tuning = GeneratorTuning(config, generator, discriminator, device)
-        G, synthesis = tuning.G, tuning.average_G
-        parts |= tuning.parts() | ({"perceptual": perceptual} if perceptual is not None else {})
-    else:
-        tuning, G = None, copy.deepcopy(generator).to(device).eval().requires_grad_(False)
-        synthesis = G
-    n_perceptual = max(1, round(config.perceptual_share * config.batch))
+    parts |= steps.parts()
+    if tuning and reconstruction.perceptual is not None:
+        parts["perceptual"] = reconstruction.perceptual
     train, held_out = _split(len(images), config.n_validation)
     check = _batch(images, held_out if len(held_out) else train[:32], False, rng, device)
 
@@ -141,29 +208,10 @@ def train_encoder(
         optim.param_groups[0]["lr"] = config.lr * rate
         real = _batch(images, train[draw_batch(len(train), config.batch, rng)], config.flip, rng, device)
 
-        # reconstruction
-        with autocast(config.precision, device):
-            offsets = E(real).float()
-            if tuning is None:
-                rebuilt = G(offsets + G.latent_avg, noise=config.noise)
-                adversarial = real.new_zeros(())
-            else:
-                rebuilt, adversarial = tuning.generate(offsets + G.latent_avg, rng)
-            mse, norm = pixel_mse(rebuilt, real), code_norm(offsets)
-            distance = real.new_zeros(())
-            if perceptual is not None:
-                distance = perceptual_distance(perceptual, rebuilt[:n_perceptual], real[:n_perceptual])
-        loss = config.mse_weight * mse + config.perceptual_weight * distance + config.norm_weight * norm
-        loss = loss + config.adversarial_weight * adversarial
-
         optim.zero_grad(set_to_none=True)
-        if tuning is None:
-            loss.backward()
-        else:
-            tuning.step_generator(loss, rate)
+        loss = steps.backward(real, step, rate, rng)
         optim.step()
-        if tuning is not None:
-            tuning.step_discriminator(real, step, rate)
+        steps.after(real, step, rate, rng)
 
         done = step + 1
         decay = _decay(config, done)
@@ -171,36 +219,48 @@ def train_encoder(
         if tuning is not None:
             tuning.average(decay)
         if done % config.log_every == 0 or done == config.total_steps:
-            scalars: dict[str, Tensor | float] = {"loss": loss, "mse": mse, "norm": norm, "lr": config.lr * rate}
-            if perceptual is not None:
-                scalars[f"perceptual_{perceptual.name}"] = distance
-            run.log(done, **scalars, **(tuning.scalars if tuning else {}))
+            run.log(done, loss=loss, lr=config.lr * rate, **steps.scalars)
         if done % config.grid_every == 0 or done == config.total_steps:
             rebuilt = _reconstruct(average, synthesis, check, config.noise)
             run.grid(f"rebuilt_{done:06d}", rebuilt[:32])
             run.log(done, val_mse=pixel_mse(rebuilt, check))
         if done % config.save_every == 0 or done == config.total_steps:
             weights = {name: part.state_dict() for name, part in parts.items()}
-            run.save({**weights, "rng": rng.get_state(), "step": done})
+            run.save({**weights, "architecture": encoder_architecture(E), "rng": rng.get_state(), "step": done})
     if tuning is not None:
         tuning.write_back(generator, discriminator)
     return average.eval()
 
 
-def _new_encoder(config: EncoderConfig, generator: Generator) -> PyramidEncoder:
-    """A fresh encoder for the generator; leaves torch's own random state alone."""
-    sizes = (config.channel_base, config.channel_max, config.head_width)
-    shape = (generator.resolution, generator.n_latent, generator.style_dim, generator.n_channels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return PyramidEncoder(*shape, *sizes)
+def _steps(
+    config: EncoderConfig,
+    E: ImageEncoder,
+    average: ImageEncoder,
+    G: Generator,
+    reconstruction: Reconstruction,
+    tuning: GeneratorTuning | None,
+    device: str | torch.device,
+) -> OnePassSteps | ReStyleSteps | HyperStyleSteps:
+    """What a step of the config's kind does."""
+    if isinstance(E, HyperStyle):
+        assert isinstance(average, HyperStyle)
+        return HyperStyleSteps(config, E, average, G, reconstruction, device)
+    assert isinstance(E, PyramidEncoder)
+    if config.kind == "restyle":
+        return ReStyleSteps(config, E, G, reconstruction, device)
+    return OnePassSteps(config, E, G, reconstruction, tuning, device)
 
 
 def _rate(step: int, config: EncoderConfig) -> float:
-    """Share of the learning rate at a step: linear warm-up, then a cosine down to ``lr_end``."""
+    """Share of the learning rate at a step: linear warm-up, then a cosine down to ``lr_end``; anew for hyperstyle's second part."""
+    total = config.total_steps
+    if config.w_steps:
+        step, total = (
+            (step, config.w_steps) if step < config.w_steps else (step - config.w_steps, total - config.w_steps)
+        )
     if step < config.warmup:
         return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.total_steps - config.warmup)
+    done = (step - config.warmup) / max(1, total - config.warmup)
     return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -211,8 +271,11 @@ def _decay(config: EncoderConfig, done: int) -> float:
 
 
 @torch.no_grad()
-def _reconstruct(encoder: PyramidEncoder, generator: Generator, images: Tensor, noise: str) -> Tensor:
-    rebuilt = [generator(encoder(part) + generator.latent_avg, noise=noise) for part in images.split(32)]
+def _reconstruct(encoder: ImageEncoder, generator: Generator, images: Tensor, noise: str) -> Tensor:
+    rebuilt = []
+    for part in images.split(32):
+        found = encoder.invert(part, generator, noise)
+        rebuilt.append(synthesize(generator, found.offsets + generator.latent_avg, found.weight_deltas, noise))
     return torch.cat(rebuilt)
 
 

@@ -29,16 +29,16 @@ def logistic_d(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
-    """Squared norm of the logits' gradient at the real images, mean over the batch.
+    """Squared norm of the logits' gradient at the real images (or latents), mean over the batch.
 
     The caller multiplies with gamma / 2 (and with the interval, when lazy: [StyleGAN2], appendix B, Eq. 1).
 
     Args:
         logits: [N, 1], computed from ``images`` with gradients recorded.
-        images: [N, C, H, W] real images with ``requires_grad``.
+        images: [N, C, H, W] real images, or latents [N, D], with ``requires_grad``.
     """
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.square().sum([1, 2, 3]).mean()
+    return gradient.square().sum(list(range(1, gradient.ndim))).mean()
 
 
 def path_length_penalty(

@@ -69,6 +69,7 @@ class Run:
             return
         old = json.loads(self._config_path.read_text())
         new = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        old = json.loads(json.dumps(_defaults(self.config))) | old  # a run may be older than a setting
         changed = sorted(k for k in new if k not in self.MUTABLE and old.get(k) != new[k])
         if changed:
             was = ", ".join(f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in changed)
@@ -130,6 +131,18 @@ class Run:
             for step in range(start, total):
                 yield step
                 bar.update(task, completed=step + 1, description=self._status)
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The fields of a config dataclass that have default values, with these."""
+    values = {}
+    for entry in dataclasses.fields(config):
+        if entry.default is not dataclasses.MISSING:
+            values[entry.name] = entry.default
+        elif entry.default_factory is not dataclasses.MISSING:
+            value = entry.default_factory()
+            values[entry.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+    return values
 
 
 def autocast(precision: str, device: str | torch.device) -> torch.autocast:

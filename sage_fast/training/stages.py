@@ -20,13 +20,14 @@ from torch import Tensor
 
 from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
 from sage_fast.data.latent_table import LatentTable
-from sage_fast.data.writers import prepare_output, write_json
+from sage_fast.data.writers import atomic_write, prepare_output, write_json
 from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
-from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.encoder_kinds import build_encoder
+from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.perceptual import load_perceptual
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
-from sage_fast.models.weights import save_bundle
+from sage_fast.models.weights import load_discriminator, load_generator, save_bundle
 from sage_fast.training.dictionary import DictionaryConfig, train_dictionary
 from sage_fast.training.embed import embed
 from sage_fast.training.encoder import EncoderConfig, train_encoder
@@ -36,6 +37,7 @@ __all__ = [
     "BundleConfig",
     "STAGES",
     "TrainConfig",
+    "adopt_generator",
     "bundle_stage",
     "dictionary_stage",
     "embed_stage",
@@ -104,8 +106,8 @@ class TrainConfig:
 
 class _Trained(NamedTuple):
     generator: Generator
-    discriminator: Discriminator
-    encoder: PyramidEncoder | None
+    discriminator: Discriminator | None
+    encoder: ImageEncoder | None
 
 
 def train_all(
@@ -159,6 +161,34 @@ def gan_stage(
     train_gan(config, images, folder, resume, device)
 
 
+def adopt_generator(path: str | Path, folder: Path) -> None:
+    """Take the generator (and discriminator, where there is one) of a bundle or file as stage 1 of the run in ``folder``.
+
+    Raises:
+        InputError: no generator can be read from ``path``, or the run has another one.
+    """
+    G = load_generator(path)
+    try:
+        D = load_discriminator(path)
+    except InputError:  # many files hold none
+        D = None
+    sizes = {"resolution": G.resolution, "n_channels": G.n_channels, "total_steps": 0, "source": Path(path).name}
+    state: dict[str, Any] = {"average": G.state_dict(), "architecture": G.architecture(), "step": 0}
+    if D is not None:
+        state |= {"D": D.state_dict(), "architecture_D": D.architecture()}
+    target = folder / "checkpoints" / "gan.pt"
+    if target.exists():
+        old = _finished_state(folder, "gan", "encoder")["average"]
+        if old.keys() != state["average"].keys() or any(not torch.equal(old[k], state["average"][k]) for k in old):
+            raise InputError(f"{folder} has another generator than {str(path)!r}; give another folder.")
+        return
+    for name in ("configs", "checkpoints"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as file:
+        torch.save(state, file)
+    write_json(folder / "configs" / "gan.json", sizes)
+
+
 def encoder_stage(
     config: EncoderConfig, images: Tensor, folder: Path, resume: bool = False, device: str | torch.device = "cpu"
 ) -> None:
@@ -181,7 +211,8 @@ def embed_stage(
         if table.files == images.files and table.categories == images.categories:
             return table
     assert trained.encoder is not None
-    table = embed(images, trained.encoder.to(device), batch)
+    noise = _config(folder, "encoder")["noise"]
+    table = embed(images, trained.encoder.to(device), trained.generator.to(device), batch, noise)
     path.unlink(missing_ok=True)
     _claim(folder, "codes", "encoder")
     table.save(path)
@@ -254,23 +285,39 @@ def _check_noise(config: DictionaryConfig, noise: str) -> None:
 def _load_trained(folder: Path, stage: str) -> _Trained:
     """The finished networks that ``stage`` builds on, rebuilt from their checkpoints on the CPU, in eval mode."""
     c, state = _config(folder, "gan", stage), _finished_state(folder, "gan", stage)
-    size = {"channel_base": c["channel_base"], "channel_max": c["channel_max"]}
-    G = Generator(c["resolution"], c["style_dim"], c["n_mapping"], c["n_channels"], **size)
-    D = Discriminator(c["resolution"], c["n_channels"], **size)
-    G.load_state_dict(state["average"])
-    D.load_state_dict(state["D"])
+    G, D = _trained_gan(c, state)
     E = None
     if stage != "encoder":
         c, state = _config(folder, "encoder", stage), _finished_state(folder, "encoder", stage)
-        E = PyramidEncoder(
-            G.resolution, G.n_latent, G.style_dim, G.n_channels, c["channel_base"], c["channel_max"], c["head_width"]
-        )
+        E = build_encoder(state.get("architecture") or _sizes_of_old_runs(c, G))
         E.load_state_dict(state["average"])
         E.eval().requires_grad_(False)
         if c["tune_generator"]:
+            assert D is not None
             G.load_state_dict(state["average_G"])
             D.load_state_dict(state["D"])
-    return _Trained(G.eval().requires_grad_(False), D.eval().requires_grad_(False), E)
+    return _Trained(G.eval().requires_grad_(False), None if D is None else D.eval().requires_grad_(False), E)
+
+
+def _trained_gan(c: dict[str, Any], state: dict[str, Any]) -> tuple[Generator, Discriminator | None]:
+    """Generator and discriminator of stage 1, trained or adopted; an adopted generator may come alone."""
+    if "architecture" in state:
+        G = Generator(**state["architecture"])
+        D = Discriminator(**state["architecture_D"]) if "D" in state else None
+    else:
+        size = {"channel_base": c["channel_base"], "channel_max": c["channel_max"]}
+        G = Generator(c["resolution"], c["style_dim"], c["n_mapping"], c["n_channels"], **size)
+        D = Discriminator(c["resolution"], c["n_channels"], **size)
+    G.load_state_dict(state["average"])
+    if D is not None:
+        D.load_state_dict(state["D"])
+    return G, D
+
+
+def _sizes_of_old_runs(c: dict[str, Any], G: Generator) -> dict[str, Any]:
+    """The encoder of a checkpoint from before there were kinds."""
+    shape = {name: getattr(G, name) for name in ("resolution", "n_latent", "style_dim", "n_channels")}
+    return shape | {name: c[name] for name in ("channel_base", "channel_max", "head_width")}
 
 
 def _load_codes(folder: Path) -> LatentTable:

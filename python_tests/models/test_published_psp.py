@@ -1,0 +1,134 @@
+"""Files of pSp's family and of AGE and SAGE: the generator inside, prefixes, mean latents of every shape, dictionaries."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from sage_fast import load_dictionary
+from sage_fast.conversion import describe
+from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
+from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
+from sage_fast.models.psp import GradualStyleEncoder
+from sage_fast.models.published import read_published
+from sage_fast.models.stylegan2 import Generator
+from sage_fast.models.weights import load_discriminator, load_encoder, load_generator
+
+
+@pytest.fixture(scope="module")
+def G() -> Generator:
+    torch.manual_seed(3)
+    G = Generator(16, 12, 2, channels=[4, 4, 4])
+    G.latent_avg.copy_(torch.randn(12))
+    return G.eval()
+
+
+def decoder(G: Generator, prefix: str = "decoder.") -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in G.state_dict().items() if name != "latent_avg"}
+
+
+def write(path, state, **entries):
+    torch.save({"state_dict": state} | entries, path)
+    return path
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (6, 12), (18, 12)])
+@pytest.mark.parametrize("prefix", ["decoder.", "decoder.module.", "module.decoder."])
+def test_the_decoder_is_a_generator_whatever_the_prefix(tmp_path, G, prefix, shape):
+    average = G.latent_avg.expand(shape).clone()
+    path = write(tmp_path / "x", decoder(G, prefix), latent_avg=average, opts=argparse.Namespace(output_size=16))
+    assert same(load_generator(path), G)
+
+
+def test_rows_that_differ_give_their_mean_and_a_wrong_width_is_refused(tmp_path, G):
+    rows = torch.randn(6, 12)
+    torch.testing.assert_close(
+        load_generator(write(tmp_path / "x", decoder(G), latent_avg=rows)).latent_avg, rows.mean(0)
+    )
+    with pytest.raises(InputError, match=r"latent_avg of shape \[6, 9\], expected \[12\]"):
+        load_generator(write(tmp_path / "x", decoder(G), latent_avg=rows[:, :9]))
+
+
+def test_without_a_mean_latent_the_mapping_gives_one(tmp_path, G):
+    with pytest.warns(SageFastWarning, match="no latent_avg"):
+        assert torch.equal(load_generator(write(tmp_path / "x", decoder(G))).latent_avg, G.mean_latent())
+
+
+@pytest.mark.parametrize(
+    ("state", "opts", "name"),
+    [
+        ({}, {}, "pSp .pt"),
+        ({}, {"stylegan_size": 16}, "e4e .pt"),
+        ({"encoder.input_layer.0.weight": torch.zeros(1, 6, 3, 3)}, {}, "ReStyle .pt"),
+        ({"hypernet.x": torch.zeros(1)}, {}, "HyperStyle .pt"),
+        ({"ax.A": torch.zeros(6, 12, 3)}, {}, "AGE / SAGE .pt"),
+    ],
+)
+def test_the_family_follows_from_the_content(tmp_path, G, state, opts, name):
+    path = write(tmp_path / "x", decoder(G) | state, opts=opts, latent_avg=G.latent_avg)
+    assert read_published(path).format == name
+
+
+def test_an_encoder_beside_the_decoder_is_loaded(tmp_path):
+    torch.manual_seed(4)
+    G = Generator(4, 512, 1, channels=[2]).eval()
+    with torch.device("meta"):
+        encoder = GradualStyleEncoder(2, 2)
+    state = {f"encoder.module.{n}": torch.zeros(t.shape, dtype=t.dtype) for n, t in encoder.state_dict().items()}
+    opts = argparse.Namespace(output_size=4, encoder_type="GradualStyleEncoder", start_from_latent_avg=True)
+    path = write(tmp_path / "x", decoder(G) | state, opts=opts, latent_avg=G.latent_avg)
+    found = load_encoder(path)
+    assert (found.n_latent, found.style_dim, found.kind) == (2, 512, "psp")
+    assert describe(path)["loads"] == ["generator", "encoder"]
+
+
+def test_what_is_asked_for_and_not_there(tmp_path, G):
+    path = write(tmp_path / "x", decoder(G), latent_avg=G.latent_avg)
+    for load, wanted in (
+        (load_encoder, "encoder"),
+        (load_discriminator, "discriminator"),
+        (load_dictionary, "directions"),
+    ):
+        with pytest.raises(InputError, match=f"holds no {wanted}, but generator"):
+            load(path)
+    encoder = write(tmp_path / "y", {"encoder.input_layer.0.weight": torch.zeros(1, 3, 3, 3)})
+    with pytest.raises(InputError, match="holds no generator, but encoder"):
+        load_generator(encoder)
+    with pytest.raises(InputError, match="the encoder has 0 styles"):
+        load_encoder(encoder)
+
+
+def test_the_directions_of_age_are_a_dictionary_of_all_styles(tmp_path, G):
+    A = torch.randn(6, 12, 5)
+    state = {
+        f"module.{name}": value for name, value in ({"ax.A": A, "ax.encoder0.fc1.weight": A[0]} | decoder(G)).items()
+    }
+    path = write(tmp_path / "x", state, latent_avg=G.latent_avg, opts={"device": torch.device("cpu")})
+    found = load_dictionary(path)
+    assert isinstance(found, CategoryIrrelevantDictionary) and found.groups == ((0, 1, 2), (3, 4, 5))
+    assert torch.equal(found.directions[:6], A) and len(found.directions) == G.n_latent
+    assert read_published(path).ignored == ("ax.encoder0",)
+    big = write(tmp_path / "y", {"ax.A": A} | decoder(Generator(32, 12, 1, channels=[2] * 4)), latent_avg=G.latent_avg)
+    assert load_dictionary(big).directions[6:].eq(0).all() and len(load_dictionary(big).directions) == 8
+
+
+def test_class_embeddings_codes_and_statistics(tmp_path):
+    means = {f"n0{i}": torch.randn(18, 12) for i in (2, 1, 3)}
+    torch.save(means, tmp_path / "e.pt")
+    found = load_dictionary(tmp_path / "e.pt")
+    assert isinstance(found, CategoryRelevantDictionary) and found.n_components == 3
+    assert torch.equal(found.class_embeddings_[0], means["n01"])
+    torch.save({"n01": [torch.randn(6, 5)] * 4}, tmp_path / "ns.pt")
+    assert load_dictionary(tmp_path / "ns.pt")["n01"].shape == (4, 6, 5)
+    arrays = {"mean": np.zeros((2, 5)), "mean_abs": np.ones((2, 5)), "cov": np.ones((2, 5, 5))}
+    np.save(tmp_path / "n_distribution.npy", arrays)
+    assert load_dictionary(tmp_path / "n_distribution.npy")["cov"].shape == (2, 5, 5)
+    assert describe(tmp_path / "e.pt")["loads"] == ["class embeddings"]

@@ -1,0 +1,193 @@
+"""Files of networks in other formats: bits that come back, what a target cannot hold, and what inspect says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from nvlabs_pickles import write_nvlabs
+
+from sage_fast import cli
+from sage_fast.conversion import TARGETS, convert, describe
+from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.models.weights import load_discriminator, load_generator
+
+
+def networks(**changes) -> tuple[Generator, Discriminator]:
+    torch.manual_seed(2)
+    G = Generator(**{"resolution": 16, "style_dim": 8, "n_mapping": 2, "channels": [6, 5, 4], **changes})
+    G.latent_avg.copy_(torch.randn(8))
+    return G.eval(), Discriminator(16, channels=[6, 5, 4]).eval()
+
+
+def same(a, b) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def one_sentence(error) -> bool:
+    text = str(error.value)
+    return "\n" not in text and text.endswith(".") and ". " not in text
+
+
+def ending(target: str) -> str:
+    return ".pt" if target in ("rosinality", "psp") else ".safetensors"
+
+
+@pytest.mark.parametrize("first", TARGETS)
+@pytest.mark.parametrize("second", TARGETS)
+@pytest.mark.filterwarnings("ignore:a psp file does not keep")
+def test_every_way_there_and_on_keeps_every_bit(tmp_path, first, second):
+    G, D = networks()
+    path = write_nvlabs(tmp_path / "a.pkl", G, D)
+    for i, target in enumerate((first, second)):
+        path = convert(path, tmp_path / f"{i}{ending(target)}", target)
+    back = load_generator(path)
+    assert back.architecture() == G.architecture() and same(back, G)
+    if "psp" not in (first, second):
+        assert same(load_discriminator(path), D)
+
+
+@pytest.mark.parametrize("target", ["nvlabs", "sage_fast"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(connections="resnet", clamp=2.0, n_channels=4),
+        dict(connections="orig", c_dim=3, mapping_lr_mul=0.1),
+        dict(c_dim=2, z_dim=5, mapping_width=7, embed_dim=6),
+    ],
+    ids=str,
+)
+def test_what_our_own_and_nvlabs_names_can_hold(tmp_path, target, shape):
+    G, _ = networks(**shape)
+    D = Discriminator(
+        16,
+        4,
+        channels=[6, 5, 4],
+        connections="skip",
+        clamp=0.5,
+        mbstd_group=None,
+        mbstd_channels=2,
+        c_dim=3,
+        n_mapping=2,
+    )
+    path = convert(write_nvlabs(tmp_path / "a.pkl", G, D), tmp_path / "b.safetensors", target)
+    back, judge = load_generator(path), load_discriminator(path)
+    assert back.architecture() == G.architecture() and same(back, G)
+    assert judge.architecture() == D.architecture() and same(judge, D)
+
+
+def test_the_clamp_is_kept_for_this_package_and_the_loss_for_others_said(tmp_path):
+    G, D = networks(clamp=256.0)
+    path = write_nvlabs(tmp_path / "a.pkl", G, D)
+    for target in ("rosinality", "psp"):
+        with pytest.warns(SageFastWarning, match="does not keep .*the clamp 256.0 for its own code"):
+            out = convert(path, tmp_path / "b.pt", target)
+        assert load_generator(out).clamp == 256.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (dict(connections="resnet"), "connections='skip' only, this one has 'resnet'"),
+        (dict(n_channels=1), "n_channels=3 only, this one has 1"),
+        (dict(c_dim=2), "c_dim=0 only, this one has 2"),
+    ],
+)
+@pytest.mark.parametrize("target", ["rosinality", "psp"])
+def test_what_the_common_port_cannot_hold_is_refused_and_nothing_written(tmp_path, target, shape, words):
+    path = write_nvlabs(tmp_path / "a.pkl", networks(**shape)[0])
+    with pytest.raises(InputError, match=words) as error:
+        convert(path, tmp_path / "b.pt", target)
+    assert one_sentence(error) and os.listdir(tmp_path) == ["a.pkl"]
+    assert target not in describe(path)["converts to"]
+
+
+@pytest.mark.parametrize(
+    ("out", "to", "words"),
+    [
+        ("b.pkl", None, "no pickle"),
+        ("b.pt", "bundle", "train one with sage-fast train"),
+        ("b.bin", None, "--to must be one of"),
+        ("b.safetensors", "psp", "ends in .pt"),
+        ("b.pt", "nvlabs", "ends in .safetensors"),
+        ("nowhere/b.pt", None, "nowhere"),
+    ],
+)
+def test_targets_that_are_none(tmp_path, out, to, words):
+    path = write_nvlabs(tmp_path / "a.pkl", networks()[0])
+    with pytest.raises(InputError, match=words):
+        convert(path, tmp_path / out, to)
+    assert os.listdir(tmp_path) == ["a.pkl"]
+
+
+def test_a_bundle_is_a_source_too(tiny_bundle, tmp_path):
+    with pytest.warns(SageFastWarning, match="does not keep the encoder"):
+        out = convert(tiny_bundle, tmp_path / "b.safetensors")
+    assert same(load_generator(out), load_generator(tiny_bundle))
+    assert same(load_discriminator(out), load_discriminator(tiny_bundle))
+    report = describe(tiny_bundle)
+    assert report["format"] == "sage_fast bundle" and set(report["networks"]) == {
+        "generator",
+        "discriminator",
+        "encoder",
+    }
+
+
+def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
+    path = write_nvlabs(tmp_path / "a.pkl", *networks())
+    (tmp_path / "b.pt").write_bytes(b"older")
+
+    def write(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(InputError, match="No space left"):
+        convert(path, tmp_path / "b.pt")
+    assert (tmp_path / "b.pt").read_bytes() == b"older" and len(os.listdir(tmp_path)) == 2
+
+
+def test_inspect_and_convert_in_the_shell(tmp_path, capsys):
+    G, D = networks(clamp=256.0)
+    path = write_nvlabs(tmp_path / "a.pkl", G, D)
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = report["networks"]["generator"]
+    assert (found["resolution"], found["styles"], found["mapping layers"], found["clamp"]) == (16, 6, 2, 256.0)
+    assert found["parameters"] == sum(p.numel() for p in G.parameters())
+    assert report["loads"] == ["generator", "discriminator"] and report["latent_avg"] == "stored"
+    assert report["converts to"] == list(TARGETS)
+    assert cli.main(["convert", str(path), str(tmp_path / "b.safetensors"), "--to", "nvlabs"]) == 0
+    assert cli.main(["inspect", str(tmp_path / "b.safetensors")]) == 0
+    assert "NVLabs names in safetensors" in capsys.readouterr().out
+    for words in (["inspect", str(tmp_path / "none")], ["convert", str(path), str(tmp_path / "b.pkl")]):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_inspect_names_what_is_refused(tmp_path):
+    path = write_nvlabs(tmp_path / "a.pkl", *networks(), activation="relu")
+    report = describe(path)
+    assert "activation 'relu'" in report["networks"]["generator"]["refused"]
+    assert report["loads"] == [] and report["converts to"] == []
+
+
+def test_a_file_of_other_tensors_is_listed_and_cannot_be_converted(tmp_path):
+    torch.save({"model": {"layer.weight": torch.zeros(2, 3), "layer.bias": torch.zeros(2)}}, tmp_path / "x.pt")
+    report = describe(tmp_path / "x.pt")
+    assert report["tensors"] == {"model": {"tensors": 2, "numbers": 8, "first": "layer.weight"}}
+    assert report["format"] == "not recognised" and report["loads"] == report["converts to"] == []
+    with pytest.raises(InputError, match="a table of model, none of the networks of a published format"):
+        convert(tmp_path / "x.pt", tmp_path / "y.pt")
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x04N.", b"PK\x03\x04"], ids=str)
+def test_files_that_are_none(tmp_path, data):
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(InputError, match="x.pt") as error:
+        describe(tmp_path / "x.pt")
+    assert one_sentence(error) and Path(tmp_path / "x.pt").exists()

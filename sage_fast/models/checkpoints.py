@@ -1,0 +1,135 @@
+"""Checkpoints of others, read without running anything in them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sage_fast.errors import InputError
+from sage_fast.models.containers import DAMAGE, read_container
+from sage_fast.models.plain_trees import Global, Stub
+from sage_fast.models.spans import Refusal
+
+__all__ = [
+    "Checkpoint",
+    "Global",
+    "Stub",
+    "is_module",
+    "is_tensorflow_network",
+    "read_checkpoint",
+    "state_dict_of",
+    "tensorflow_arrays_of",
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds.
+
+    Attributes:
+        path: the file.
+        container: "pickle", "torch-zip", "torch-legacy", "safetensors", "npy" or "npz".
+        content: a tree of dict, list, tuple, set, numbers, text, ``Tensor`` (CPU) and ``ndarray``, with a
+            :class:`~sage_fast.models.unpickling.Stub` for each instance of a class and a
+            :class:`~sage_fast.models.unpickling.Global` for each class or function that is only named.
+        metadata: of a safetensors file.
+    """
+
+    path: Path
+    container: str
+    content: Any
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The content of a file of weights; its kind follows from its first bytes, and no code in it runs.
+
+    Raises:
+        InputError: it is missing, truncated, no file of weights, or holds what no such file needs.
+    """
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Refusal("is a directory" if path.is_dir() else "is no regular file")
+        with open(path, "rb", buffering=0) as raw:
+            return Checkpoint(path, *read_container(raw, path, os.fstat(raw.fileno()).st_size))
+    except Refusal as error:
+        raise InputError(f"File {str(path)!r} {error}; give a published file of weights.") from error
+    except DAMAGE as error:
+        raise InputError(
+            f"File {str(path)!r} is truncated or damaged ({_reason_of(error)}); give a published file of weights."
+        ) from error
+
+
+def state_dict_of(module: Stub) -> dict[str, Tensor]:
+    """Parameters and buffers of a pickled ``nn.Module``, by their dotted names.
+
+    Raises:
+        InputError: ``module`` is the record of something else.
+    """
+    if not is_module(module):
+        raise InputError(f"Record {module.name!r} is no network: it lacks the parameters, buffers or modules of one.")
+    return dict(_named_tensors(module.state, ""))
+
+
+def _named_tensors(state: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*state["_parameters"].items(), *state["_buffers"].items()):
+        if isinstance(tensor, Tensor):
+            yield f"{prefix}{name}", tensor
+    for name, child in state["_modules"].items():
+        if child is not None:
+            yield from _named_tensors(child.state, f"{prefix}{name}.")
+
+
+def is_module(value: Any) -> bool:
+    """Whether a value is the record of a pickled ``nn.Module``, whose modules are records of modules too."""
+    if not (isinstance(value, Stub) and isinstance(value.state, dict)):
+        return False
+    tables = [value.state.get(name) for name in ("_parameters", "_buffers", "_modules")]
+    named = all(isinstance(table, dict) and all(isinstance(name, str) for name in table) for table in tables)
+    return named and all(child is None or is_module(child) for child in value.state["_modules"].values())
+
+
+def is_tensorflow_network(value: Any) -> bool:
+    """Whether a value is the record of a pickled ``dnnlib.tflib.Network``, whose components are such records too."""
+    if not (isinstance(value, Stub) and value.name == "Network" and isinstance(value.state, dict)):
+        return False
+    variables, components = value.state.get("variables"), value.state.get("components", {})
+    if not (isinstance(variables, list) and isinstance(components, dict)):
+        return False
+    return all(map(_is_variable, variables)) and all(map(is_tensorflow_network, components.values()))
+
+
+def _is_variable(value: Any) -> bool:
+    pair = isinstance(value, tuple | list) and len(value) == 2
+    return pair and isinstance(value[0], str) and isinstance(value[1], np.ndarray | int | float)
+
+
+def tensorflow_arrays_of(network: Stub) -> dict[str, np.ndarray]:
+    """Variables of a pickled TensorFlow network and, each behind its name and a slash, of its components.
+
+    Raises:
+        InputError: ``network`` is the record of something else.
+    """
+    if not is_tensorflow_network(network):
+        raise InputError(
+            f"Record {network.name!r} is no TensorFlow network: it lacks the variables or components of one."
+        )
+    arrays = {name: np.asarray(value) for name, value in network.state["variables"]}
+    for component, inner in network.state.get("components", {}).items():
+        arrays |= {f"{component}/{name}": value for name, value in tensorflow_arrays_of(inner).items()}
+    return arrays
+
+
+def _reason_of(error: BaseException) -> str:
+    """What went wrong, in a few words without a full stop."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:160] or type(error).__name__

@@ -1,0 +1,187 @@
+"""What a published file comes apart into: networks as constructor arguments and weights under our names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sage_fast.errors import InputError
+
+__all__ = [
+    "EncoderPart", "Part", "PublishedFile", "check_filter", "count", "fill_network", "fitted", "floats", "misfit", "prefixed",
+    "reason_of", "shapes_of",
+]  # fmt: skip
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network of ours that has not been made yet.
+
+    Attributes:
+        kind: its class.
+        arguments: of its constructor.
+        state: its weights.
+        where: the file and the entry in it, for messages.
+        n_fp16: how many resolutions its own code computes in float16; recorded, not imitated.
+    """
+
+    kind: type[nn.Module]
+    arguments: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    where: str
+    n_fp16: int = 0
+
+    def build(self) -> Any:
+        """The network, float32, in eval mode. Raises :class:`InputError` as :func:`fill_network`."""
+        return fill_network(lambda: self.kind(**self.arguments), self.state, self.where)
+
+
+@dataclass(frozen=True)
+class EncoderPart:
+    """Weights (under names of their own network, without prefixes) and options of an encoder, as stored.
+
+    Attributes:
+        state: ``encoder.*``, ``hypernet.*``: float32.
+        options: what its training was called with.
+        latent_avg: [D], [1, D] or [n, D]; None where the file has none.
+    """
+
+    state: Mapping[str, Tensor]
+    options: Mapping[str, Any]
+    latent_avg: Tensor | None
+    where: str
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file whose format was recognised; networks are taken apart when they are asked for.
+
+    Attributes:
+        format: its name, for people.
+        generator, discriminator, encoder: functions that give the part, None where the file has none.
+        has_latent_avg: whether a mean latent is stored.
+        directions: A [6, D, K] of AGE or SAGE.
+        embeddings: class embeddings by category, each [L, D].
+        codes: codes of the images of each category, each [n, 6, K].
+        statistics: ``mean``, ``mean_abs`` and ``cov`` of codes.
+        ignored: what else is in the file.
+    """
+
+    format: str
+    generator: Callable[[], Part] | None = None
+    discriminator: Callable[[], Part] | None = None
+    encoder: Callable[[], EncoderPart] | None = None
+    has_latent_avg: bool = False
+    directions: Tensor | None = None
+    embeddings: Mapping[str, Tensor] | None = None
+    codes: Mapping[str, Tensor] | None = None
+    statistics: Mapping[str, Tensor] | None = None
+    ignored: tuple[str, ...] = field(default=())
+
+    def holds(self) -> list[str]:
+        """What can be loaded from it, in words."""
+        words = {
+            "generator": "generator", "discriminator": "discriminator", "encoder": "encoder", "directions": "directions",
+            "embeddings": "class embeddings", "codes": "codes", "statistics": "statistics of codes",
+        }  # fmt: skip
+        return [word for name, word in words.items() if getattr(self, name) is not None]
+
+
+def fill_network(build: Callable[[], Network], state: Mapping[str, Tensor], where: str) -> Network:
+    """The network that ``build`` makes, with the tensors of ``state`` themselves, in eval mode.
+
+    Nothing is drawn or copied: the network is made without memory and takes over the tensors.
+
+    Raises:
+        InputError: ``build`` fails or the weights do not fit; ``where`` names their file.
+    """
+    try:
+        with torch.device("meta"):
+            network = build()
+        network.load_state_dict(dict(state), assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"{where} does not hold the weights expected ({reason_of(error)}); give another file."
+        ) from error
+    return network.eval()
+
+
+def shapes_of(kind: type[nn.Module], arguments: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """The shape of every weight of a network, without making it."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in kind(**arguments).state_dict().items()}
+
+
+def fitted(value: Tensor, shape: Iterable[int], name: str, where: str) -> Tensor:
+    """``value`` in ``shape``, from which it may differ by dimensions of length 1.
+
+    Raises:
+        InputError: it differs by more.
+    """
+    shape = tuple(shape)
+    if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
+        raise InputError(
+            f"{where} has {name!r} of shape {list(value.shape)}, expected {list(shape)} from the other weights; "
+            "it is damaged or of another network."
+        )
+    return value.reshape(shape).contiguous()
+
+
+def check_filter(value: Tensor, where: str) -> Tensor:
+    """A resampling filter [4, 4], the same from both ends.
+
+    Raises:
+        InputError: another one.
+    """
+    if value.shape != (4, 4) or not torch.equal(value, value.flip(0, 1)):
+        raise InputError(
+            f"{where} has a resampling filter of shape {list(value.shape)}, expected 4 symmetric taps a side, as "
+            "[1, 3, 3, 1]; other filters are not supported."
+        )
+    return value
+
+
+def misfit(where: str, what: str, error: BaseException) -> InputError:
+    """The error for weights that do not make the network expected."""
+    return InputError(f"{where} does not hold the weights of a {what} ({reason_of(error)}); give another file.")
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a few words without a full stop."""
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]!r}"
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    first = " ".join(str(error).split()).split(". ")[0]
+    return first.rstrip(".")[:200] or type(error).__name__
+
+
+def floats(state: Any, where: str) -> dict[str, Tensor]:
+    """``state`` with floating tensors as float32, without the prefix that data-parallel training puts before all its names.
+
+    Raises:
+        InputError: ``state`` is no mapping of names to tensors.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{where} is no network: expected names and tensors; give a file that was saved with it.")
+    bare = {str(name): value for name, value in state.items()}
+    if bare and all(name.startswith("module.") for name in bare):
+        bare = prefixed(bare, "module.")
+    return {name: value.float() if value.is_floating_point() else value for name, value in bare.items()}
+
+
+def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose name begins with ``prefix``, without it."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def count(state: Iterable[str], prefix: str, suffix: str) -> int:
+    """How many names read prefix, a number, suffix."""
+    middles = (name[len(prefix) : -len(suffix)] for name in state if name.startswith(prefix) and name.endswith(suffix))
+    return sum(middle.isdecimal() for middle in middles)

@@ -1,0 +1,105 @@
+"""Files of pSp and its family (e4e, ReStyle, HyperStyle) and of AGE and SAGE: an encoder, a generator, options.
+
+``state_dict`` holds ``encoder.*`` or ``hypernet.*`` beside ``decoder.*``, which are the common port's names; training in
+parallel leaves ``module.`` before all names or behind the first word. AGE and SAGE add ``ax.*`` and keep class embeddings,
+codes and their statistics in files of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sage_fast.errors import InputError
+from sage_fast.models.published_parts import EncoderPart, Part, PublishedFile, floats, prefixed
+from sage_fast.models.published_rosinality import FACTS, generator_part, told
+
+__all__ = ["read_encoders", "read_statistics"]
+
+_WORDS = ("encoder", "decoder", "hypernet", "ax", "w_encoder")
+
+
+def read_encoders(content: Any, where: str) -> PublishedFile | None:
+    """A file of the family, or None where ``content`` is something else."""
+    state = content.get("state_dict") if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        return None
+    networks = _networks(state, where)
+    if not networks:
+        return None
+    options = content.get("opts") if isinstance(content.get("opts"), Mapping) else {}
+    average, facts = content.get("latent_avg"), content.get(FACTS)
+    average = average if isinstance(average, Tensor) else None
+    encoder = {f"{word}.{name}": t for word in ("encoder", "hypernet") for name, t in networks.get(word, {}).items()}
+    decoder, directions = networks.get("decoder"), networks.get("ax", {}).get("A")
+    if directions is not None and directions.ndim != 3:
+        raise InputError(f"{where} has directions 'ax.A' of shape {list(directions.shape)}, expected [6, 512, K].")
+    known = {"state_dict", "opts", "latent_avg", FACTS}
+    return PublishedFile(
+        format=f"{_family(networks, options)} .pt",
+        generator=None if not decoder else lambda: _decoder(decoder, average, facts, where),
+        encoder=None if not encoder else lambda: EncoderPart(encoder, options, average, where),
+        has_latent_avg=average is not None,
+        directions=directions,
+        ignored=(
+            *(str(name) for name in content if name not in known),
+            *sorted({f"ax.{name.partition('.')[0]}" for name in networks.get("ax", {}) if name != "A"}),
+            *(["w_encoder"] if "w_encoder" in networks else []),
+        ),
+    )
+
+
+def read_statistics(content: Any, where: str) -> PublishedFile | None:
+    """``class_embeddings.pt``, ``ns.pt`` or ``n_distribution.npy`` of AGE and SAGE, or None."""
+    if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
+        return None
+    if set(content) == {"mean", "mean_abs", "cov"}:
+        return PublishedFile("AGE n_distribution.npy", statistics={name: _tensor(v) for name, v in content.items()})
+    values = list(content.values())
+    if all(isinstance(value, Tensor) and value.ndim == 2 for value in values) and len({v.shape for v in values}) == 1:
+        if not any("." in name for name in content):
+            return PublishedFile("AGE class_embeddings.pt", embeddings={name: v.float() for name, v in content.items()})
+    if all(isinstance(value, list) and value and all(_is_code(code) for code in value) for value in values):
+        codes = {name: torch.stack([code.float() for code in value]) for name, value in content.items()}
+        return PublishedFile("SAGE ns.pt", codes=codes)
+    return None
+
+
+def _networks(state: Mapping[Any, Any], where: str) -> dict[str, dict[str, Tensor]]:
+    """Weights by the first word of their names, without prefixes of parallel training."""
+    bare = floats({name: value for name, value in state.items() if isinstance(value, Tensor)}, where)
+    found = {word: prefixed(bare, f"{word}.") for word in _WORDS}
+    for word, weights in found.items():
+        if weights and all(name.startswith("module.") for name in weights):
+            found[word] = prefixed(weights, "module.")
+    return {word: weights for word, weights in found.items() if weights}
+
+
+def _decoder(state: Mapping[str, Tensor], average: Tensor | None, facts: Any, where: str) -> Part:
+    return generator_part(state, f"{where}, entries 'decoder.*',", average, **told(facts, "decoder"))
+
+
+def _family(networks: Mapping[str, Mapping[str, Tensor]], options: Mapping[str, Any]) -> str:
+    """Which code wrote the file."""
+    if "ax" in networks:
+        return "AGE / SAGE"
+    if "hypernet" in networks:
+        return "HyperStyle"
+    kind, first = str(options.get("encoder_type", "")), networks.get("encoder", {}).get("input_layer.0.weight")
+    if first is not None and first.shape[1] == 6 or "n_iters_per_batch" in options:
+        return "ReStyle"
+    return "e4e" if "stylegan_size" in options or kind == "Encoder4Editing" else "pSp"
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, list):
+        value = np.stack([np.asarray(part) for part in value])
+    return torch.as_tensor(value, dtype=torch.float32)
