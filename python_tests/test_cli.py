@@ -244,6 +244,24 @@ def test_every_kind_of_encoder_on_a_given_generator(run, seen, tmp_path, kind, c
     assert cli.main([*start, "--resume"]) == 0
 
 
+def test_a_run_from_before_there_were_kinds_goes_on(run, seen, tmp_path):
+    import json
+
+    out = copy_run(run, tmp_path / "old")
+    settings = json.loads((out / "configs" / "encoder.json").read_text())
+    for name in ("kind", "identity", "identity_weight", "n_iterations", "e4e", "hyperstyle"):
+        del settings[name]
+    (out / "configs" / "encoder.json").write_text(json.dumps(settings))
+    state = torch.load(out / "checkpoints" / "encoder.pt", weights_only=True)
+    del state["architecture"]
+    torch.save(state, out / "checkpoints" / "encoder.pt")
+    words = [f"--data={seen}", f"--out={out}"]
+    assert cli.main(["embed", *words, "--resume"]) == 0
+    codes = (out / "codes.safetensors").read_bytes()
+    assert cli.main(["train-encoder", *words, *TINY_ENCODER, "--resume"]) == 0
+    assert codes == bundle_files(run)["codes.safetensors"]
+
+
 def test_a_run_keeps_its_generator(run, seen, tmp_path, capsys):
     from sage_fast.models.weights import load_bundle, save_bundle
 

@@ -47,7 +47,7 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", "the fused kernels have no residual connections"
     tensors, filters = _weights(generator), _filters(generator)
     maps = generator.noises.buffers() if noise is None else (m for m in noise if m is not None)
-    if any(not isinstance(t, nn.Parameter) for t in tensors):
+    if any(type(t) is Tensor for t in tensors):  # parameters are of a class of their own
         return "differentiable", "weights were replaced for this call"
     if torch.is_grad_enabled() and any(t.requires_grad for t in chain([w_plus], tensors, maps)):
         return "differentiable", "gradients are recorded"
