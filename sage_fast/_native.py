@@ -76,16 +76,16 @@ _callbacks: list[Callable[[], None]] = []
 _warned: set[str] = set()
 
 
-def call(op: Any, *args: Any) -> torch.Tensor:
+def call(op: Any, tensors: tuple[torch.Tensor | None, ...], *settings: Any) -> torch.Tensor:
     """Run ``op``, below autograd when no derivative is wanted: its Python layer takes longer than a small kernel."""
     if torch.compiler.is_compiling():
-        return op(*args)
+        return op(*tensors, *settings)
     if torch.is_grad_enabled():
-        for value in args:
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                return op(*args)
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return op(*tensors, *settings)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return op(*tensors, *settings)
 
 
 def has_kernel(op: str, device_type: str) -> bool:

@@ -32,7 +32,7 @@ def combine_rows(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, c
     native = weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.float64)
     if native and _native.has_kernel("combine_rows", "cpu"):
         op = torch.ops.sage_fast.combine_rows.default
-        return _native.call(op, weights, table, centre, rows, columns)
+        return _native.call(op, (weights, table, centre), rows, columns)
     return combine_rows_reference(weights, table, centre, rows, columns)
 
 

@@ -46,7 +46,7 @@ def edit_latents(
     mask = _rows_of(mask)
     if codes.dtype in (torch.float32, torch.float64) and _native.has_kernel("edit_latents", codes.device.type):
         op = torch.ops.sage_fast.edit_latents.default
-        return _native.call(op, class_embedding, codes, directions, float(alpha), mask, class_index)
+        return _native.call(op, (class_embedding, codes, directions), float(alpha), mask, class_index)
     # [L, N, K] x [L, K, D]: one batched product over the layers
     edits = torch.bmm(_kept(codes, mask, class_index).transpose(0, 1), directions.mT).transpose(0, 1)
     base = class_embedding if class_index is None else class_embedding[class_index]

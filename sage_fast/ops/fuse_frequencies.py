@@ -38,7 +38,7 @@ def fuse_frequencies(
     pays = edited.numel() and 0 < sigma < math.inf and kernel_pays("fuse_frequencies", edited, sigma)
     if pays and alike(real, inverted, edited):
         op = torch.ops.sage_fast.fuse_frequencies.default
-        return _native.call(op, real, inverted, edited, float(gamma1), float(gamma2), float(sigma))
+        return _native.call(op, (real, inverted, edited), float(gamma1), float(gamma2), float(sigma))
     return _compose(gaussian_low_pass, real, inverted, edited, gamma1, gamma2, sigma)
 
 

@@ -50,7 +50,7 @@ def fuse_pixels(
     )
     if takes and _native.has_kernel("fuse_pixels", edited.device.type):
         op = torch.ops.sage_fast.fuse_pixels.default
-        return _native.call(op, real, inverted, edited, low, float(beta), BLENDS.index(blend), _BLUR)
+        return _native.call(op, (real, inverted, edited, low), float(beta), BLENDS.index(blend), _BLUR)
     return fuse_pixels_reference(real, inverted, edited, beta, blend, low)
 
 

@@ -44,7 +44,7 @@ def gaussian_low_pass(images: Tensor, sigma: float = 5.0, border: str = "circula
         return images.clone()
     if kernel_pays("gaussian_low_pass", images, sigma, unit):
         op = torch.ops.sage_fast.gaussian_low_pass.default
-        return _native.call(op, images, float(sigma), border == "reflect", unit == "pixels")
+        return _native.call(op, (images,), float(sigma), border == "reflect", unit == "pixels")
     return gaussian_low_pass_reference(images, sigma, border, unit)
 
 

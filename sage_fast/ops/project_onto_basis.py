@@ -34,7 +34,7 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
         return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
     native = w_plus.dtype in (torch.float32, torch.float64) and basis.shape[2] > 0
     if native and _native.has_kernel("project_onto_basis", w_plus.device.type):
-        return _native.call(torch.ops.sage_fast.project_onto_basis.default, w_plus, basis)
+        return _native.call(torch.ops.sage_fast.project_onto_basis.default, (w_plus, basis))
     return project_onto_basis_reference(w_plus, basis)
 
 
