@@ -76,14 +76,16 @@ _callbacks: list[Callable[[], None]] = []
 _warned: set[str] = set()
 
 
-def call(op: Any, x: torch.Tensor, other: torch.Tensor | None, *settings: Any) -> torch.Tensor:
+def call(op: Any, tensors: tuple[torch.Tensor | None, ...], *settings: Any) -> torch.Tensor:
     """Run ``op``, below autograd when no derivative is wanted: its Python layer takes longer than a small kernel."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad))
-    ):
-        return op(x, other, *settings)
+    if torch.compiler.is_compiling():
+        return op(*tensors, *settings)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return op(*tensors, *settings)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(x, other, *settings)
+        return op(*tensors, *settings)
 
 
 def has_kernel(op: str, device_type: str) -> bool:

@@ -122,7 +122,7 @@ def fuse_both(
     if reading != "released" and gamma1 == 1 and len(real) == len(inverted) == 1:
         check_images(real, inverted, edited)
         _check_reading(reading)
-        low = gaussian_low_pass(real - gamma2 * inverted, sigma)
+        low = gaussian_low_pass(torch.sub(real, inverted, alpha=gamma2), sigma)
         return ops.fuse_pixels(real, inverted, edited, beta, blend, low)
     edited = fuse_frequencies(real, inverted, edited, gamma1, gamma2, sigma, reading).clamp(-1, 1)
     return fuse_pixels(real, inverted, edited, beta, blend, reading)

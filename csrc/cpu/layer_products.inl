@@ -14,22 +14,6 @@ struct Matrix {
   const T* end;
 };
 
-// Memory that is written before it is read.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data() const { return data_; }
-
- private:
-  T* data_;
-};
-
 template <class T>
 struct Products {
   using V = typename Vector<T>::type;

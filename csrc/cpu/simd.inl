@@ -128,6 +128,22 @@ inline void store_first(typename Vector<A>::type v, T* p, int64_t n) {
 #endif
 }
 
+// Memory that is written before it is read.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
 // n zeros, aligned to a cache line.
 template <class T>
 class Buffer {

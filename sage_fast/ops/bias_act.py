@@ -81,7 +81,7 @@ def bias_act(
             if b is not None and b.dtype != dtype and not (b.dtype == torch.float32 and dtype in _HALVES):
                 b = b.to(dtype)
             dim, limit = dim % max(1, x.ndim), -1.0 if clamp is None else clamp
-            return _native.call(torch.ops.sage_fast.bias_act.default, x, b, dim, slope, gain, limit, kernel)
+            return _native.call(torch.ops.sage_fast.bias_act.default, (x, b), dim, slope, gain, limit, kernel)
     return bias_act_reference(x, b, dim, act, alpha if act in ("lrelu", "elu") else None, gain, clamp)
 
 
@@ -160,7 +160,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (y,) = ctx.saved_tensors
-    grad_x = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, y, *ctx.settings)
+    grad_x = _native.call(torch.ops.sage_fast.bias_act_backward.default, (grad, y), *ctx.settings)
     if ctx.bias_dtype is None or not ctx.needs_input_grad[1]:
         return grad_x, *[None] * 6
     # float32 sums in either case; on the CPU asking for a float32 result would copy grad_x to float32 first
@@ -178,7 +178,7 @@ def _backward_backward(ctx, grad):
     """Linear in the incoming gradient: there it is the same map. In y it is constant where the activation is straight."""
     incoming, y = ctx.saved_tensors
     _, gain, clamp, kernel = ctx.settings
-    grad_incoming = _native.call(torch.ops.sage_fast.bias_act_backward.default, grad, y, *ctx.settings)
+    grad_incoming = _native.call(torch.ops.sage_fast.bias_act_backward.default, (grad, y), *ctx.settings)
     if kernel == 0 or not ctx.needs_input_grad[1]:
         return grad_incoming, *[None] * 5
     grad_y = grad * incoming * _CURVATURE[kernel](y / gain)

@@ -31,7 +31,8 @@ def combine_rows(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, c
     _check(weights, table, centre, rows, columns)
     native = weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.float64)
     if native and _native.has_kernel("combine_rows", "cpu"):
-        return torch.ops.sage_fast.combine_rows.default(weights, table, centre, rows, columns)
+        op = torch.ops.sage_fast.combine_rows.default
+        return _native.call(op, (weights, table, centre), rows, columns)
     return combine_rows_reference(weights, table, centre, rows, columns)
 
 

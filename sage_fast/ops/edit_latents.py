@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -44,13 +42,11 @@ def edit_latents(
         InputError: shapes or dtypes that do not belong together.
     """
     _check(class_embedding, codes, directions, mask, class_index)
-    mask = _rows_of(mask)
-    small = codes.device.type == "cpu" and _product_is_ahead(len(codes), directions.shape)
-    native = not small and codes.dtype in (torch.float32, torch.float64)
-    if native and _native.has_kernel("edit_latents", codes.device.type):
-        op = torch.ops.sage_fast.edit_latents.default
-        return op(class_embedding, codes, directions, float(alpha), mask, class_index)
     _require_classes(class_index, class_embedding)
+    mask = _rows_of(mask)
+    if codes.dtype in (torch.float32, torch.float64) and _native.has_kernel("edit_latents", codes.device.type):
+        op = torch.ops.sage_fast.edit_latents.default
+        return _native.call(op, (class_embedding, codes, directions), float(alpha), mask, class_index)
     # [L, N, K] x [L, K, D]: one batched product over the layers
     edits = torch.bmm(_kept(codes, mask, class_index).transpose(0, 1), directions.mT).transpose(0, 1)
     base = class_embedding if class_index is None else class_embedding[class_index]
@@ -58,17 +54,10 @@ def edit_latents(
 
 
 def _on_host(host, class_embedding, codes, directions, alpha, mask, class_index):
-    takes = of_one_float(class_embedding, codes, directions) and directions.ndim == 3
-    if not takes or _product_is_ahead(len(codes), directions.shape):
+    if not of_one_float(class_embedding, codes, directions):
         return None
     mask = mask if mask is None else mask.astype(bool, copy=False)
     return host.edit_latents(class_embedding, codes, directions, alpha, mask, class_index)
-
-
-def _product_is_ahead(n: int, directions: Sequence[int]) -> bool:
-    """Where a batched product was measured ahead of the kernel: short rows, and calls of microseconds."""
-    n_latent, dim, k = directions
-    return dim <= 128 or n * n_latent * dim * k < 50_000
 
 
 def edit_latents_reference(

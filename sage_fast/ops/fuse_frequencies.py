@@ -37,7 +37,8 @@ def fuse_frequencies(
     check_images(real, inverted, edited)
     pays = edited.numel() and 0 < sigma < math.inf and kernel_pays("fuse_frequencies", edited, sigma)
     if pays and alike(real, inverted, edited):
-        return torch.ops.sage_fast.fuse_frequencies(real, inverted, edited, float(gamma1), float(gamma2), float(sigma))
+        op = torch.ops.sage_fast.fuse_frequencies.default
+        return _native.call(op, (real, inverted, edited), float(gamma1), float(gamma2), float(sigma))
     return _compose(gaussian_low_pass, real, inverted, edited, gamma1, gamma2, sigma)
 
 

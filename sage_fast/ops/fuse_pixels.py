@@ -49,7 +49,8 @@ def fuse_pixels(
         real, inverted, edited if low is None else low, edited
     )
     if takes and _native.has_kernel("fuse_pixels", edited.device.type):
-        return torch.ops.sage_fast.fuse_pixels(real, inverted, edited, low, float(beta), BLENDS.index(blend), _BLUR)
+        op = torch.ops.sage_fast.fuse_pixels.default
+        return _native.call(op, (real, inverted, edited, low), float(beta), BLENDS.index(blend), _BLUR)
     return fuse_pixels_reference(real, inverted, edited, beta, blend, low)
 
 

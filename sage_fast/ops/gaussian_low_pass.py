@@ -43,7 +43,8 @@ def gaussian_low_pass(images: Tensor, sigma: float = 5.0, border: str = "circula
     if math.isinf(sigma) or images.numel() == 0:
         return images.clone()
     if kernel_pays("gaussian_low_pass", images, sigma, unit):
-        return torch.ops.sage_fast.gaussian_low_pass(images, float(sigma), border == "reflect", unit == "pixels")
+        op = torch.ops.sage_fast.gaussian_low_pass.default
+        return _native.call(op, (images,), float(sigma), border == "reflect", unit == "pixels")
     return gaussian_low_pass_reference(images, sigma, border, unit)
 
 

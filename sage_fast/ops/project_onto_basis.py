@@ -30,25 +30,22 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
         InputError: shapes or dtypes that do not belong together.
     """
     _check(w_plus, basis)
-    if w_plus.device.type == "cpu" and _products_are_ahead(w_plus.shape, basis.shape):
+    if w_plus.device.type == "cpu" and _products_are_ahead(basis.shape):
         return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
     native = w_plus.dtype in (torch.float32, torch.float64) and basis.shape[2] > 0
     if native and _native.has_kernel("project_onto_basis", w_plus.device.type):
-        return torch.ops.sage_fast.project_onto_basis(w_plus, basis)
+        return _native.call(torch.ops.sage_fast.project_onto_basis.default, (w_plus, basis))
     return project_onto_basis_reference(w_plus, basis)
 
 
 def _on_host(host, w_plus, basis):
     takes = of_one_float(w_plus, basis) and w_plus.ndim == 3 and basis.ndim == 3 and basis.shape[2] > 0
-    return (
-        host.project_onto_basis(w_plus, basis) if takes and not _products_are_ahead(w_plus.shape, basis.shape) else None
-    )
+    return host.project_onto_basis(w_plus, basis) if takes and not _products_are_ahead(basis.shape) else None
 
 
-def _products_are_ahead(w_plus: Sequence[int], basis: Sequence[int]) -> bool:
-    """Where two batched products were measured ahead of the kernel: calls of microseconds, wide bases of short rows."""
-    (n, n_latent, _), (_, dim, r) = w_plus, basis
-    return n * n_latent * dim * r < 50_000 or (dim <= 128 and r > 16)
+def _products_are_ahead(basis: Sequence[int]) -> bool:
+    """Where two batched products were measured ahead of the kernel: wide bases of short rows."""
+    return basis[1] <= 128 and basis[2] > 16
 
 
 def project_onto_basis_reference(w_plus: Tensor, basis: Tensor) -> Tensor:

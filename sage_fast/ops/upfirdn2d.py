@@ -52,7 +52,7 @@ def upfirdn2d(
             f = (torch.outer(f, f) if f.ndim == 1 else f).to(x)
         elif f.device != x.device or f.dtype not in _DTYPES:
             f = f.to(x)
-        return _native.call(torch.ops.sage_fast.upfirdn2d.default, x, f, up, down, *pad, flip_filter, gain)
+        return _native.call(torch.ops.sage_fast.upfirdn2d.default, (x, f), up, down, *pad, flip_filter, gain)
     return upfirdn2d_reference(x, f, up, down, pad, flip_filter, gain)
 
 
@@ -145,7 +145,7 @@ def _backward(ctx, grad):
     bottom = (height - 1) * up + kh - grad.shape[2] * down - top
     right = (width - 1) * up + kw - grad.shape[3] * down - left
     op = torch.ops.sage_fast.upfirdn2d.default
-    grad_x = _native.call(op, grad, f, down, up, left, right, top, bottom, not flip_filter, gain)
+    grad_x = _native.call(op, (grad, f), down, up, left, right, top, bottom, not flip_filter, gain)
     return grad_x, *[None] * 9
 
 
