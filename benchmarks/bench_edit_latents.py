@@ -1,8 +1,7 @@
 """edit_latents (Eq. 20) and combine_rows, its draw, at the sizes of the demo (32 px) and of the paper (1024 px).
 
 Half of the K directions are masked. The floor is 2 N L D K / 2 operations. Rivals: the batched product over the layers,
-with the mask folded into A or into the codes. Short rows (32 px) take the product itself: the ratio there is the cost of
-the checks. The draw reads 2000 rows of 1800 codes in place; its rivals copy them first.
+with the mask folded into A or into the codes. The draw reads 2000 rows of 1800 codes in place; its rivals copy them first.
 """
 
 from __future__ import annotations
