@@ -19,11 +19,18 @@ __all__ = ["add_deltas", "join_deltas", "layer_names", "select_deltas", "synthes
 
 
 def layer_names(generator: Generator) -> list[str]:
-    """Names of the modulated convolutions in the order of synthesis: at 4 px one and its ToRGB, then two and a ToRGB each."""
-    names = ["conv1.conv", "to_rgb1.conv"]
-    for i in range(len(generator.to_rgbs)):
-        names += [f"convs.{2 * i}.conv", f"convs.{2 * i + 1}.conv", f"to_rgbs.{i}.conv"]
-    return names
+    """Names of the modulated convolutions in HyperStyle's order: at 4 px one and its ToRGB, then two and a ToRGB each."""
+    found = [name for name, module in generator.named_modules() if hasattr(module, "modulation")]
+    return sorted(found, key=_place)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Resolution and place there of ``conv1.conv``, ``to_rgb1.conv``, ``convs.<i>.conv`` or ``to_rgbs.<i>.conv``."""
+    part, *rest = name.split(".")
+    if part in ("conv1", "to_rgb1"):
+        return 0, 2 * (part == "to_rgb1")
+    number = int(rest[0])
+    return (1 + number // 2, number % 2) if part == "convs" else (1 + number, 2)
 
 
 def weight_shapes(generator: Generator) -> list[tuple[int, int, int]]:
