@@ -14,6 +14,7 @@ from sage_fast.models.encoder_kinds import build_encoder, encoder_architecture
 from sage_fast.models.hypernets import ResNetHypernet
 from sage_fast.models.psp import GradualStyleEncoder, WEncoder, WPlusEncoder
 from sage_fast.models.published_encoders import ENCODER_TYPES, encoder_from_state, from_absolute
+from sage_fast.models.weights import load_encoder
 
 # What the published programs compute with the weights of ``filled``, run at commits 5cfff38 (pSp), 99ea505 (e4e),
 # 5e80276 (ReStyle) and a723c73 (HyperStyle): elements 0, 7 and 511 of each style; of each layer's deltas two corners.
@@ -180,3 +181,25 @@ def test_refuses_what_is_not_an_encoder(w_state):
         encoder_from_state("hyperstyle", {"hypernet.conv1.weight": torch.zeros(64, 6, 7, 7)})
     with pytest.raises(InputError, match="not those of WEncoder"):
         encoder_from_state("WEncoder", {**w_state, "linear.weight": torch.zeros(4, 4)}, 8)
+
+
+def test_hyperstyle_is_joined_from_its_two_files(tmp_path, w_state):
+    hypernet = _state(lambda: ResNetHypernet(20, [0, 1, 15], False))
+    torch.save(
+        {"state_dict": {f"hypernet.{key}": x for key, x in hypernet.items()}, "opts": {"output_size": 256}},
+        tmp_path / "h",
+    )
+    torch.save(
+        {"state_dict": {f"encoder.{key}": x for key, x in w_state.items()}, "opts": {"encoder_type": "WEncoder"}},
+        tmp_path / "w",
+    )
+    encoder = load_encoder(tmp_path / "h", w_encoder=tmp_path / "w")
+    assert encoder.kind == "hyperstyle" and encoder.n_latent == 14
+    for part, state in ((encoder.hypernet, hypernet), (encoder.w_encoder, w_state)):
+        assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+    with pytest.raises(InputError, match="give load_encoder that too, as w_encoder"):
+        load_encoder(tmp_path / "h")
+    with pytest.raises(InputError, match="w_encoder is for HyperStyle"):
+        load_encoder(tmp_path / "w", w_encoder=tmp_path / "w")
+    with pytest.raises(InputError, match="a bundle holds its own"):
+        load_encoder(w_encoder=tmp_path / "w")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -73,9 +74,11 @@ def published_discriminator(path: StrPath) -> Discriminator:
     return found.discriminator().build()
 
 
-def published_encoder(path: StrPath) -> ImageEncoder:
+def published_encoder(path: StrPath, w_encoder: StrPath | None = None) -> ImageEncoder:
     """The encoder of a published file, float32 on the CPU; its outputs are offsets from ``latent_avg``.
 
+    Args:
+        w_encoder: the file of the encoder into W that a HyperStyle file was trained with.
     Raises:
         InputError: as :func:`published_generator`, or the file holds an encoder that needs another file.
     """
@@ -83,8 +86,21 @@ def published_encoder(path: StrPath) -> ImageEncoder:
     if found.encoder is None:
         raise _lacks(path, found, "encoder")
     part = found.encoder()
+    if w_encoder is not None:
+        part = _joined(part, path, w_encoder)
     n_latent = None if found.generator is None else n_latent_of(found.generator().arguments["resolution"])
     return build_encoder_part(part, n_latent)
+
+
+def _joined(part: EncoderPart, path: StrPath, w_encoder: StrPath) -> EncoderPart:
+    """HyperStyle's hypernetwork and the encoder that gives its codes, from two files."""
+    if not any(name.startswith("hypernet.") for name in part.state):
+        raise InputError(f"w_encoder is for HyperStyle, File {str(path)!r} holds another encoder; leave it out.")
+    codes = read_published(w_encoder)
+    if codes.encoder is None:
+        raise _lacks(w_encoder, codes, "encoder")
+    state = {f"w_encoder.{name.removeprefix('encoder.')}": value for name, value in codes.encoder().state.items()}
+    return replace(part, state={**part.state, **state})
 
 
 def published_directions(path: StrPath) -> tuple[Tensor, int]:

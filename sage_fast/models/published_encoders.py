@@ -119,7 +119,9 @@ def _one_encoder(encoder_type: str, opts: dict[str, Any], state: Mapping[str, Te
 def _hyperstyle(opts: dict[str, Any], state: Mapping[str, Tensor], n_latent: int | None) -> HyperStyle:
     w_state = {name.removeprefix("w_encoder."): x for name, x in state.items() if name.startswith("w_encoder.")}
     if not w_state:
-        raise InputError("HyperStyle needs its W encoder, which is a file of its own; give its tensors as w_encoder.*.")
+        raise InputError(
+            "HyperStyle needs its W encoder, which is a file of its own; give load_encoder that too, as w_encoder."
+        )
     names = [name.split(".") for name in state if name.startswith("hypernet.refinement_blocks.")]
     layers = sorted({int(parts[2]) for parts in names})
     n_outputs = 5 + 3 * ((layers[-1] - 2) // 3) if n_latent is None else 2 + 3 * (n_latent // 2 - 1)

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -180,10 +181,21 @@ def load_discriminator(
 
 
 def load_encoder(
-    path: StrPath | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: StrPath | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    w_encoder: StrPath | None = None,
 ) -> ImageEncoder:
-    """The encoder of a bundle folder or a published file, of whatever kind, in eval mode. Raises as :func:`load_generator`."""
-    return _load(path, "encoder", build_encoder, published_encoder, device, dtype)
+    """The encoder of a bundle folder or a published file, of whatever kind, in eval mode.
+
+    Args:
+        w_encoder: for a published HyperStyle file, the file of the encoder into W that it was trained with.
+    Raises:
+        InputError: as :func:`load_generator`, or ``w_encoder`` beside what is not a HyperStyle file.
+    """
+    if w_encoder is not None and (path is None or not Path(path).is_file()):
+        raise InputError("w_encoder is for a published HyperStyle file; a bundle holds its own, leave it out.")
+    return _load(path, "encoder", build_encoder, partial(published_encoder, w_encoder=w_encoder), device, dtype)
 
 
 def load_directions(path: StrPath | None = None) -> Directions:
