@@ -10,7 +10,7 @@ namespace sage_fast {
 
 struct Conv3x3Params {
   int64_t n, size, stride, x_channels, y_channels;
-  Dtype dtype;                               // of x and y, float32 or bfloat16; weights and all sums are float32
+  Dtype dtype;                               // of x and y; weights and all sums are float32
   int64_t weight_stride_y, weight_stride_x;  // weight [y_channels, x_channels, 3, 3], its 9 taps side by side
 
   int64_t x_size() const { return stride == 1 ? size : 2 * size + 1; }
@@ -22,7 +22,8 @@ inline void check(const Conv3x3Params& p) {
   require(p.x_channels > 0 && p.x_channels % 16 == 0 && p.y_channels > 0 && p.y_channels % 16 == 0 &&
               p.x_channels <= 4096 && p.y_channels <= 4096,
           "conv3x3: channels must be multiples of 16, at most 4096");
-  require(p.dtype == Dtype::float32 || p.dtype == Dtype::bfloat16, "conv3x3: images must be float32 or bfloat16");
+  require(p.dtype == Dtype::float32 || (p.dtype == Dtype::bfloat16 && p.stride == 1),
+          "conv3x3: images must be float32, or bfloat16 with stride 1");
 }
 
 }  // namespace sage_fast

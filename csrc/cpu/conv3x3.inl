@@ -5,7 +5,7 @@
 //   x from y:  C^T, product with (G w)^T, A^T, which overlap by one place and add up; at stride 1 the convolution with
 //              turned weights does the same with no overlap
 //   w:         G^T (A x)^T (C^T y), summed over tiles
-// Images are float32 or bfloat16, channels last; everything between is float32.
+// Images are float32, at stride 1 also bfloat16, channels last; everything between is float32.
 
 #include "../conv3x3.h"
 #include "bands.inl"
@@ -270,14 +270,15 @@ void forward(const T* x, const float* weight, const Conv3x3Params& p, bool turne
 
 template <class T>
 void transposed(const T* y, const float* weight, const Conv3x3Params& p, Workspace& workspace, T* x) {
-  if (p.stride == 1) {
-    Conv3x3Params turned = p;
-    std::swap(turned.x_channels, turned.y_channels);
-    std::swap(turned.weight_stride_x, turned.weight_stride_y);
-    return forward<Stride1>(y, weight, turned, true, workspace, x);
-  }
+  Conv3x3Params turned = p;
+  std::swap(turned.x_channels, turned.y_channels);
+  std::swap(turned.weight_stride_x, turned.weight_stride_y);
+  forward<Stride1>(y, weight, turned, true, workspace, x);
+}
+
+void transposed2(const float* y, const float* weight, const Conv3x3Params& p, Workspace& workspace, float* x) {
   const int64_t depth = p.y_channels, columns = p.x_channels;
-  using Conv = TransformedConv<Stride2, T>;
+  using Conv = TransformedConv<Stride2, float>;
   float* packed = Conv::weights(depth, columns, workspace);
   pack_taps<Stride2::F>(weight, p.weight_stride_x, columns, p.weight_stride_y, depth, false, packed,
                         Conv::weight_pitch(depth, columns));
@@ -293,7 +294,7 @@ void taps(const T* x, const T* y, const Conv3x3Params& p, Workspace& workspace, 
   unpack_gradient<typename S::F>(du, Conv::weight_pitch(depth, columns), depth, columns, weight);
 }
 
-// f(T()) for the type of the images
+// f(T()) for the type of the images at stride 1
 template <class F>
 void with_images(Dtype dtype, F&& f) {
   if (dtype == Dtype::float32) return f(float());
@@ -303,14 +304,15 @@ void with_images(Dtype dtype, F&& f) {
 }  // namespace
 
 void conv3x3(const void* x, const float* weight, const Conv3x3Params& p, Workspace& workspace, void* y) {
+  if (p.stride == 2) return forward<Stride2>((const float*)x, weight, p, false, workspace, (float*)y);
   with_images(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if (p.stride == 1) return forward<Stride1>((const T*)x, weight, p, false, workspace, (T*)y);
-    forward<Stride2>((const T*)x, weight, p, false, workspace, (T*)y);
+    forward<Stride1>((const T*)x, weight, p, false, workspace, (T*)y);
   });
 }
 
 void conv3x3_transposed(const void* y, const float* weight, const Conv3x3Params& p, Workspace& workspace, void* x) {
+  if (p.stride == 2) return transposed2((const float*)y, weight, p, workspace, (float*)x);
   with_images(p.dtype, [&](auto type) {
     using T = decltype(type);
     transposed((const T*)y, weight, p, workspace, (T*)x);
@@ -318,10 +320,10 @@ void conv3x3_transposed(const void* y, const float* weight, const Conv3x3Params&
 }
 
 void conv3x3_taps(const void* x, const void* y, const Conv3x3Params& p, Workspace& workspace, float* weight) {
+  if (p.stride == 2) return taps<Stride2>((const float*)x, (const float*)y, p, workspace, weight);
   with_images(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if (p.stride == 1) return taps<Stride1>((const T*)x, (const T*)y, p, workspace, weight);
-    taps<Stride2>((const T*)x, (const T*)y, p, workspace, weight);
+    taps<Stride1>((const T*)x, (const T*)y, p, workspace, weight);
   });
 }
 
