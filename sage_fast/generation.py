@@ -9,7 +9,6 @@ OUT/config.json                       the resolved settings
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from sage_fast import __version__
 from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
 from sage_fast.data.images import load_image
+from sage_fast.data.resuming import check_resumed
 from sage_fast.data.splits import take_shots
 from sage_fast.data.writers import (
     ManifestWriter,
@@ -228,22 +228,8 @@ def _entry(resolved: dict[str, Any], category: str, number: int) -> dict[str, An
 
 def _check_resumed(folder: Path, resolved: dict[str, Any]) -> None:
     """Raise InputError unless the images in ``folder``, if any, are the ones these settings give."""
-    path = folder / "config.json"
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        old = None
-    except (OSError, ValueError) as error:
-        raise InputError(f"File {str(path)!r} is damaged; use --overwrite or another output folder.") from error
-    if old is None and not (folder / "manifest.jsonl").exists():
-        return
-    if not isinstance(old, dict) or "shots_sha256" not in old:
-        raise InputError(f"Output folder {str(folder)!r} holds no run of generate to resume; give another folder.")
-    changed = [key for key in resolved if key not in _FREE and old.get(key) != resolved[key]]
-    if changed:
-        was = ", ".join(f"{key} was {old.get(key)!r:.60}, is {resolved[key]!r:.60}" for key in changed)
-        raise InputError(f"Output folder {str(folder)!r} was made with other settings ({was}); give another folder.")
-    if resolved["n"] < old["n"]:
+    old = check_resumed(folder, resolved, command="generate", mark="shots_sha256", free=_FREE)
+    if old is not None and resolved["n"] < old["n"]:
         raise InputError(
             f"Output folder {str(folder)!r} was made with n {old['n']}, got n {resolved['n']}; ask for more."
         )

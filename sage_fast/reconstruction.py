@@ -10,7 +10,6 @@ OUT/config.json                              the resolved settings
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from sage_fast import __version__
 from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
 from sage_fast.data.images import load_image, to_float
 from sage_fast.data.latent_table import LatentTable
+from sage_fast.data.resuming import check_resumed
 from sage_fast.data.writers import (
     ManifestWriter,
     atomic_write,
@@ -134,7 +134,7 @@ def invert(
     resolved = _resolve(loaded, images, masks, config, projection) | {
         "mask_dir": None if masks is None else str(mask_dir)
     }
-    _check_resumed(folder, resolved)
+    check_resumed(folder, resolved, command="invert", mark="images_sha256", free=_FREE)
     write_json(folder / "config.json", resolved)  # before the manifest: no line without its settings
     n_kept, n = 0, len(images)
     with ManifestWriter(folder / "manifest.jsonl", resume=True) as manifest:
@@ -235,25 +235,6 @@ def _resolve(
         "networks_sha256": model.hash,
         "version": __version__,
     }
-
-
-def _check_resumed(folder: Path, resolved: dict[str, Any]) -> None:
-    """Raise InputError unless what lies in ``folder``, if anything, came from these settings and images."""
-    path = folder / "config.json"
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        old = None
-    except (OSError, ValueError) as error:
-        raise InputError(f"File {str(path)!r} is damaged; use --overwrite or another output folder.") from error
-    if old is None and not (folder / "manifest.jsonl").exists():
-        return
-    if not isinstance(old, dict) or "images_sha256" not in old:
-        raise InputError(f"Output folder {str(folder)!r} holds no run of invert to resume; give another folder.")
-    changed = [key for key in resolved if key not in _FREE and old.get(key) != resolved[key]]
-    if changed:
-        was = ", ".join(f"{key} was {old.get(key)!r:.90}, is {resolved[key]!r:.90}" for key in changed)
-        raise InputError(f"Output folder {str(folder)!r} was made with other settings ({was}); give another folder.")
 
 
 def _project(
