@@ -62,6 +62,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             return Checkpoint(path, *read_container(raw, path, os.fstat(raw.fileno()).st_size))
     except Refusal as error:
         raise InputError(f"File {str(path)!r} {error}; give a published file of weights.") from error
+    except OSError as error:
+        raise InputError(
+            f"File {str(path)!r} cannot be read ({_reason_of(error)}); give a published file of weights."
+        ) from error
     except DAMAGE as error:
         raise InputError(
             f"File {str(path)!r} is truncated or damaged ({_reason_of(error)}); give a published file of weights."

@@ -165,5 +165,5 @@ def _append_stddev(x: Tensor, group: int | None, n_maps: int) -> Tensor:
     most = n if group is None else min(group, n)
     group = next((g for g in range(most, 0, -1) if n % g == 0), 1)
     y = x.reshape(group, -1, n_maps, c // n_maps, h, w)
-    std = ((y - y.mean(0)).square().mean(0) + 1e-8).sqrt().mean([2, 3, 4])  # x.var(0) is twenty times slower
+    std = ((y - y.mean(0)).square().mean(0) + 1e-8).sqrt().mean([2, 3, 4])  # x.var(0) is fifteen times slower
     return torch.cat([x, std.repeat(group, 1).view(n, n_maps, 1, 1).expand(n, n_maps, h, w)], dim=1)
