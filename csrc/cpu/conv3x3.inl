@@ -32,40 +32,83 @@ struct Stride2 {
   static inline void C_t(const V* y, V* m) { F::forward(y, m); }
 };
 
+using Map = void (*)(const V*, V*);  // as a template's argument, so that it is inlined
+
 // One end of a convolution: images [n, size, size, channels] seen by tiles `step` apart that begin `edge` outside.
 struct End {
   int64_t size, channels, step, edge;
 };
 
-// Tiles of one end to the points: images -> v [points^2][tiles, width], zeros beyond the channels and the image.
-template <class F, int Places, class T, class Map>
-void to_points(const Band& band, const End& end, const T* images, Map&& map, int64_t width, float* v, int64_t pitch) {
-  parallel(band.tile_rows(), 1 + 65536 / (band.columns * width * F::points), [&](int64_t from, int64_t to) {
+// Where the window of one tile begins, and what of it lies inside its image.
+template <int Places, class T>
+struct Window {
+  const T* at[Places][Places];
+
+  void move_to(const Band& band, const End& end, const T* images, int64_t tile) {
     alignas(64) static const T zeros[4096] = {};
-    for (int64_t job = from; job < to; ++job) {
-      const int64_t image = band.first_image + job / band.rows, row = band.first_row + job % band.rows;
-      for (int64_t column = 0; column < band.columns; ++column) {
-        const T* at[Places][Places];
-        for (int64_t i = 0; i < Places; ++i) {
-          for (int64_t j = 0; j < Places; ++j) {
-            const int64_t y = row * end.step + i - end.edge, x = column * end.step + j - end.edge;
-            const bool inside = y >= 0 && y < end.size && x >= 0 && x < end.size;
-            at[i][j] = inside ? images + ((image * end.size + y) * end.size + x) * end.channels : zeros;
+    const int64_t job = tile / band.columns, image = band.first_image + job / band.rows;
+    const int64_t top = (band.first_row + job % band.rows) * end.step - end.edge;
+    const int64_t left = tile % band.columns * end.step - end.edge, most = end.size - Places;
+    const T* first = images + ((image * end.size + top) * end.size + left) * end.channels;
+    const bool inside = top >= 0 && left >= 0 && top <= most && left <= most;
+    for (int64_t i = 0; i < Places; ++i) {
+      for (int64_t j = 0; j < Places; ++j) at[i][j] = first + (i * end.size + j) * end.channels;
+    }
+    if (inside) return;
+    for (int64_t i = 0; i < Places; ++i) {
+      for (int64_t j = 0; j < Places; ++j) {
+        const bool hit = top + i >= 0 && top + i < end.size && left + j >= 0 && left + j < end.size;
+        if (!hit) at[i][j] = zeros;
+      }
+    }
+  }
+};
+
+// Some of the rows of points, those in [first, last).
+struct PointRows {
+  int64_t first, last;
+  int64_t count() const { return last - first; }
+};
+
+// Tiles of one end to some of the points: images -> v [rows of points, points][tiles, width], zeros beyond the channels
+// and the image.
+// Pixels of the next tile are fetched meanwhile: a window has too many streams for the processor to foresee.
+template <class F, int Places, Map map, class T>
+void to_points(const Band& band, const End& end, const T* images, int64_t width, const PointRows& rows, float* v,
+               int64_t pitch) {
+  parallel(band.tile_rows(), 1 + 65536 / (band.columns * width * F::points), [&](int64_t from, int64_t to) {
+    const int64_t last = to * band.columns;
+    Window<Places, T> windows[2];
+    windows[from * band.columns % 2].move_to(band, end, images, from * band.columns);
+    for (int64_t tile = from * band.columns; tile < last; ++tile) {
+      const Window<Places, T>& window = windows[tile % 2];
+      Window<Places, T>& next = windows[(tile + 1) % 2];
+      next.move_to(band, end, images, std::min(tile + 1, last - 1));
+      float* out = v + tile * width;
+      for (int64_t c = 0; c < end.channels; c += kLanes) {
+        V middle[F::points][Places], in[Places], mapped[F::points];
+#pragma GCC unroll 9
+        for (int64_t j = 0; j < Places; ++j) {
+#pragma GCC unroll 9
+          for (int64_t i = 0; i < Places; ++i) {
+            in[i] = load_as<float>(window.at[i][j] + c);
+            __builtin_prefetch(next.at[i][j] + c);
           }
+          map(in, mapped);
+#pragma GCC unroll 9
+          for (int64_t i = 0; i < F::points; ++i) middle[i][j] = mapped[i];
         }
-        float* out = v + (job * band.columns + column) * width;
-        for (int64_t c = 0; c < width; c += kLanes) {
-          V middle[F::points][Places], in[Places], mapped[F::points];
-          for (int64_t j = 0; j < Places; ++j) {
-            for (int64_t i = 0; i < Places; ++i) in[i] = c < end.channels ? load_as<float>(at[i][j] + c) : V{};
-            map(in, mapped);
-            for (int64_t i = 0; i < F::points; ++i) middle[i][j] = mapped[i];
-          }
-          for (int64_t i = 0; i < F::points; ++i) {
-            map(middle[i], mapped);
-            for (int64_t j = 0; j < F::points; ++j) store<float>(mapped[j], out + (i * F::points + j) * pitch + c);
-          }
+#pragma GCC unroll 9
+        for (int64_t i = 0; i < F::points; ++i) {
+          if (i < rows.first || i >= rows.last) continue;
+          map(middle[i], mapped);
+          float* row = out + (i - rows.first) * F::points * pitch + c;
+#pragma GCC unroll 9
+          for (int64_t j = 0; j < F::points; ++j) store<float>(mapped[j], row + j * pitch);
         }
+      }
+      for (int64_t c = end.channels; c < width; c += kLanes) {
+        for (int64_t k = 0; k < rows.count() * F::points; ++k) store<float>(V{}, out + k * pitch + c);
       }
     }
   });
@@ -73,30 +116,42 @@ void to_points(const Band& band, const End& end, const T* images, Map&& map, int
 
 // The way back: m [points^2][tiles, width] -> images. Where tiles overlap (Places > step) they add up in the first row
 // and column of each; then the tile rows of an image go one after another.
-template <class F, int Places, class T, class Map>
-void from_points(const Band& band, const End& end, const float* m, int64_t pitch, Map&& map, int64_t width, T* images) {
+template <class F, int Places, Map map, class T>
+void from_points(const Band& band, const End& end, const float* m, int64_t pitch, int64_t width, T* images) {
   const int64_t together = Places > F::tile ? band.rows : 1;  // tile rows
+  const auto first_pixel = [&](int64_t tile) {
+    const int64_t job = tile / band.columns, row = band.first_row + job % band.rows;
+    const int64_t pixel_row = (band.first_image + job / band.rows) * end.size + row * end.step;
+    return images + (pixel_row * end.size + tile % band.columns * end.step) * end.channels;
+  };
   parallel(band.tile_rows() / together, 1 + 65536 / (together * band.columns * width * F::points),
            [&](int64_t from, int64_t to) {
-             for (int64_t job = from * together; job < to * together; ++job) {
-               const int64_t image = band.first_image + job / band.rows, row = band.first_row + job % band.rows;
-               for (int64_t column = 0; column < band.columns; ++column) {
-                 const float* in_tile = m + (job * band.columns + column) * width;
-                 T* out = images + ((image * end.size + row * end.step) * end.size + column * end.step) * end.channels;
-                 for (int64_t c = 0; c < end.channels; c += kLanes) {
-                   V middle[Places][F::points], in[F::points], mapped[Places];
-                   for (int64_t j = 0; j < F::points; ++j) {
-                     for (int64_t i = 0; i < F::points; ++i) in[i] = load(in_tile + (i * F::points + j) * pitch + c);
-                     map(in, mapped);
-                     for (int64_t i = 0; i < Places; ++i) middle[i][j] = mapped[i];
-                   }
-                   for (int64_t i = 0; i < Places; ++i) {
-                     map(middle[i], mapped);
-                     for (int64_t j = 0; j < Places; ++j) {
-                       T* at = out + (i * end.size + j) * end.channels + c;
-                       const bool shared = Places > F::tile && ((i == 0 && row > 0) || (j == 0 && column > 0));
-                       store_as<float>(shared ? mapped[j] + load_as<float>(at) : mapped[j], at);
-                     }
+             const int64_t last = to * together * band.columns;
+             for (int64_t tile = from * together * band.columns; tile < last; ++tile) {
+               const bool below = band.first_row + tile / band.columns % band.rows > 0;
+               const bool beside = tile % band.columns > 0;
+               const float* in_tile = m + tile * width;
+               T* out = first_pixel(tile);
+               const T* next = tile + 1 < last ? first_pixel(tile + 1) : out;
+               for (int64_t c = 0; c < end.channels; c += kLanes) {
+                 V middle[Places][F::points], in[F::points], mapped[Places];
+#pragma GCC unroll 9
+                 for (int64_t j = 0; j < F::points; ++j) {
+#pragma GCC unroll 9
+                   for (int64_t i = 0; i < F::points; ++i) in[i] = load(in_tile + (i * F::points + j) * pitch + c);
+                   map(in, mapped);
+#pragma GCC unroll 9
+                   for (int64_t i = 0; i < Places; ++i) middle[i][j] = mapped[i];
+                 }
+#pragma GCC unroll 9
+                 for (int64_t i = 0; i < Places; ++i) {
+                   map(middle[i], mapped);
+#pragma GCC unroll 9
+                   for (int64_t j = 0; j < Places; ++j) {
+                     const int64_t at = (i * end.size + j) * end.channels + c;
+                     __builtin_prefetch(next + at, 1);
+                     const bool shared = Places > F::tile && ((i == 0 && below) || (j == 0 && beside));
+                     store_as<float>(shared ? mapped[j] + load_as<float>(out + at) : mapped[j], out + at);
                    }
                  }
                }
@@ -104,11 +159,10 @@ void from_points(const Band& band, const End& end, const float* m, int64_t pitch
            });
 }
 
-// The first 9 numbers of kLanes rows that lie `stride` apart, as 9 vectors over the rows.
-inline void load_taps(const float* from, int64_t stride, V* g) {
 #if SAGE_VECTOR_BYTES == 64
-  V rows[16], mixed[16];  // four times: row i and row i + 8 interleaved are rows 2 i and 2 i + 1
-  for (int i = 0; i < 16; ++i) rows[i] = load_first<float>(from + i * stride, 9);
+// Rows become columns. Four times, row i and row i + 8 interleaved are rows 2 i and 2 i + 1.
+inline void transpose(V* rows) {
+  V mixed[16];
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   for (int round = 0; round < 4; ++round) {
@@ -118,10 +172,33 @@ inline void load_taps(const float* from, int64_t stride, V* g) {
     }
     for (int i = 0; i < 16; ++i) rows[i] = mixed[i];
   }
+}
+#endif
+
+// The first 9 numbers of kLanes rows that lie `stride` apart, as 9 vectors over the rows.
+inline void load_taps(const float* from, int64_t stride, V* g) {
+#if SAGE_VECTOR_BYTES == 64
+  V rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = load_first<float>(from + i * stride, 9);
+  transpose(rows);
   for (int k = 0; k < 9; ++k) g[k] = rows[k];
 #else
   for (int64_t k = 0; k < 9; ++k) {
     for (int64_t l = 0; l < kLanes; ++l) g[k][l] = from[l * stride + k];
+  }
+#endif
+}
+
+// The way back.
+inline void store_taps(const V* g, float* to, int64_t stride) {
+#if SAGE_VECTOR_BYTES == 64
+  V rows[16] = {};
+  for (int k = 0; k < 9; ++k) rows[k] = g[k];
+  transpose(rows);
+  for (int i = 0; i < 16; ++i) store_first<float>(rows[i], to + i * stride, 9);
+#else
+  for (int64_t l = 0; l < kLanes; ++l) {
+    for (int64_t k = 0; k < 9; ++k) to[l * stride + k] = g[k][l];
   }
 #endif
 }
@@ -168,9 +245,7 @@ void unpack_gradient(const float* du, int64_t pitch, int64_t c_in, int64_t c_out
           }
           for (int64_t k = 0; k < 9; ++k) g[k] += float(F::G[i][k / 3]) * row[k % 3];
         }
-        for (int64_t l = 0; l < kLanes; ++l) {
-          for (int64_t k = 0; k < 9; ++k) weight[((o + l) * c_in + c) * 9 + k] = g[k][l];
-        }
+        store_taps(g, weight + (o * c_in + c) * 9, c_in * 9);
       }
     }
   });
@@ -180,6 +255,7 @@ template <class S, class T>
 class TransformedConv {
   using F = typename S::F;
   static constexpr int64_t kPoints = F::points * F::points, kMatrices = F::matrices * F::matrices;
+  static constexpr PointRows kAllRows{0, F::points};
 
  public:
   // depth and columns of the products: channels of what is read and of what is written
@@ -206,9 +282,9 @@ class TransformedConv {
   void y_from_x(const T* x, const float* packed, T* y) {
     on_threads(1, [&](TransformedConv& self, int64_t begin, int64_t end) {
       self.bands_.for_each(begin, end, [&](const Band& band) {
-        to_points<F, S::window>(band, x_, x, S::A, depth_, self.v_, self.pitch_.v);
+        to_points<F, S::window, S::A>(band, x_, x, depth_, kAllRows, self.v_, self.pitch_.v);
         self.product(band, packed);
-        from_points<F, 4>(band, y_, self.m_, self.pitch_.m, S::C, width_, y);
+        from_points<F, 4, S::C>(band, y_, self.m_, self.pitch_.m, width_, y);
       });
     });
   }
@@ -217,20 +293,10 @@ class TransformedConv {
     static_assert(S::step > 4, "at stride 1 the convolution with turned taps needs no overlap");
     on_threads(across_, [&](TransformedConv& self, int64_t begin, int64_t end) {  // whole images: their tiles add up
       self.bands_.for_each(begin, end, [&](const Band& band) {
-        to_points<F, 4>(band, y_, y, S::C_t, depth_, self.v_, self.pitch_.v);
+        to_points<F, 4, S::C_t>(band, y_, y, depth_, kAllRows, self.v_, self.pitch_.v);
         self.product(band, packed);
-        from_points<F, S::window>(band, x_, self.m_, self.pitch_.m, S::A_t, width_, x);
+        from_points<F, S::window, S::A_t>(band, x_, self.m_, self.pitch_.m, width_, x);
       });
-    });
-  }
-
-  // du [matrices^2, a weight pitch apart][x_channels, panels * kPanel]
-  void weight_gradient(const T* x, const T* y, float* du) {
-    std::memset(du, 0, kMatrices * pitch_.u * sizeof(float));
-    bands_.for_each(0, p_.n * across_, [&](const Band& band) {
-      to_points<F, S::window>(band, x_, x, S::A, depth_, v_, pitch_.v);
-      to_points<F, 4>(band, y_, y, S::C_t, width_, m_, pitch_.m);
-      multiply_transposed<F>(v_, m_, band.tiles(), depth_, width_ / kPanel, du, pitch_);
     });
   }
 
@@ -285,13 +351,43 @@ void transposed2(const float* y, const float* weight, const Conv3x3Params& p, Wo
   Conv(p, depth, columns, workspace).x_from_y(y, packed, x);
 }
 
+// du [matrices^2, `pitch` apart][depth, width] of some rows of points, summed over bands that depend on neither these
+// rows nor the threads. Bands of twice the usual size, since each reads and writes du.
+template <class S, class T>
+void weight_gradient(const T* x, const T* y, const Conv3x3Params& p, const PointRows& rows, int64_t width, float* du,
+                     int64_t pitch, Workspace& workspace) {
+  using F = typename S::F;
+  const End x_end{p.x_size(), p.x_channels, S::step, S::edge}, y_end{p.size, p.y_channels, 4, 0};
+  const int64_t depth = p.x_channels, across = p.size / 4, points = rows.count() * F::points;
+  const Bands bands(p.n, across, F::points * F::points * (depth + width) * int64_t(sizeof(float)) / 2, 0);
+  const int64_t tiles = bands.most_rows() * across;
+  const Pitches pitches{tiles * depth + 16, round_up(tiles * width, 16) + 16, pitch};
+  float* v = workspace.get(Workspace::transformed, points * pitches.v);
+  float* m = workspace.get(Workspace::products, points * pitches.m);
+  bands.for_each(0, p.n * across, [&](const Band& band) {
+    to_points<F, S::window, S::A>(band, x_end, x, depth, rows, v, pitches.v);
+    to_points<F, 4, S::C_t>(band, y_end, y, width, rows, m, pitches.m);
+    multiply_transposed<F>(v, m, rows.first, rows.last, band.tiles(), depth, width / kPanel, du, pitches);
+  });
+}
+
+// A thread takes rows of points and transforms all tiles to them by itself, with no barrier between the steps. Rows
+// that share their weights stay together, with the thread in whose part they begin.
 template <class S, class T>
 void taps(const T* x, const T* y, const Conv3x3Params& p, Workspace& workspace, float* weight) {
-  const int64_t depth = p.x_channels, columns = p.y_channels;
+  using F = typename S::F;
   using Conv = TransformedConv<S, T>;
+  const int64_t depth = p.x_channels, columns = p.y_channels, width = panels_of(columns) * kPanel;
+  const int64_t pitch = Conv::weight_pitch(depth, columns), across = p.size / 4;
   float* du = Conv::weights(depth, columns, workspace);
-  Conv(p, depth, columns, workspace).weight_gradient(x, y, du);
-  unpack_gradient<typename S::F>(du, Conv::weight_pitch(depth, columns), depth, columns, weight);
+  std::memset(du, 0, F::matrices * F::matrices * pitch * sizeof(float));
+  const int64_t work = p.n * across * across * F::points * depth * width;  // of a row of points
+  parallel(F::points, 1 + 400000 / (work + 1), [&](int64_t begin, int64_t end) {
+    const auto begins_at = [](int64_t row) { return row < F::matrices ? row : int64_t(F::points); };
+    const PointRows rows{begins_at(begin), begins_at(end)};
+    if (rows.count() > 0) weight_gradient<S>(x, y, p, rows, width, du, pitch, thread_workspace());
+  });
+  unpack_gradient<F>(du, pitch, depth, columns, weight);
 }
 
 // f(T()) for the type of the images at stride 1

@@ -160,32 +160,27 @@ inline void outer_rows(int64_t rows, const float* a, int64_t lda, const float* b
   if constexpr (Rows > 1) outer_rows<Rows - 1>(rows, a, lda, b, ldb, count, c, ldc);
 }
 
-// For each matrix of weights: du [depth, panels * kPanel] += v [tiles, depth], transposed, x m [tiles, panels *
-// kPanel], over the points that share it.
+// For each matrix of weights of the rows of points [first_row, last_row): du [depth, panels * kPanel] += v [tiles,
+// depth], transposed, x m [tiles, panels * kPanel], over the points that share it; v and m begin with the first row's.
 template <class F>
-void multiply_transposed(const float* v, const float* m, int64_t tiles, int64_t depth, int64_t panels, float* du,
-                         const Pitches& pitch) {
+void multiply_transposed(const float* v, const float* m, int64_t first_row, int64_t last_row, int64_t tiles,
+                         int64_t depth, int64_t panels, float* du, const Pitches& pitch) {
   static constexpr PointOrder<F> order;
-  const int64_t width = panels * kPanel;
-  // cut by points, so that the threads get equal work; a thread takes the panels that begin in its part
-  parallel(order.points * panels, 1 + 400000 / (tiles * depth * kPanel + 1), [=, &pitch](int64_t begin, int64_t end) {
-    for (int64_t matrix = 0; matrix < order.matrices; ++matrix) {
-      const int64_t first = order.first[matrix], last = order.first[matrix + 1];
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t at = first * panels + panel * (last - first);
-        if (at < begin || at >= end) continue;
-        for (int64_t k = first; k < last; ++k) {
-          const float* a = v + order.point[k] * pitch.v;
-          const float* b = m + order.point[k] * pitch.m + panel * kPanel;
-          for (int64_t c = 0; c < depth; c += kMaxRows) {
-            const int64_t rows = depth - c < kMaxRows ? depth - c : kMaxRows;
-            outer_rows<kMaxRows>(rows, a + c, depth, b, width, tiles,
-                                 du + matrix * pitch.u + c * width + panel * kPanel, width);
-          }
+  const int64_t width = panels * kPanel, skipped = first_row * F::points;
+  const int64_t last_matrix = last_row < F::matrices ? last_row : F::matrices;
+  for (int64_t matrix = first_row * F::matrices; matrix < last_matrix * F::matrices; ++matrix) {
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int64_t k = order.first[matrix]; k < order.first[matrix + 1]; ++k) {
+        const float* a = v + (order.point[k] - skipped) * pitch.v;
+        const float* b = m + (order.point[k] - skipped) * pitch.m + panel * kPanel;
+        for (int64_t c = 0; c < depth; c += kMaxRows) {
+          const int64_t rows = depth - c < kMaxRows ? depth - c : kMaxRows;
+          outer_rows<kMaxRows>(rows, a + c, depth, b, width, tiles, du + matrix * pitch.u + c * width + panel * kPanel,
+                               width);
         }
       }
     }
-  });
+  }
 }
 
 }  // namespace sage_fast::SAGE_ISA
