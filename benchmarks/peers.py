@@ -53,6 +53,20 @@ def load_trainers(
     return found
 
 
+def load_augment_pipes(paths: list[str], p: float) -> dict[str, torch.nn.Module]:
+    """name -> the ADA pipeline "bgc" at that p, for each clone by NVlabs."""
+    parts = "xflip rotate90 xint scale rotate aniso xfrac brightness contrast lumaflip hue saturation".split()
+    pipes = {}
+    for path in map(Path, paths):
+        if (path / "training" / "augment.py").exists():
+            with _imports_from(path):
+                module = importlib.import_module("training.augment")
+                pipe = module.AugmentPipe(**dict.fromkeys(parts, 1))
+            pipe.p.fill_(p)
+            pipes["sg3" if (path / "training" / "networks_stylegan3.py").exists() else "ada"] = pipe
+    return pipes
+
+
 def _load(path: Path, generator: Generator) -> tuple[str, Draw]:
     if (path / "training" / "networks_stylegan2.py").exists():
         return "sg3", _nvlabs(path, "training.networks_stylegan2", generator)

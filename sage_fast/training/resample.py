@@ -15,7 +15,7 @@ from sage_fast.ops import upfirdn2d
 
 __all__ = ["SYM6", "resample", "source_margins"]
 
-#: orthonormal low-pass of the symlet with six vanishing moments (Daubechies 1992): the mean of its taps is at number 5
+#: orthonormal low-pass of the symlet with six vanishing moments (Daubechies 1992); [ADA] takes tap 5 for its centre, which is at 5.1
 SYM6 = (
     (0.015404109327044714, 0.003490712084221747, -0.11799011114852142, -0.04831174258569753)
     + (0.49105594192796375, 0.7876411410286511, 0.3379294217281658, -0.07263752278637658)
