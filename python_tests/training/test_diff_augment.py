@@ -36,10 +36,10 @@ def test_alpha_keeps_its_values():
 
 @pytest.mark.parametrize("shift_x, shift_y", [(0, 0), (2, -3), (-2, 1)])
 def test_translation(shift_x, shift_y):
-    x = torch.randn(2, 3, 24, 17)  # shifts up to 3 down and 2 to the right
+    x = torch.randn(2, 3, 20, 17)  # shifts up to 2.5, rounded up, down and 2 to the right
     y = applied(x, "translation", 0, 0, 0, (shift_x + 2.5) / 5, (shift_y + 3.5) / 7, 0, 0)
     wide = np.pad(x.numpy(), ((0, 0), (0, 0), (3, 3), (2, 2)))
-    expected = wide[:, :, 3 - shift_y : 27 - shift_y, 2 - shift_x : 19 - shift_x]
+    expected = wide[:, :, 3 - shift_y : 23 - shift_y, 2 - shift_x : 19 - shift_x]
     np.testing.assert_array_equal(y.numpy(), expected)
 
 
