@@ -111,7 +111,7 @@ def test_colour_is_the_product_of_its_parts():
 
 
 def test_grey_is_red_green_and_blue_of_one_value_and_alpha_is_only_moved():
-    named = dict(shift_x=0.25, brightness=0.2, contrast=0.4, luma_flip=1, hue=-0.8, saturation=-0.6)
+    named = dict(shift_x=0.25, brightness=0.2, contrast=0.4, luma_flip=1, hue=-0.8, saturation=-0.6, band_1=0.5)
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     grey = x[:, :1].expand(-1, 3, -1, -1)
     assert (applied(x[:, :1], **named) - applied(grey, **named)[:, :1]).abs().max() < 1e-12
@@ -126,7 +126,7 @@ def test_grey_is_red_green_and_blue_of_one_value_and_alpha_is_only_moved():
 def test_images_that_no_transform_touches_come_back_bit_for_bit():
     x = torch.randn(3, 3, 8, 8)
     some = amounts().repeat(3, 1)
-    some[1] = amounts(rotate_before=0.3, hue=1.0)
+    some[1] = amounts(rotate_before=0.3, hue=1.0, band_2=0.7, noise=0.1, noise_number=3, cut_size=0.5)
     y = apply_ada(x, Draws.of(some))
     assert torch.equal(y[[0, 2]], x[[0, 2]]) and not torch.equal(y[1], x[1])
 
@@ -136,7 +136,7 @@ N = 20_000
 
 @pytest.fixture(scope="module")
 def many() -> dict[str, np.ndarray]:
-    draws = draw_ada(N, 0.4, "bgc", torch.Generator().manual_seed(3))
+    draws = draw_ada(N, 0.4, "bgcfnc", torch.Generator().manual_seed(3))
     return dict(zip(AMOUNTS, draws.amounts.numpy().T))
 
 
@@ -159,6 +159,11 @@ def on(values: np.ndarray) -> np.ndarray:
         ("contrast", 0.4, stats.norm(0, 0.5)),
         ("hue", 0.4, stats.uniform(-math.pi, 2 * math.pi)),
         ("saturation", 0.4, stats.norm(0, 1)),
+        ("band_0", 0.4, stats.norm(0, 1)),
+        ("band_3", 0.4, stats.norm(0, 1)),
+        ("noise", 0.4, stats.norm(0, 0.1)),
+        ("cut_x", 0.4, stats.uniform(-1 / 2, 1)),
+        ("cut_y", 0.4, stats.uniform(-1 / 2, 1)),
     ],
 )
 def test_continuous_draws(many, name, probability, distribution):
@@ -178,7 +183,11 @@ def test_transforms_are_on_independently_except_the_axes_of_one(many):
     gates = {name: values != 0 for name, values in many.items()}
     assert (gates["shift_x"] == gates["shift_y"]).all() and (gates["move_x"] == gates["move_y"]).all()
     assert abs(np.mean(gates["rotate_before"] | gates["rotate_after"]) - 0.4) < 0.015
-    apart = [name for name in AMOUNTS if not name.endswith("_y")]
+    cut = gates["cut_size"]
+    assert (cut == gates["cut_x"]).all() and set(many["cut_size"]) == {0, 0.5}
+    assert (gates["noise"] == gates["noise_number"]).all()
+    together = {"shift_y", "move_y", "noise_number", "cut_x", "cut_y"}
+    apart = [name for name in AMOUNTS if name not in together]
     correlation = np.corrcoef([gates[name] for name in apart]) - np.eye(len(apart))
     assert np.abs(correlation).max() < 5 / math.sqrt(N)
     sizes = np.corrcoef([many["move_x"][gates["move_x"]], many["move_y"][gates["move_x"]]])[0, 1]
@@ -190,11 +199,14 @@ def test_p_and_the_pipeline_switch_transforms_without_changing_what_is_drawn():
         rng = torch.Generator().manual_seed(1)
         return draw_ada(8, p, pipeline, rng).amounts, rng.get_state()
 
-    (full, state), (none, other) = drawn(1.0, "bgc"), drawn(0.0, "b")
+    (full, state), (none, other) = drawn(1.0, "bgcfnc"), drawn(0.0, "b")
     assert torch.equal(state, other) and not none.any()
     may_be_nothing = [AMOUNTS.index(name) for name in ("flip", "turns", "luma_flip")]
     assert (full != 0)[:, [i for i in range(len(AMOUNTS)) if i not in may_be_nothing]].all()
-    half = drawn(0.5, "bgc")[0]
+    half = drawn(0.5, "bgcfnc")[0]
     assert torch.equal(half[half != 0], full[half != 0])
-    assert torch.equal(drawn(1.0, "b")[0][:, :4], full[:, :4]) and not drawn(1.0, "b")[0][:, 4:].any()
-    assert torch.equal(drawn(1.0, "bg")[0][:, :10], full[:, :10]) and not drawn(1.0, "bg")[0][:, 10:].any()
+    ends = dict(b="shift_y", bg="move_y", bgc="saturation", bgcf="band_3", bgcfn="noise_number", bgcfnc="cut_y")
+    for pipeline, last in ends.items():
+        used = AMOUNTS.index(last) + 1
+        some = drawn(1.0, pipeline)[0]
+        assert torch.equal(some[:, :used], full[:, :used]) and not some[:, used:].any()

@@ -11,8 +11,12 @@ from sage_fast.errors import InputError
 from sage_fast.training.augment import Augment, AugmentConfig
 from sage_fast.training.losses import r1_penalty
 
-KINDS = [AugmentConfig("ada", p=0.7), AugmentConfig("diffaugment")]
-kinds = pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
+KINDS = [
+    AugmentConfig("ada", p=0.7),
+    AugmentConfig("ada", transforms="bgcfnc", p=0.5),
+    AugmentConfig("diffaugment"),
+]
+kinds = pytest.mark.parametrize("config", KINDS, ids=lambda config: f"{config.kind} {config.transforms}")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -153,7 +157,10 @@ def test_a_checkpoint_continues_bit_for_bit():
     ("settings", "message"),
     [
         (dict(kind="DA"), "kind of augmentation must be none, ada or diffaugment, got 'DA'"),
-        (dict(kind="ada", transforms="gc"), "transforms of augmentation must be b, bg or bgc, got 'gc'"),
+        (
+            dict(kind="ada", transforms="gc"),
+            "transforms of augmentation must be b, bg, bgc, bgcf, bgcfn or bgcfnc, got 'gc'",
+        ),
         (dict(kind="ada", p=1.5), "p is a probability, expected 0 to 1 or None"),
         (dict(kind="ada", p=float("nan")), "p is a probability"),
         (dict(kind="ada", target=2.0), "target is a mean of signs, expected -1 to 1, got 2.0"),

@@ -36,7 +36,7 @@ class AugmentConfig:
     """Settings of :class:`Augment`; a setting that the kind does not read must keep its default."""
 
     kind: str = "none"  # or "ada", "diffaugment"
-    transforms: str = "bgc"  # ada: b pixel blitting, g general geometric, c colour; "b", "bg" or "bgc"
+    transforms: str = "bgc"  # ada: blitting, geometric, colour, filtering, noise, cutout: "b", "bg", ... or "bgcfnc"
     p: float | None = None  # ada: probability of each transform, 0 to 1; None: adaptive, from 0
     target: float = 0.6  # adaptive: the mean sign of the real logits to hold
     interval: int = 4  # adaptive: steps between two changes of p
@@ -44,7 +44,7 @@ class AugmentConfig:
     policy: str = "color,translation,cutout"  # diffaugment: which, in this order
 
     def __post_init__(self) -> None:
-        for name, allowed in (("kind", KINDS), ("transforms", PIPELINES)):
+        for name, allowed in (("kind", KINDS), ("transforms", tuple(PIPELINES))):
             if getattr(self, name) not in allowed:
                 raise InputError(
                     f"{name} of augmentation must be {', '.join(allowed[:-1])} or {allowed[-1]}, got '{getattr(self, name)}'."
