@@ -28,13 +28,13 @@ Apply = Callable[[Tensor], Tensor]
 def amounts_at(percentile: float) -> Tensor:
     """What the peers take: erfinv(2 q - 1) for a normal variable, and no rotation after stretching."""
     uniform, normal = 2 * percentile - 1, torch.erfinv(torch.tensor(2 * percentile - 1)).item()
-    values = {"flip": math.floor(2 * percentile), "turns": math.floor(4 * percentile), "rotate_after": 0.0}
+    values = {"flip": math.floor(2 * percentile), "turns": math.floor(4 * percentile)}
     values |= dict.fromkeys(("shift_x", "shift_y"), uniform / 8)
     values |= dict.fromkeys(("rotate_before", "hue"), uniform * math.pi)
     values |= dict.fromkeys(("scale", "stretch", "brightness"), 0.2 * normal)
     values |= dict.fromkeys(("move_x", "move_y"), normal / 8)
     values |= {"contrast": 0.5 * normal, "luma_flip": values["flip"], "saturation": normal}
-    return torch.tensor([[values[name] for name in AMOUNTS]] * BATCH, dtype=torch.float64)
+    return torch.tensor([[values.get(name, 0.0) for name in AMOUNTS]] * BATCH, dtype=torch.float64)
 
 
 def plain_upfirdn2d(x: Tensor, f: Tensor, up: int = 1, down: int = 1, padding=0, flip_filter=False, gain=1.0) -> Tensor:
