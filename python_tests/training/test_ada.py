@@ -124,11 +124,14 @@ def test_grey_is_red_green_and_blue_of_one_value_and_alpha_is_only_moved():
 
 
 def test_images_that_no_transform_touches_come_back_bit_for_bit():
-    x = torch.randn(3, 3, 8, 8)
-    some = amounts().repeat(3, 1)
-    some[1] = amounts(rotate_before=0.3, hue=1.0, band_2=0.7, noise=0.1, noise_number=3, cut_size=0.5)
+    x = torch.randn(7, 3, 8, 8)
+    some = amounts().repeat(7, 1)
+    touched = [dict(rotate_before=0.3), dict(hue=1.0), dict(band_2=0.7), dict(noise=0.1), dict(cut_size=0.5)]
+    some[1:6] = torch.cat([amounts(**named) for named in touched])
     y = apply_ada(x, Draws.of(some))
-    assert torch.equal(y[[0, 2]], x[[0, 2]]) and not torch.equal(y[1], x[1])
+    assert torch.equal(y[[0, 6]], x[[0, 6]])
+    for i, named in enumerate(touched, 1):
+        assert not torch.equal(y[i], x[i]) and torch.equal(y[i : i + 1], applied(x[i : i + 1], **named))
 
 
 N = 20_000
@@ -184,7 +187,7 @@ def test_transforms_are_on_independently_except_the_axes_of_one(many):
     assert (gates["shift_x"] == gates["shift_y"]).all() and (gates["move_x"] == gates["move_y"]).all()
     assert abs(np.mean(gates["rotate_before"] | gates["rotate_after"]) - 0.4) < 0.015
     cut = gates["cut_size"]
-    assert (cut == gates["cut_x"]).all() and set(many["cut_size"]) == {0, 0.5}
+    assert (cut == gates["cut_x"]).all() and (cut == gates["cut_y"]).all() and set(many["cut_size"]) == {0, 0.5}
     assert (gates["noise"] == gates["noise_number"]).all()
     together = {"shift_y", "move_y", "noise_number", "cut_x", "cut_y"}
     apart = [name for name in AMOUNTS if name not in together]

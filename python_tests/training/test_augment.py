@@ -79,6 +79,21 @@ def test_precisions_and_layouts(config):
 
 
 @kinds
+def test_a_gpu_gives_what_the_cpu_gives(config):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    augment, results = Augment(config), []
+    for device in ("cpu", "cuda"):
+        x = torch.randn(6, 3, 16, 16, generator=seeded(1)).to(device).requires_grad_()
+        y = augment.apply(x, augment.draw(6, seeded()))
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        results.append([t.detach().cpu() for t in (y, gradient, x.grad)])
+    for one, other in zip(*results):
+        assert (one - other).abs().max() < 1e-3 * one.abs().max()
+
+
+@kinds
 def test_r1_of_augmented_images(config):
     """Against the penalty by the Jacobian of the augmentation, written out: derivatives with respect to a weight agree."""
     augment, x = Augment(config), torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
