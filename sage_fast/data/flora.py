@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sage_fast.data.flora_drawing import CIRCULAR, FACTOR_RANGES, FACTORS, LEVELS, draw
+from sage_fast.data.splitmix64 import splitmix64
 from sage_fast.data.writers import atomic_write, prepare_output, save_png
 from sage_fast.errors import InputError
 
@@ -131,7 +132,7 @@ def irrelevant_factors(category_ids: np.ndarray, indices: np.ndarray) -> np.ndar
     """
     columns = np.arange(len(FACTORS), dtype=np.uint64)
     rows = (category_ids.astype(np.uint64) << np.uint64(32)) + indices.astype(np.uint64)
-    hashed = _splitmix64(rows[:, None] * np.uint64(64) + columns)
+    hashed = splitmix64(rows[:, None] * np.uint64(64) + columns)
     uniform = (hashed >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
     low, high = np.array(list(FACTOR_RANGES.values()), np.float32).T
     return low + uniform * (high - low)
@@ -211,11 +212,3 @@ def _check_request(ids: np.ndarray, indices: np.ndarray, resolution: int) -> Non
         raise InputError(f"indices must be 0 to {_MAX_INDEX}, got {indices.min()} to {indices.max()}.")
     if not 4 <= resolution <= 2048:
         raise InputError(f"resolution must be 4 to 2048, got {resolution}.")
-
-
-def _splitmix64(key: np.ndarray) -> np.ndarray:
-    """A uint64 hash, one to one (Steele, Lea & Flood 2014)."""
-    z = key + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
