@@ -216,8 +216,24 @@ def test_a_category_that_loses_all_its_images(tmp_path):
     make(tmp_path, 2, 30)
     (tmp_path / "lost").mkdir()
     (tmp_path / "lost" / "a.png").write_bytes(b"")
-    with pytest.warns(SageFastWarning), pytest.raises(InputError, match="No image can be read of lost"):
+    with pytest.raises(InputError, match="No image can be read of lost"):
         read_images(scan_image_folder(tmp_path), 4)
+
+
+def test_enlarging_is_refused_on_request(tmp_path):
+    make(tmp_path, 2, 30)  # 12 x 10 pixels
+    for i, side in enumerate((7, 6)):
+        Image.new("RGB", (side, 9)).save(tmp_path / "c1" / f"small{i}.png")
+    folder = scan_image_folder(tmp_path)
+    assert len(read_images(folder, 6, upscale=False)) == len(read_images(folder, 8)) == 62
+    with pytest.raises(InputError) as caught:
+        read_images(folder, 8, upscale=False)
+    message = str(caught.value)
+    assert "2 of 62 images" in message and "smaller than the resolution 8" in message
+    assert "the smallest, c1/small1.png, has 6 pixels on its shorter side" in message
+    assert "choose a resolution of at most 6, leave small images out, or allow enlarging with upscale" in message
+    with pytest.raises(InputError, match="62 of 62 images"):
+        read_images(folder, 16, upscale=False)
 
 
 def test_an_interrupt_in_progress_stops_the_reading(tmp_path):

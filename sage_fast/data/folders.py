@@ -1,61 +1,92 @@
-"""A folder of images per category, listed (``ImageFolder``) and read into memory (``ImageSet``)."""
+"""A folder of images per category, listed (``ImageFolder``) and read into memory (``ImageSet``).
+
+Archives and other sources are listed as ``ImageFolder`` too: see :mod:`sage_fast.data.sources`.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 
-from sage_fast.data.images import IMAGE_SUFFIXES, UnreadableImage, check_pixels, decode
+from sage_fast.data.images import (
+    IMAGE_SUFFIXES,
+    Content,
+    SmallImage,
+    UnreadableImage,
+    check_pixels,
+    decode,
+    shorter_side,
+)
 from sage_fast.errors import InputError, SageFastWarning
 
 _NAMED = 3  # how many files or categories a message lists before "and N more"
-_CHUNK = 32  # images a thread takes at a time
+_CHUNK, _CHUNK_BYTES = 32, 2**23  # images a thread takes at a time; fewer when they are large
+#: (place among the files asked for, what ``decode`` takes or why there is nothing)
+Item: TypeAlias = tuple[int, Content | UnreadableImage]
+#: asked for files by name, yields each, in whichever order the source is read fastest
+Reader = Callable[[Sequence[str]], Generator[Item, None, None]]
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFolder:
-    """The image files of a folder, not yet read.
+    """The image files of a folder, or of an archive or data set that holds one, not yet read.
 
     Attributes:
-        root: the folder.
+        root: the folder, or the archive, pattern or name of the data set.
         categories: names, sorted by code point.
         files: N paths relative to ``root`` with ``/`` (``category/name.png``, or ``name.png`` in a flat folder),
             category after category, sorted by name within each.
         labels: N indices into ``categories``.
+        reader: how the files are read; None: they lie in ``root``.
+        archives: the files that hold the images; None: each image is a file of its own.
+        version: what changes with the content, for a data set that is no file.
     """
 
     root: Path
     categories: list[str]
     files: list[str]
     labels: list[int]
+    reader: Reader | None = None
+    archives: tuple[Path, ...] | None = None
+    version: str = ""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def subset(self, indices: Sequence[int]) -> ImageFolder:
         """The files at ``indices``, in that order; ``categories`` and labels keep their numbers."""
-        files, labels = [self.files[i] for i in indices], [self.labels[i] for i in indices]
-        return ImageFolder(self.root, self.categories, files, labels)
+        return replace(self, files=[self.files[i] for i in indices], labels=[self.labels[i] for i in indices])
 
     def select(self, categories: Sequence[str]) -> ImageFolder:
         """The files of ``categories`` only; labels are renumbered in sorted order."""
         names = _known(categories, self.categories, f"Folder {str(self.root)!r}")
         number = {self.categories.index(name): new for new, name in enumerate(names)}
         kept = [i for i, label in enumerate(self.labels) if label in number]
-        return ImageFolder(self.root, names, [self.files[i] for i in kept], [number[self.labels[i]] for i in kept])
+        part = self.subset(kept)
+        return replace(part, categories=names, labels=[number[label] for label in part.labels])
+
+    def contents(self) -> Generator[Item, None, None]:
+        """(i, what ``decode`` takes, or why there is nothing) for each of the N images, not always in their order."""
+        if self.reader is None:
+            yield from ((i, self.root / file) for i, file in enumerate(self.files))
+        else:
+            yield from self.reader(self.files)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one resolution in memory.
+    """Images of one resolution, in memory or in a file that is mapped into it (read only).
 
     Attributes:
         images: uint8 [N, C, R, R].
@@ -111,7 +142,7 @@ def scan_image_folder(folder: str | os.PathLike[str], min_categories: int = 1, f
     listing = {name: images for name, images in listing.items() if images}
     if not listing:
         return _flat_folder(root, loose, names, min_categories, flat_ok)
-    _check_count(root, list(listing), min_categories)
+    check_count(f"Image folder {str(root)!r}", list(listing), min_categories)
     files = [f"{name}/{image}" for name, images in listing.items() for image in images]
     labels = [label for label, images in enumerate(listing.values()) for _ in images]
     return ImageFolder(root, list(listing), files, labels)
@@ -123,32 +154,41 @@ def read_images(
     n_channels: int = 3,
     max_bad_share: float = 0.05,
     progress: Callable[[int, int], None] | None = None,
+    upscale: bool = True,
 ) -> ImageSet:
     """Decode every image of ``folder`` by the rule of ``images`` into one array, in the folder's order.
 
     Args:
-        folder: what ``scan_image_folder`` returned.
+        folder: what ``scan_image_folder`` or ``sources.open_source`` returned.
         resolution: R in pixels.
         n_channels: 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA.
         max_bad_share: images that cannot be read are left out with one warning while they are at most this share.
         progress: called with (images done, images in all) from the calling thread.
+        upscale: False refuses a resolution above the shorter side of any image.
 
     Raises:
-        InputError: more than ``max_bad_share`` of the images, or all images of one category, cannot be read; or the
-            array does not fit into memory.
+        InputError: more than ``max_bad_share`` of the images, or all images of one category, cannot be read; an image
+            is too small; or the array does not fit into memory.
     """
     check_pixels(resolution, n_channels)
     images = _room_for(len(folder), n_channels, resolution)
-    bad = _decode_all(folder, images.numpy(), progress)
+    out = images.numpy()
+    bad = decode_all(folder, out.__setitem__, resolution, n_channels, upscale, progress)
+    check_bad(folder, bad, max_bad_share)
+    return image_set(folder, images if not bad else images[kept(folder, bad)], bad)
+
+
+def kept(folder: ImageFolder, bad: dict[int, str]) -> list[int]:
+    """The places of the images that could be read."""
+    return [i for i in range(len(folder)) if i not in bad]
+
+
+def image_set(folder: ImageFolder, images: torch.Tensor, bad: dict[int, str]) -> ImageSet:
+    """The images [N, C, R, R] that could be read, with their names and labels."""
     skipped = [f"{folder.files[i]}: {reason}" for i, reason in sorted(bad.items())]
-    labels = torch.tensor(folder.labels, dtype=torch.int64)
-    files = list(folder.files)
-    if bad:
-        _check_bad(folder, skipped, max_bad_share)
-        index = torch.tensor([i for i in range(len(folder)) if i not in bad], dtype=torch.int64)
-        images, labels, files = images[index], labels[index], [files[i] for i in index.tolist()]
-        _check_every_category(folder, labels)
-    return ImageSet(images, labels, list(folder.categories), files, skipped, str(folder.root))
+    readable = folder.subset(kept(folder, bad)) if bad else folder
+    labels = torch.tensor(readable.labels, dtype=torch.int64)
+    return ImageSet(images, labels, list(folder.categories), list(readable.files), skipped, str(folder.root))
 
 
 def _room_for(n: int, n_channels: int, resolution: int) -> torch.Tensor:
@@ -162,32 +202,92 @@ def _room_for(n: int, n_channels: int, resolution: int) -> torch.Tensor:
         ) from error
 
 
-def _decode_all(folder: ImageFolder, out: np.ndarray, progress: Callable[[int, int], None] | None) -> dict[int, str]:
-    """Fill ``out`` [N, C, R, R]; returns reasons by index of the images that cannot be read."""
-    n_channels, resolution = out.shape[1:3]
+def decode_all(
+    folder: ImageFolder,
+    store: Callable[[int, np.ndarray], object],
+    resolution: int,
+    n_channels: int,
+    upscale: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[int, str]:
+    """Decode the images on all cores and hand each to ``store`` (its place, uint8 [C, R, R]) in one of the threads.
 
-    def work(start: int) -> dict[int, str]:
+    Pillow decodes and resizes without holding Python's lock, so threads serve. The calling thread reads what lies in
+    archives, a few chunks ahead.
+
+    Returns:
+        Reasons by place of the images that cannot be read.
+    """
+
+    def work(chunk: list[Item]) -> tuple[int, dict[int, str]]:
         bad = {}
-        for i in range(start, min(start + _CHUNK, len(folder))):
+        for i, content in chunk:
             try:
-                out[i] = decode(folder.root / folder.files[i], resolution, n_channels)
+                if isinstance(content, UnreadableImage):
+                    raise content
+                store(i, decode(content, resolution, n_channels, folder.files[i], upscale))
+            except SmallImage:
+                raise
             except UnreadableImage as error:
                 bad[i] = error.reason
-        return bad
+        return len(chunk), bad
 
     bad: dict[int, str] = {}
+    done, n_threads = 0, _n_threads()
+    waiting: deque[Future[tuple[int, dict[int, str]]]] = deque()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # each image is judged here, once and by name
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        pool = ThreadPoolExecutor(_n_threads(), thread_name_prefix="sage_fast-decode")
+        pool = ThreadPoolExecutor(n_threads, thread_name_prefix="sage_fast-decode")
         try:
-            for start, found in zip(range(0, len(folder), _CHUNK), pool.map(work, range(0, len(folder), _CHUNK))):
-                bad.update(found)
-                if progress is not None:
-                    progress(min(start + _CHUNK, len(folder)), len(folder))
+            for chunk in _chunks(folder):
+                if chunk:
+                    waiting.append(pool.submit(work, chunk))
+                while waiting and (len(waiting) > n_threads + 2 or not chunk):
+                    n, found = waiting.popleft().result()
+                    done, bad = done + n, bad | found
+                    if progress is not None:
+                        progress(done, len(folder))
+        except SmallImage as error:
+            raise _too_small(folder, resolution) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return bad
+
+
+def _chunks(folder: ImageFolder) -> Iterator[list[Item]]:
+    """The contents, a few at a time; an empty list is the last."""
+    chunk: list[Item] = []
+    n_bytes = 0
+    with closing(folder.contents()) as contents:
+        for i, content in contents:
+            chunk.append((i, content))
+            n_bytes += len(content) if isinstance(content, bytes) else 0
+            if len(chunk) == _CHUNK or n_bytes > _CHUNK_BYTES:
+                yield chunk
+                chunk, n_bytes = [], 0
+    if chunk:
+        yield chunk
+    yield []
+
+
+def _too_small(folder: ImageFolder, resolution: int) -> InputError:
+    """Says how many images are smaller than ``resolution``, and up to which one none is."""
+    sides: list[tuple[int, str]] = []
+    with closing(folder.contents()) as contents:
+        for i, content in contents:
+            if not isinstance(content, UnreadableImage):
+                try:
+                    sides.append((shorter_side(content, folder.files[i]), folder.files[i]))
+                except UnreadableImage:
+                    continue
+    smaller = [side for side, _ in sides if side < resolution]
+    smallest, name = min(sides)
+    return InputError(
+        f"{len(smaller)} of {len(folder)} images in {str(folder.root)!r} are smaller than the resolution {resolution} "
+        f"(the smallest, {name}, has {smallest} pixels on its shorter side); choose a resolution of at most {smallest}, "
+        "leave small images out, or allow enlarging with upscale (--upscale)."
+    )
 
 
 def _n_threads() -> int:
@@ -225,7 +325,7 @@ def _flat_folder(root: Path, loose: list[str], names: list[str], min_categories:
             "move the images of each category into a folder of their own."
         )
     category = Path(os.path.abspath(root)).name or "images"  # a link keeps its own name
-    _check_count(root, [category], min_categories)
+    check_count(f"Image folder {str(root)!r}", [category], min_categories)
     return ImageFolder(root, [category], loose, [0] * len(loose))
 
 
@@ -233,10 +333,11 @@ def _subfolders(root: Path, name: str) -> list[str]:
     return _children(root / name)[0]
 
 
-def _check_count(root: Path, categories: list[str], min_categories: int) -> None:
+def check_count(where: str, categories: list[str], min_categories: int) -> None:
+    """Raise ``InputError`` unless there are ``min_categories``; ``where`` begins the sentence."""
     if len(categories) < min_categories:
         raise InputError(
-            f"Image folder {str(root)!r} has {len(categories)} categor{'y' if len(categories) == 1 else 'ies'} "
+            f"{where} has {len(categories)} categor{'y' if len(categories) == 1 else 'ies'} "
             f"({_first(categories)}), expected at least {min_categories}; add a folder of images per category."
         )
 
@@ -247,21 +348,21 @@ def _warn_empty(root: Path, empty: list[str]) -> None:
         warnings.warn(message, SageFastWarning, stacklevel=3)
 
 
-def _check_bad(folder: ImageFolder, skipped: list[str], max_bad_share: float) -> None:
-    share = len(skipped) / len(folder)
-    found = f"{len(skipped)} of {len(folder)} images in {str(folder.root)!r} cannot be read ({_first(skipped, '; ')})"
-    if share > max_bad_share:
+def check_bad(folder: ImageFolder, bad: dict[int, str], max_bad_share: float) -> None:
+    """Refuse too many unreadable images, or all of a category; warn of a few."""
+    if not bad:
+        return
+    reasons = [f"{folder.files[i]}: {reason}" for i, reason in sorted(bad.items())]
+    found = f"{len(bad)} of {len(folder)} images in {str(folder.root)!r} cannot be read ({_first(reasons, '; ')})"
+    if len(bad) / len(folder) > max_bad_share:
         raise InputError(f"{found}, more than the {max_bad_share:.0%} allowed; repair or remove them.")
-    warnings.warn(f"{found} and are left out; repair or remove them.", SageFastWarning, stacklevel=3)
-
-
-def _check_every_category(folder: ImageFolder, labels: torch.Tensor) -> None:
-    counts = torch.bincount(labels, minlength=len(folder.categories)).tolist()
+    counts = np.bincount(np.array(folder.labels)[kept(folder, bad)], minlength=len(folder.categories))
     lost = [name for name, count in zip(folder.categories, counts) if count == 0]
     if lost:
         raise InputError(
             f"No image can be read of {_first(lost)} in {str(folder.root)!r}; repair the images or remove the folder."
         )
+    warnings.warn(f"{found} and are left out; repair or remove them.", SageFastWarning, stacklevel=3)
 
 
 def _known(wanted: Sequence[str], present: Sequence[str], where: str) -> list[str]:

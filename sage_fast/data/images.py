@@ -22,11 +22,13 @@ The rule, in order:
 
 from __future__ import annotations
 
+import io
 import operator
 import os
 import stat
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -39,6 +41,10 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 MAX_SIDE = 16_384
 MAX_PIXELS = 89_478_485  # Pillow's own threshold: a quarter of a GiB of RGB
+
+RULE = 1  # number of the rule above: another one, other pixels
+MAX_BYTES = 2**28  # of an image that is handed over as bytes
+Content: TypeAlias = str | os.PathLike[str] | bytes | Image.Image  # a file, what is in it, or what it decodes to
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -60,6 +66,10 @@ class UnreadableImage(InputError):
     def __init__(self, path: str | os.PathLike[str], reason: str):
         self.path, self.reason = Path(path), reason
         super().__init__(f"Image {str(path)!r} cannot be read: {reason}; replace it or remove it.")
+
+
+class SmallImage(UnreadableImage):
+    """An image whose shorter side has fewer pixels than the resolution asked for."""
 
 
 def load_image(path: str | os.PathLike[str], resolution: int, n_channels: int = 3) -> torch.Tensor:
@@ -96,24 +106,66 @@ def check_pixels(resolution: int, n_channels: int) -> None:
         raise InputError(f"n_channels must be 1 (grey), 2 (grey + alpha), 3 (RGB) or 4 (RGBA), got {n_channels}.")
 
 
-def decode(path: str | os.PathLike[str], resolution: int, n_channels: int) -> np.ndarray:
-    """``load_image`` without the checks of the settings: uint8 [n_channels, R, R], possibly a strided view."""
+def decode(
+    content: Content, resolution: int, n_channels: int, name: str | os.PathLike[str] = "", upscale: bool = True
+) -> np.ndarray:
+    """``load_image`` without the checks of the settings: uint8 [n_channels, R, R], possibly a strided view.
+
+    Args:
+        content: the path of an image file, its bytes, or an image of Pillow's (no byte limit then; it is not changed).
+        name: for messages, where ``content`` is no path.
+        upscale: False refuses an image that has to be enlarged with ``SmallImage``.
+    """
+    name = name or (content if isinstance(content, str | os.PathLike) else "in memory")
     try:
-        _check_file(path)
-        with Image.open(path, formats=_FORMATS) as image:
-            _check_size(path, image.size)
+        with _open(content, name) as image:
+            if not upscale and min(image.size) < resolution:
+                raise SmallImage(name, f"{image.width} x {image.height} pixels, smaller than {resolution}")
             image.load()
             square = _convert(_centre_square(_upright(image)), _MODES[n_channels])
         pixels = np.asarray(square.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=None))
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(path, f"not an image of a known format ({', '.join(_FORMATS)})") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise UnreadableImage(path, f"more than {MAX_PIXELS:,} pixels") from error
-    except Exception as error:  # decoders meet damaged files with almost any exception type
-        raise UnreadableImage(path, f"truncated or damaged ({_one_line(error)})") from error
+    except Exception as error:
+        raise _unreadable(name, error) from error
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def shorter_side(content: Content, name: str | os.PathLike[str] = "") -> int:
+    """Pixels of the shorter side, from the header alone; raises ``UnreadableImage``."""
+    try:
+        with _open(content, name) as image:
+            return min(image.size)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _open(content: Content, name: str | os.PathLike[str]) -> AbstractContextManager[Image.Image]:
+    """The image, of a size that is allowed and not yet decoded."""
+    if isinstance(content, Image.Image):
+        _check_size(name, content.size)
+        return nullcontext(content)
+    if isinstance(content, bytes):
+        _check_length(name, len(content))
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    else:
+        _check_file(content)
+        image = Image.open(content, formats=_FORMATS)
+    try:
+        _check_size(name, image.size)
+    except UnreadableImage:
+        image.close()
+        raise
+    return image
+
+
+def _unreadable(name: str | os.PathLike[str], error: Exception) -> UnreadableImage:
+    """What a decoder raised, in our words; damaged files meet it with almost any exception type."""
+    if isinstance(error, UnreadableImage):
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return UnreadableImage(name, f"not an image of a known format ({', '.join(_FORMATS)})")
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
+        return UnreadableImage(name, f"more than {MAX_PIXELS:,} pixels")
+    return UnreadableImage(name, f"truncated or damaged ({_one_line(error)})")
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
@@ -129,6 +181,13 @@ def _check_file(path: str | os.PathLike[str]) -> None:
         raise UnreadableImage(path, "the file is empty")
     if not os.access(path, os.R_OK):
         raise UnreadableImage(path, "no permission to read it")
+
+
+def _check_length(name: str | os.PathLike[str], n_bytes: int) -> None:
+    if n_bytes == 0:
+        raise UnreadableImage(name, "the file is empty")
+    if n_bytes > MAX_BYTES:
+        raise UnreadableImage(name, f"more than {MAX_BYTES:,} bytes")
 
 
 def _check_size(path: str | os.PathLike[str], size: tuple[int, int]) -> None:
