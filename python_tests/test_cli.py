@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -180,12 +183,13 @@ def test_options_reach_the_config_of_their_stage(monkeypatch):
         stages, "train_all", lambda config, *rest: given.update(config=config, rest=rest) or Path("out")
     )
     words = ["train", "--data=in", "--out=out", "--resolution=16", "--resume", "--device=cpu", "--preset=paper"]
+    words += ["--cache=c", "--upscale"]
     assert cli.main([*words, "--gan.lr=0.5", "--encoder.no-flip", "--dictionary.lambda1=0.25"]) == 0
     config = given["config"]
     assert config.resolved_gan == GANConfig(resolution=16, lr=0.5)
     assert config.encoder == EncoderConfig(flip=False)
     assert config.dictionary == DictionaryConfig.preset("paper", lambda1=0.25)
-    assert given["rest"] == (Path("in"), Path("out"), True, False, "cpu")
+    assert given["rest"] == (Path("in"), Path("out"), True, False, "cpu", Path("c"), True)
 
 
 # --- the road of training ---------------------------------------------------------------------------------------------
@@ -280,6 +284,60 @@ def test_a_run_keeps_its_generator(run, seen, tmp_path, capsys):
     assert cli.main([*words, f"--generator={other}", *few, "--overwrite"]) == 0
 
 
+def test_an_archive_and_shards_train_the_same_model_as_their_folder(run, seen, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "seen"), "zip", seen)
+    for number, folder in enumerate(sorted(seen.iterdir())):
+        with tarfile.open(tmp_path / f"s-{number:02d}.tar", "w") as shard:
+            for image in folder.iterdir():
+                shard.add(image, f"{image.stem}.png")
+                label = tarfile.TarInfo(f"{image.stem}.cls")
+                label.size = len(folder.name)
+                shard.addfile(label, io.BytesIO(folder.name.encode()))
+    for data in (archive, str(tmp_path / "s-{00..02}.tar")):
+        out = tmp_path / Path(data).stem
+        cache = tmp_path / f"{out.name}_cache"
+        words = ["train", f"--data={data}", f"--out={out}", f"--cache={cache}", "--resolution=8", *TINY]
+        assert cli.main(words) == 0
+        model = {name: content for name, content in bundle_files(out).items() if name != "codes.safetensors"}
+        assert model.items() <= bundle_files(run).items()  # the codes bear the names of the files
+        assert (cache / "sage_fast_cache.pixels").stat().st_size == 24 * 3 * 64
+
+
+def test_many_images_are_mapped_from_the_cache_of_their_run(run, seen, tmp_path, monkeypatch):
+    from sage_fast.data import pixel_cache
+
+    monkeypatch.setattr(pixel_cache, "IN_MEMORY", 0)
+    out = tmp_path / "run"
+    words = ["train", f"--data={seen}", f"--out={out}", "--resolution=8", *TINY]
+    assert cli.main(words) == 0
+    assert bundle_files(out) == bundle_files(run)
+    before = (out / "cache" / "sage_fast_cache.pixels").stat().st_mtime_ns
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert (out / "cache" / "sage_fast_cache.pixels").stat().st_mtime_ns == before, "it is used again"
+
+
+def test_no_cache_is_left_where_a_run_is_refused(seen, tmp_path, monkeypatch, capsys):
+    from sage_fast.data import pixel_cache
+
+    monkeypatch.setattr(pixel_cache, "IN_MEMORY", 0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for command, tiny in (("train", TINY), ("train-gan", TINY_GAN)):
+        words = [command, f"--data={seen}", f"--out={tmp_path / 'mine'}", "--resolution=8", *tiny]
+        assert cli.main(words) == 2
+        assert "is not empty" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_resolution_above_that_of_the_images_is_refused_unless_asked_for(seen, tmp_path, capsys):
+    words = ["train-gan", f"--data={seen}", f"--out={tmp_path / 'run'}", "--resolution=16", *TINY_GAN]
+    assert cli.main(words) == 2
+    message = capsys.readouterr().err
+    assert "24 of 24 images" in message and "smaller than the resolution 16" in message and "at most 8" in message
+    assert not (tmp_path / "run").exists()
+    assert cli.main([*words, "--upscale"]) == 0
+
+
 def test_an_interrupted_run_resumes_to_the_same_model(run, seen, tmp_path, monkeypatch):
     words = ["train", f"--data={seen}", f"--out={tmp_path / 'run'}", "--resolution=8", *TINY]
 
@@ -359,6 +417,9 @@ def test_generate_then_evaluate(tiny_bundle, tiny_shots, tmp_path, capsys):
     assert report["rows"]["generated"]["n_images"] == 6
     assert "| generated |" in said and str(tmp_path / "report" / "report.md") in said
     assert not (tmp_path / "out" / "report.md").exists()
+    archive = shutil.make_archive(str(tmp_path / "real"), "gztar", tiny_shots)
+    assert cli.main([*words[:-1], f"--real={archive}", f"--out={tmp_path / 'again'}"]) == 0
+    assert (tmp_path / "again" / "report.json").read_bytes() == (tmp_path / "report" / "report.json").read_bytes()
 
 
 def test_generate_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):

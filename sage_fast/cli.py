@@ -28,10 +28,14 @@ __all__ = ["COMMANDS", "main"]
 class Data:
     """Where a training command reads and writes."""
 
-    data: Path  # folder of seen categories: <category>/<image>.png, .jpg, ...
+    data: (
+        Path  # seen categories: a folder <category>/<image>.png, a .zip or .tar of one, or shards ('s-{000..099}.tar')
+    )
     out: Path  # run folder
     resume: bool = False  # go on where an earlier run stopped
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
+    cache: Path | None = None  # folder for the decoded images; None: OUT/cache when they are many, else memory
+    upscale: bool = False  # allow a resolution above that of the images
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class EvaluatePaths:
     """What ``evaluate`` compares."""
 
     generated: Path  # output folder of generate
-    real: Path  # real images of the same categories: <category>/<image>.png, ...
+    real: Path  # real images of the same categories: <category>/<image>.png, or an archive or shards of them
     model: Path | None = None  # run folder or bundle; None: the model that comes with the package
     out: Path | None = None  # folder for report.md and report.json; None: the generated folder
     oracle: Path | None = None  # folder of another oracle of flora, for models of another resolution
@@ -160,18 +164,20 @@ def _train(argv: Sequence[str]) -> None:
     start = TrainConfig(dictionary=DictionaryConfig.preset(_preset_of(argv)))
     paths, _, config = _parse("train", argv, NewData, Preset, start)
     device = _device(paths.device)
-    folder = train_all(config, paths.data, paths.out, paths.resume, paths.overwrite, device)
+    options = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
+    folder = train_all(config, paths.data, paths.out, *options)
     print(f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it.")
 
 
 def _train_gan(argv: Sequence[str]) -> None:
-    from sage_fast.data.writers import prepare_output
+    from sage_fast.data.writers import check_output, prepare_output
     from sage_fast.training.gan import GANConfig
     from sage_fast.training.stages import gan_stage, read_seen
 
     paths, config = _parse("train-gan", argv, NewData, GANConfig())
     device = _device(paths.device)
-    images = read_seen(paths.data, config.resolution, config.n_channels)
+    check_output(paths.out, paths.resume, paths.overwrite)
+    images = read_seen(paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
     folder = prepare_output(paths.out, paths.resume, paths.overwrite)
     gan_stage(config, images.images, folder, paths.resume, device)
 
@@ -185,7 +191,7 @@ def _train_encoder(argv: Sequence[str]) -> None:
     device = _device(paths.device)
     if paths.generator is not None:
         adopt_generator(paths.generator, prepare_output(paths.out, paths.resume, paths.overwrite))
-    images = read_seen_of_run(paths.data, paths.out, "encoder")
+    images = read_seen_of_run(paths.data, paths.out, "encoder", paths.cache, paths.upscale)
     encoder_stage(config, images.images, paths.out, paths.resume, device)
 
 
@@ -194,7 +200,7 @@ def _embed(argv: Sequence[str]) -> None:
 
     paths, options = _parse("embed", argv, Data, EmbedOptions())
     device = _device(paths.device)
-    images = read_seen_of_run(paths.data, paths.out, "embed")
+    images = read_seen_of_run(paths.data, paths.out, "embed", paths.cache, paths.upscale)
     table = embed_stage(images, paths.out, options.batch, paths.resume, device)
     print(f"{len(table)} codes of {len(table.categories)} categories are in {paths.out}.")
 
@@ -206,7 +212,7 @@ def _train_dictionary(argv: Sequence[str]) -> None:
     start = DictionaryConfig.preset(_preset_of(argv))
     paths, _, config = _parse("train-dictionary", argv, Data, Preset, start)
     device = _device(paths.device)
-    images = read_seen_of_run(paths.data, paths.out, "dictionary")
+    images = read_seen_of_run(paths.data, paths.out, "dictionary", paths.cache, paths.upscale)
     dictionary_stage(config, images, paths.out, paths.resume, device)
     print(f"The model is in {bundle_stage(paths.out)}.")
 

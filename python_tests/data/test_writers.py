@@ -19,6 +19,7 @@ from sage_fast.data.writers import (
     MARKER,
     ManifestWriter,
     atomic_write,
+    check_output,
     contact_sheet,
     prepare_output,
     read_manifest,
@@ -372,6 +373,27 @@ def test_prepare_output_overwrites_its_own(tmp_path):
     ):
         (out / name).write_bytes(b"x")
     assert os.listdir(prepare_output(out, overwrite=True)) == [MARKER]
+
+
+def test_prepare_output_leaves_the_cache_of_images_where_it_is(tmp_path):
+    (tmp_path / "out" / "cache").mkdir(parents=True)
+    (tmp_path / "out" / "cache" / "x.pixels").write_bytes(b"x")
+    out = prepare_output(tmp_path / "out")
+    (out / "a.png").write_bytes(b"x")
+    prepare_output(out, overwrite=True)
+    assert sorted(os.listdir(out)) == [MARKER, "cache"] and os.listdir(out / "cache") == ["x.pixels"]
+
+
+def test_check_output_refuses_the_same_and_changes_nothing(tmp_path):
+    assert check_output(tmp_path / "new") == [] and not (tmp_path / "new").exists()
+    out = prepare_output(tmp_path / "out")
+    (out / "a.png").write_bytes(b"x")
+    assert check_output(out, overwrite=True) == ["a.png"] and (out / "a.png").exists()
+    with pytest.raises(InputError, match="is not empty"):
+        check_output(out)
+    (out / "a.odt").write_bytes(b"x")
+    with pytest.raises(InputError, match="did not write"):
+        check_output(out, overwrite=True)
 
 
 @pytest.mark.parametrize("foreign", ["photo.jpg", "rose/photo.jpg", "thesis.tex", "rose/.git/HEAD"])

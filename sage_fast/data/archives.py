@@ -85,7 +85,14 @@ def read_members(members: dict[str, Member]) -> Callable[[Sequence[str]], Genera
         places = sorted(range(len(files)), key=lambda i: (members[files[i]].archive, members[files[i]].offset))
         for path in dict.fromkeys(members[files[i]].archive for i in places):
             here = [(i, members[files[i]]) for i in places if members[files[i]].archive == path]
-            yield from (_read_zip if _first_bytes(path).startswith(b"PK") else _read_tar)(path, here)
+            try:
+                yield from (_read_zip if _first_bytes(path).startswith(b"PK") else _read_tar)(path, here)
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(
+                    f"Archive {str(path)!r} has changed or its disk fails ({_one_line(error)}); start again."
+                ) from error
 
     return read
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from sage_fast.errors import InputError
 
 MARKER = ".sage_fast.json"
+CACHE = "cache"  # folder of decoded images in a run's: no result, and checked whenever it is opened
 _TEMPORARY = ".sage_fast.tmp"
 _OWN_SUFFIXES = (".png", ".json", ".jsonl", ".safetensors", ".pt", ".csv", ".md", ".html", ".svg", ".txt", _TEMPORARY)
 _SHELL_FILES = (".ds_store", "thumbs.db", "desktop.ini")  # dropped by desktops into any folder
@@ -257,25 +258,41 @@ def read_manifest(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def prepare_output(folder: str | os.PathLike[str], resume: bool = False, overwrite: bool = False) -> Path:
     """Make ``folder`` ready to be written into and mark it as ours with the hidden file ``.sage_fast.json``.
 
-    A new folder or one without visible files is taken as it is. A folder with files is refused, unless ``resume``
+    A new folder or one without visible files (but ``cache/``) is taken as it is. A folder with files is refused, unless ``resume``
     (it must hold our marker, a manifest, a bundle or run configs; nothing is deleted) or ``overwrite`` (it must hold
-    our marker and only files of the kinds this package writes; its contents are deleted, links are not followed).
+    our marker and only files of the kinds this package writes; its contents but ``cache/`` are deleted, links are not followed).
 
     Raises:
         InputError: the folder is refused or cannot be made.
     """
     folder = Path(folder)
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other; give one of them.")
+    visible = check_output(folder, resume, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        visible = [name for name in os.listdir(folder) if not name.startswith(".")]
-    except FileExistsError as error:
-        raise InputError(f"Output {str(folder)!r} is a file; give a folder.") from error
     except OSError as error:
         raise InputError(f"Output folder {str(folder)!r} cannot be made ({error.strerror}).") from error
     if visible and overwrite:
-        _delete_own(folder)
+        _empty(folder)
+    if not (visible and resume) and not (folder / MARKER).exists():
+        write_json(folder / MARKER, {"made_by": "sage_fast"})
+    return folder
+
+
+def check_output(folder: str | os.PathLike[str], resume: bool = False, overwrite: bool = False) -> list[str]:
+    """Refuse what ``prepare_output`` refuses, and change nothing; returns the names of what is in the folder."""
+    folder = Path(folder)
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other; give one of them.")
+    try:
+        visible = [name for name in os.listdir(folder) if not name.startswith(".") and name != CACHE]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        if folder.is_file():
+            raise InputError(f"Output {str(folder)!r} is a file; give a folder.") from error
+        raise InputError(f"Output folder {str(folder)!r} cannot be made ({error.strerror}).") from error
+    if visible and overwrite:
+        _check_own(folder)
     elif visible and not resume:
         raise InputError(
             f"Output folder {str(folder)!r} is not empty; add --resume to go on in it, --overwrite to replace "
@@ -286,9 +303,7 @@ def prepare_output(folder: str | os.PathLike[str], resume: bool = False, overwri
             f"Output folder {str(folder)!r} holds nothing to resume (no manifest, bundle or configs); "
             "give the folder of the earlier run or an empty one."
         )
-    if not (visible and resume) and not (folder / MARKER).exists():
-        write_json(folder / MARKER, {"made_by": "sage_fast"})
-    return folder
+    return visible
 
 
 def check_apart(
@@ -314,14 +329,16 @@ def check_apart(
             raise InputError(f"Output folder {str(out)!r} holds the model {str(model)!r}; give another folder.")
 
 
-def _delete_own(folder: Path) -> None:
-    """Empty ``folder``; refuses, before the first deletion, what this package did not make."""
+def _check_own(folder: Path) -> None:
+    """Refuse a folder that holds what this package did not make."""
     if not (folder / MARKER).is_file():
         raise InputError(
             f"Output folder {str(folder)!r} was not made by sage_fast (no {MARKER} in it), so --overwrite leaves it "
             "alone; empty it yourself or give another folder."
         )
     for parent, folders, files in os.walk(folder):
+        if Path(parent) == folder and CACHE in folders:
+            folders.remove(CACHE)
         foreign = [name for name in files if not name.lower().endswith(_OWN_SUFFIXES + _SHELL_FILES)]
         foreign += [name for name in folders if os.path.islink(os.path.join(parent, name))]
         if foreign:
@@ -329,8 +346,13 @@ def _delete_own(folder: Path) -> None:
                 f"Output folder {str(folder)!r} holds {os.path.join(parent, foreign[0])!r}, which sage_fast did not "
                 "write, so --overwrite leaves it alone; move that file away or give another folder."
             )
+
+
+def _empty(folder: Path) -> None:
     try:
         for entry in sorted(folder.iterdir(), key=lambda path: path.name == MARKER):  # the marker goes last
+            if entry.name == CACHE:
+                continue
             if entry.is_dir():
                 shutil.rmtree(entry)
             else:

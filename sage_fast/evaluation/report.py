@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sage_fast.data import flora
 from sage_fast.data.folders import ImageFolder, read_images, scan_image_folder
+from sage_fast.data.sources import open_source
 from sage_fast.data.writers import atomic_write, write_json
 from sage_fast.errors import InputError
 from sage_fast.evaluation.oracle import Oracle, load_oracle
@@ -59,7 +60,8 @@ def evaluate_folder(
     Args:
         model: bundle folder; None: the model that comes with the package.
         generated: ``<category>/<image>.png``, as ``generate`` writes it.
-        real: ``<category>/<image>.png`` with at least the generated categories. It should not hold the shots.
+        real: ``<category>/<image>.png``, or another source that ``open_source`` takes, with at least the generated
+            categories. It should not hold the shots.
         batch: images in the network at a time.
         oracle: judge of flora's categories; the one that comes with the package when absent.
 
@@ -67,7 +69,7 @@ def evaluate_folder(
         InputError: a folder or model that cannot be read, a generated category without real images, or too few images.
     """
     encoder = load_encoder(model)
-    ours, theirs = (scan_image_folder(folder, flat_ok=True) for folder in (generated, real))
+    ours, theirs = scan_image_folder(generated, flat_ok=True), open_source(real, flat_ok=True)
     missing = sorted(set(ours.categories) - set(theirs.categories))
     if missing:
         raise InputError(

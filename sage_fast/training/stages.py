@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
+from sage_fast.data.folders import ImageSet
 from sage_fast.data.latent_table import LatentTable
-from sage_fast.data.writers import atomic_write, prepare_output, write_json
+from sage_fast.data.pixel_cache import read_or_map
+from sage_fast.data.sources import Source, open_source
+from sage_fast.data.writers import CACHE, atomic_write, check_output, prepare_output, write_json
 from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
 from sage_fast.models.encoder_kinds import build_encoder
@@ -112,15 +114,18 @@ class _Trained(NamedTuple):
 
 def train_all(
     config: TrainConfig,
-    data: str | Path,
+    data: Source,
     out: str | Path,
     resume: bool = False,
     overwrite: bool = False,
     device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    upscale: bool = False,
 ) -> Path:
-    """Train every network from the ImageFolder ``data`` of seen categories; ``out`` becomes the bundle.
+    """Train every network from ``data`` of seen categories; ``out`` becomes the bundle.
 
     Args:
+        data, cache, upscale: as in :func:`read_seen`.
         resume: go on with whichever stage was interrupted; finished stages are passed over.
         overwrite: empty ``out`` first (only a folder that this package made).
     Returns:
@@ -129,29 +134,52 @@ def train_all(
         InputError: unusable images or settings (nothing is written then), a folder that is not empty, or a loss that
             is not finite.
     """
-    images = read_seen(data, config.resolved_gan.resolution, config.resolved_gan.n_channels)
+    gan = config.resolved_gan
+    check_output(out, resume, overwrite)
+    images = read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale)
     folder = prepare_output(out, resume, overwrite)
-    gan_stage(config.resolved_gan, images.images, folder, resume, device)
+    gan_stage(gan, images.images, folder, resume, device)
     encoder_stage(config.encoder, images.images, folder, resume, device)
     embed_stage(images, folder, config.embed_batch, resume, device)
     dictionary_stage(config.dictionary, images, folder, resume, device)
     return bundle_stage(folder, config.bundle)
 
 
-def read_seen(data: str | Path, resolution: int, n_channels: int = 3) -> ImageSet:
-    """Every image of the ImageFolder ``data`` (at least two categories) at ``resolution``, under a progress bar."""
+def read_seen(
+    data: Source,
+    resolution: int,
+    n_channels: int = 3,
+    run: Path | None = None,
+    cache: str | Path | None = None,
+    upscale: bool = False,
+) -> ImageSet:
+    """Every image of ``data`` (at least two categories) at ``resolution``, under a progress bar.
+
+    Args:
+        data: folder, archive, shards or a data set object: see ``data.sources``.
+        run: the run folder; many images are decoded once, into its ``cache`` (see ``data.pixel_cache``).
+        cache: folder of the cache in place of the run's; given, there is one however few the images are.
+        upscale: allow a resolution above that of the images.
+    """
     n_latent_of(resolution)
-    listing = scan_image_folder(data, min_categories=2)
+    listing = open_source(data, min_categories=2)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("   reading", total=len(listing))
-        return read_images(listing, resolution, n_channels, progress=lambda done, _: bar.update(task, completed=done))
+
+        def progress(done: int, _: int) -> None:
+            bar.update(task, completed=done)
+
+        usual = None if run is None else run / CACHE
+        return read_or_map(listing, resolution, n_channels, usual, cache, progress, upscale)
 
 
-def read_seen_of_run(data: str | Path, folder: Path, stage: str) -> ImageSet:
+def read_seen_of_run(
+    data: Source, folder: Path, stage: str, cache: str | Path | None = None, upscale: bool = False
+) -> ImageSet:
     """:func:`read_seen` at the resolution and with the channels of the run in ``folder``, for ``stage`` run alone."""
     config = _config(folder, "gan", stage)
-    return read_seen(data, config["resolution"], config["n_channels"])
+    return read_seen(data, config["resolution"], config["n_channels"], folder, cache, upscale)
 
 
 def gan_stage(
