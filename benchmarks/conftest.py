@@ -31,6 +31,7 @@ _ROWS: pytest.StashKey[dict[str, list[dict]]] = pytest.StashKey()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-threads", type=int, default=1, help="threads of torch in benchmarks")
+    parser.addoption("--bench-images", type=int, default=20_000, help="images of bench_data")
     parser.addoption("--bench-compile", action="store_true", help="torch.compile among the rivals (minutes to compile)")
     parser.addoption("--peer-path", action="append", default=[], help="a clone of other people's StyleGAN2; repeatable")
 
