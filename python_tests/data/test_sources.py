@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sage_fast.data import archives, images
+from sage_fast.data import archives, folders, images
 from sage_fast.data.archives import list_members
 from sage_fast.data.folders import ImageFolder, ImageSet, read_images
 from sage_fast.data.images import load_image
@@ -172,6 +172,21 @@ def test_listing_decodes_nothing(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", refuse)
     assert len(open_source(source)) == 15
     assert getattr(source, "decoded", 0) == 0
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz", "pil"])
+def test_progress_counts_every_image(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_CHUNK", 4)
+    calls = []
+    read_images(open_source(make(kind, tmp_path)), 8, progress=lambda *done: calls.append(done))
+    assert calls == [(4, 15), (8, 15), (12, 15), (15, 15)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_threads_or_small_chunks_change_nothing(kind, tmp_path, monkeypatch, expected):
+    monkeypatch.setattr(folders, "_n_threads", lambda: 1)
+    monkeypatch.setattr(folders, "_CHUNK_BYTES", 1)
+    assert torch.equal(read_images(open_source(make(kind, tmp_path)), 8).images, expected.images)
 
 
 def test_shots_are_the_same_from_a_folder_and_an_archive(tmp_path):
