@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sage_fast.data.folders import ImageFolder, ImageSet
-from sage_fast.data.splits import load_split, split_seen_unseen, take_shots
+from sage_fast.data.splits import hold_out, load_split, split_seen_unseen, take_shots
 from sage_fast.errors import InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "splits"
@@ -127,3 +127,28 @@ def test_fewer_images_than_shots():
         take_shots(images, 3)
     with pytest.raises(InputError, match="at least 1, got 0"):
         take_shots(images, 0)
+
+
+def test_held_out_images_are_a_share_and_the_rest_is_trained_on():
+    images = image_set({"a": 300, "b": 100})
+    training, held_out = hold_out(images, 0.05)
+    assert (len(training), len(held_out)) == (380, 20)
+    assert sorted(training.files + held_out.files) == images.files
+    assert training.files == sorted(training.files) and held_out.files == sorted(held_out.files)
+    assert held_out.images.flatten().tolist() == [images.files.index(f) % 256 for f in held_out.files]
+    assert len(hold_out(images, 0.5, most=30)[1]) == 30
+
+
+def test_held_out_images_depend_on_names_and_seed_alone():
+    images = folder({"a": 50, "b": 50})
+    held_out = hold_out(images, 0.1)[1]
+    turned = images.subset(list(reversed(range(len(images)))))
+    assert sorted(hold_out(turned, 0.1)[1].files) == held_out.files
+    assert len({tuple(hold_out(images, 0.1, seed=seed)[1].files) for seed in range(10)}) == 10
+    assert hold_out(folder({"a": 30}), 0.1)[1].files == ["a/001.png", "a/015.png", "a/029.png"]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.01, 0.999])
+def test_a_share_leaves_images_in_both_parts(share):
+    with pytest.raises(InputError, match=rf"leave images in both parts, got {share} of 20 images"):
+        hold_out(folder({"a": 20}), share)

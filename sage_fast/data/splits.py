@@ -100,6 +100,35 @@ def take_shots(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:
     return images.subset(shots), images.subset([i for i in range(len(labels)) if i not in chosen])
 
 
+def hold_out(images: Images, share: float = 0.05, most: int = 2000, seed: int = 0) -> tuple[Images, Images]:
+    """Images to train on, and a share that training never shows, to measure against; no trainer sees the second part.
+
+    Which images are held out depends on the seed and on the categories' and files' names, so the same folder gives the
+    same part on every machine and in every continuation.
+
+    Args:
+        images: ``ImageFolder`` or ``ImageSet``.
+        share: of the images to hold out, between 0 and 1.
+        most: held-out images at most.
+        seed: any integer.
+
+    Returns:
+        (training, held out), both in the order of ``images``.
+
+    Raises:
+        InputError: a share that is none, or that leaves one part empty.
+    """
+    n = min(most, round(share * len(images)))
+    if not 0 < share < 1 or not 0 < n < len(images):
+        raise InputError(
+            f"share must be between 0 and 1 and leave images in both parts, got {share} of {len(images)} images, at most {most}."
+        )
+    names = [f"{images.categories[int(c)]}\0{PurePosixPath(f).name}" for c, f in zip(images.labels, images.files)]
+    texts = [f"{seed}\0held out\0{name}".encode("utf-8", "surrogateescape") for name in names]
+    order = sorted(range(len(texts)), key=lambda i: (hashlib.sha256(texts[i]).digest(), i))
+    return images.subset(sorted(order[n:])), images.subset(sorted(order[:n]))
+
+
 def _shuffled(category: str, indices: Sequence[int], files: Sequence[str], seed: int) -> list[int]:
     def key(index: int) -> tuple[bytes, int]:
         text = f"{seed}\0{category}\0{PurePosixPath(files[index]).name}"

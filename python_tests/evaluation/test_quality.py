@@ -1,0 +1,184 @@
+"""Quality of a generator: against the functions it is made of, torchmetrics where it is there, and what must not change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from tiny_model import RESOLUTION, STYLE_DIM, tiny_networks
+
+from sage_fast.data.flora import render
+from sage_fast.errors import InputError
+from sage_fast.evaluation.fid import kernel_distance
+from sage_fast.evaluation.oracle import Oracle
+from sage_fast.evaluation.precision_recall import precision_recall
+from sage_fast.evaluation.protocol import as_written
+from sage_fast.evaluation.quality import Quality, QualityConfig, image_features
+from sage_fast.models.perceptual import DiscriminatorFeatures, SqueezeFeatures
+from sage_fast.models.stylegan2 import Discriminator, Generator
+
+GENERATOR, _, DISCRIMINATOR = tiny_networks()
+CONFIG = QualityConfig(n_images=96, batch=32)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return DiscriminatorFeatures(DISCRIMINATOR)
+
+
+@pytest.fixture(scope="module")
+def reals():
+    ids, numbers = np.arange(80) % 40, np.arange(80)
+    return render(ids, numbers, RESOLUTION)[0]
+
+
+@pytest.fixture(scope="module")
+def generated():
+    quality = Quality(CONFIG, torch.zeros(8, 3, RESOLUTION, RESOLUTION), DiscriminatorFeatures(DISCRIMINATOR))
+    return torch.cat(list(quality.generate(GENERATOR)))
+
+
+def test_the_scores_are_those_of_the_features(network, reals, generated):
+    scores = Quality(CONFIG, reals, network)(GENERATOR)
+    a, b = image_features(network, as_written(generated)).double(), image_features(network, as_written(reals)).double()
+    root = np.real(sqrtm(np.cov(a.numpy(), rowvar=False) @ np.cov(b.numpy(), rowvar=False)))
+    difference = (a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace() - 2 * np.trace(root)
+    precision, recall = precision_recall(b, a, 3)
+    assert list(scores) == ["fd_discriminator", "kd_discriminator", "precision_discriminator", "recall_discriminator"]
+    assert scores["fd_discriminator"] == pytest.approx(float(difference), rel=1e-5)
+    assert scores["kd_discriminator"] == pytest.approx(kernel_distance(a, b), rel=1e-9)
+    assert (scores["precision_discriminator"], scores["recall_discriminator"]) == (precision, recall)
+
+
+def test_frechet_and_kernel_distance_are_those_of_torchmetrics(network, reals, generated):
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed (extra 'metrics')")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Pooled(torch.nn.Module):
+        num_features = DISCRIMINATOR.channels[0]
+
+        def forward(self, images):
+            return image_features(network, images)
+
+    fd = FrechetInceptionDistance(feature=Pooled(), input_img_size=(3, RESOLUTION, RESOLUTION)).set_dtype(torch.float64)
+    kd = KernelInceptionDistance(feature=Pooled(), subsets=1, subset_size=80)
+    for images, real in ((as_written(reals), True), (as_written(generated)[:80], False)):
+        fd.update(images, real=real)
+        kd.update(images, real=real)
+    scores = Quality(QualityConfig(n_images=80, batch=32), reals, network)(GENERATOR)
+    assert scores["fd_discriminator"] == pytest.approx(float(fd.compute()), rel=1e-4)
+    assert scores["kd_discriminator"] == pytest.approx(float(kd.compute()[0]), rel=1e-3)
+
+
+def test_a_measurement_repeats_and_does_not_depend_on_the_batch(network, reals):
+    quality = Quality(CONFIG, reals, network)
+    first = quality(GENERATOR)
+    assert quality(GENERATOR) == first
+    others = Quality(QualityConfig(n_images=96, batch=7), reals, network)(GENERATOR)
+    assert others == pytest.approx(first, rel=1e-4)
+    assert Quality(QualityConfig(n_images=96, seed=1), reals, network)(GENERATOR) != first
+
+
+def test_a_measurement_leaves_random_state_mode_and_gradients_alone(network, reals):
+    quality = Quality(CONFIG, reals, network)
+    generator = tiny_networks()[0].train().requires_grad_(True)
+    before = torch.get_rng_state()
+    quality(generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert generator.training and all(p.requires_grad and p.grad is None for p in generator.parameters())
+
+
+def test_noise_is_a_setting(network, reals, generated):
+    images = {
+        noise: next(Quality(QualityConfig(n_images=8, noise=noise), reals, network).generate(GENERATOR))
+        for noise in ("random", "const", "none")
+    }
+    assert torch.equal(images["random"], generated[:8])
+    noisy = tiny_networks()[0]
+    with torch.no_grad():
+        noisy.conv1.noise.weight.fill_(1)
+    parts = [
+        next(Quality(QualityConfig(n_images=8, noise=n), reals, network).generate(noisy)) for n in ("random", "const")
+    ]
+    assert (parts[0] - parts[1]).abs().max() > 0.01
+
+
+def test_reals_in_place_of_generated_images_score_better_than_a_generator_without_training(network, reals):
+    quality = Quality(CONFIG, reals, network)
+    others = render(np.arange(96) % 40, np.arange(1000, 1096), RESOLUTION)[0]
+    hoped, got = quality.of_images(others), quality(GENERATOR)
+    assert hoped["fd_discriminator"] < 0.3 * got["fd_discriminator"]
+    assert hoped["kd_discriminator"] < 0.3 * got["kd_discriminator"]
+    assert hoped["recall_discriminator"] > got["recall_discriminator"]
+    assert quality.of_images(reals)["fd_discriminator"] == pytest.approx(0, abs=1e-6)
+
+
+def test_features_of_the_reals_are_made_once(reals):
+    network = DiscriminatorFeatures(DISCRIMINATOR)
+    seen = []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    quality = Quality(CONFIG, reals, network)
+    assert sum(seen) == len(reals)
+    quality(GENERATOR)
+    quality(GENERATOR)
+    assert sum(seen) == len(reals) + 2 * CONFIG.n_images
+
+
+def test_the_name_is_the_networks(reals):
+    config = QualityConfig(n_images=16, batch=16)
+    squeeze = Quality(config, reals[:16], SqueezeFeatures())(GENERATOR)
+    assert list(squeeze)[0] == "fd_squeezenet1_1"
+    big = Generator(16, STYLE_DIM, n_mapping=1, channel_base=64, channel_max=8)
+    images = render(np.arange(16), np.arange(16), 16)[0]
+    assert list(Quality(config, images, Oracle(16, 4).eval())(big))[0] == "fd_oracle"
+    assert list(Quality(config, images, DiscriminatorFeatures(Discriminator(16, channel_max=8)))(big))[0] == (
+        "fd_discriminator"
+    )
+
+
+def test_classes_come_as_often_as_among_the_reals(network, reals):
+    generator = Generator(RESOLUTION, STYLE_DIM, n_mapping=1, channel_base=64, channel_max=8, c_dim=3)
+    asked = []
+    generator.style.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[1].argmax(1)))
+    labels = torch.tensor([0] * 20 + [2] * 60)
+    list(Quality(CONFIG, reals, network, labels).generate(generator))
+    assert torch.cat(asked).bincount(minlength=3).tolist() == [24, 0, 72]
+    asked.clear()
+    list(Quality(CONFIG, reals, network).generate(generator))
+    assert torch.cat(asked).bincount().tolist() == [32, 32, 32]
+
+
+def test_kernel_distance_of_subsets_is_near_that_of_all_pairs(network, reals):
+    one = Quality(CONFIG, reals, network)(GENERATOR)["kd_discriminator"]
+    config = QualityConfig(n_images=96, batch=32, subset_size=40, n_subsets=200)
+    assert Quality(config, reals, network)(GENERATOR)["kd_discriminator"] == pytest.approx(one, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_images": 4}, "n_images greater than neighbours"),
+        ({"batch": 0}, "batch"),
+        ({"noise": "much"}, "noise must be 'random', 'const' or 'none'"),
+        ({"n_images": 50, "subset_size": 51}, "subset_size must be 2 to n_images 50"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(InputError, match=message):
+        QualityConfig(**settings)
+
+
+def test_reals_and_labels_are_checked(network, reals):
+    with pytest.raises(InputError, match=r"reals must be more than 4 images .* got \[4, 3, 8, 8\]; hold out more"):
+        Quality(CONFIG, reals[:4], network)
+    with pytest.raises(InputError, match=r"labels must be int64 \[80\]"):
+        Quality(CONFIG, reals, network, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(InputError, match="at most the 80 held-out images"):
+        Quality(QualityConfig(n_images=96, subset_size=90), reals, network)
+    broken = tiny_networks()[0]
+    with torch.no_grad():
+        broken.to_rgb1.bias.fill_(float("nan"))
+    with pytest.raises(InputError):
+        Quality(CONFIG, reals, network)(broken)

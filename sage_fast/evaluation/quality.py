@@ -1,0 +1,164 @@
+"""Quality of a generator against images that it was not trained on, as numbers of one feature network.
+
+What a person watches while training: :class:`Quality` is made once from the held-out images and called with the generator
+as often as wanted. A score's name ends in its network's name, ``fd_squeezenet1_1``; compare scores of one name, one
+number of images and one set of held-out images only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sage_fast.errors import InputError
+from sage_fast.evaluation.fid import feature_statistics, frechet_distance_of_statistics, kernel_distance
+from sage_fast.evaluation.oracle import Oracle
+from sage_fast.evaluation.precision_recall import Manifold
+from sage_fast.evaluation.protocol import as_written
+from sage_fast.models.inference import counter_noise
+from sage_fast.models.perceptual import FeatureNetwork
+from sage_fast.models.stylegan2 import Generator
+from sage_fast.ops.counter_normal import counter_normal
+
+__all__ = ["Quality", "QualityConfig", "image_features"]
+
+_LATENTS = 2**32 - 1  # the stream of the latents; noise maps take 0, 1, 2, ...
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """Settings of :class:`Quality`.
+
+    ``n_images``: generated a measurement. ``batch``: in the networks at a time; does not change the images.
+    ``noise``: of the synthesis; "random" maps depend on ``seed`` and an image's number alone.
+    ``neighbours``: k of precision and recall.
+    ``subset_size``: None takes the kernel distance over all pairs, which is the mean over every subset of any size; a
+    number takes the mean over ``n_subsets`` random subsets of that many images, as published tables do.
+    """
+
+    n_images: int = 2048
+    batch: int = 64
+    seed: int = 0
+    noise: Literal["random", "const", "none"] = "random"
+    neighbours: int = 3
+    subset_size: int | None = None
+    n_subsets: int = 100
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.neighbours < 1 or self.n_images <= self.neighbours + 1:
+            raise InputError(
+                "batch and neighbours must be at least 1 and n_images greater than neighbours + 1, got "
+                f"{self.batch}, {self.neighbours} and {self.n_images}."
+            )
+        if self.noise not in ("random", "const", "none"):
+            raise InputError(f"noise must be 'random', 'const' or 'none', got {self.noise!r}.")
+        if self.subset_size is not None and (not 2 <= self.subset_size <= self.n_images or self.n_subsets < 1):
+            raise InputError(
+                f"subset_size must be 2 to n_images {self.n_images} and n_subsets at least 1, got {self.subset_size} and "
+                f"{self.n_subsets}."
+            )
+
+
+class Quality:
+    """Measure generators against ``reals``: Frechet and kernel distance, precision and recall, of ``network``'s features.
+
+    The same generator gives the same numbers at every call; no random state but its own is touched, and the features of
+    the reals are made once.
+
+    Args:
+        config: see :class:`QualityConfig`.
+        reals: held-out images, [M, C, R, R] uint8, or float in [-1, 1].
+        network: a feature network of ``models.perceptual``, or flora's oracle.
+        labels: int64 [M], classes of the reals, for a class-conditional generator: its classes come as often as
+            theirs. Without them every class comes as often.
+
+    Raises:
+        InputError: too few reals, or images or labels that do not fit.
+    """
+
+    def __init__(
+        self,
+        config: QualityConfig,
+        reals: Tensor,
+        network: FeatureNetwork | Oracle,
+        labels: Tensor | None = None,
+    ) -> None:
+        if reals.ndim != 4 or len(reals) <= config.neighbours + 1:
+            raise InputError(
+                f"reals must be more than {config.neighbours + 1} images [M, C, R, R], got {list(reals.shape)}; hold out more."
+            )
+        if labels is not None and (labels.shape != (len(reals),) or labels.dtype != torch.int64):
+            raise InputError(f"labels must be int64 [{len(reals)}], got {labels.dtype} {list(labels.shape)}.")
+        if config.subset_size is not None and config.subset_size > len(reals):
+            raise InputError(f"subset_size must be at most the {len(reals)} held-out images, got {config.subset_size}.")
+        self.config, self.network, self.labels = config, network, labels
+        self.name = "oracle" if isinstance(network, Oracle) else network.name
+        parts = reals.split(config.batch)
+        self._real = torch.cat([image_features(network, as_written(part)) for part in parts]).double().cpu()
+        self._statistics, self._manifold = feature_statistics(self._real), Manifold(self._real, config.neighbours)
+
+    def __call__(self, generator: Generator) -> dict[str, float]:
+        """Scores of a generator; smaller is better for ``fd_`` and ``kd_``, greater for ``precision_`` and ``recall_``.
+
+        The generator's mode and device stay as they are.
+
+        Raises:
+            InputError: the generator's images are not of the reals' kind, or not finite.
+        """
+        return self._scores(torch.cat([self._features(images) for images in self.generate(generator)]))
+
+    def of_images(self, images: Tensor) -> dict[str, float]:
+        """Scores of any images [N, C, R, R] in place of generated ones; training images give what can be hoped for."""
+        return self._scores(torch.cat([self._features(part) for part in images.split(self.config.batch)]))
+
+    @torch.no_grad()
+    def generate(self, generator: Generator) -> Iterator[Tensor]:
+        """The images that are measured, [``batch``, C, R, R] at a time: each a function of the seed and its number."""
+        config, like = self.config, generator.input.input
+        for samples in torch.arange(config.n_images, device=like.device).split(config.batch):
+            z = counter_normal(samples, config.seed, _LATENTS, generator.style.z_dim).to(like)
+            w_plus = generator.broadcast(generator.mapping(z, self._classes(generator, samples)))
+            if config.noise == "random":
+                yield generator.synthesis(w_plus, counter_noise(generator, samples, config.seed))
+            else:
+                yield generator.synthesis(w_plus, config.noise)
+
+    def _classes(self, generator: Generator, samples: Tensor) -> Tensor | None:
+        """One-hot labels [N, c_dim] of the samples; None without classes."""
+        if not generator.c_dim:
+            return None
+        if self.labels is None:
+            classes = samples % generator.c_dim
+        else:
+            classes = self.labels.to(samples.device)[samples * len(self.labels) // self.config.n_images]
+        return torch.nn.functional.one_hot(classes, generator.c_dim).to(generator.input.input)
+
+    def _features(self, images: Tensor) -> Tensor:
+        return image_features(self.network.to(images.device), as_written(images)).double().cpu()
+
+    def _scores(self, features: Tensor) -> dict[str, float]:
+        config = self.config
+        generated = Manifold(features, config.neighbours)
+        scores = {
+            "fd": frechet_distance_of_statistics(*feature_statistics(features), *self._statistics),
+            "kd": kernel_distance(features, self._real, config.subset_size, config.n_subsets),
+            "precision": float(self._manifold.covers(features).double().mean()),
+            "recall": float(generated.covers(self._real).double().mean()),
+        }
+        return {f"{score}_{self.name}": value for score, value in scores.items()}
+
+
+@torch.no_grad()
+def image_features(network: FeatureNetwork | Oracle, images: Tensor) -> Tensor:
+    """Features [N, F] of images [N, C, R, R] in [-1, 1]: the last maps of a network, averaged over positions.
+
+    Deviation: the FID takes Inception-v3's pool features; here the network is whichever is at hand, so the number bears
+    its name and is not the FID.
+    """
+    if isinstance(network, Oracle):
+        return network.features(images)
+    return network(images)[-1].float().mean((2, 3))
