@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[float, str | None]] = {
     "pipeline": (5, None),
     "profiling": (5, None),
     "conversion": (5, None),
+    "export": (5, None),
     "generation": (5.5, None),
     "reconstruction": (5.5, None),
     "training": (6, None),

@@ -7,12 +7,14 @@ reference ops working, with one :class:`~sage_fast.errors.SageFastWarning` that 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import torch
 
 from sage_fast.errors import InputError, SageFastWarning
 
-__all__ = ["CUDA_OPS", "NATIVE_OPS", "Native", "call", "has_kernel", "host", "load", "when_loaded"]
+__all__ = ["CUDA_OPS", "NATIVE_OPS", "Native", "call", "has_kernel", "host", "load", "when_loaded", "without_kernels"]
 
 #: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
 NATIVE_OPS = (
@@ -74,6 +76,7 @@ _lock = threading.RLock()
 _native: Native | None = None
 _callbacks: list[Callable[[], None]] = []
 _warned: set[str] = set()
+_plain: ContextVar[bool] = ContextVar("sage_fast_plain", default=False)
 
 
 def call(op: Any, tensors: tuple[torch.Tensor | None, ...], *settings: Any) -> torch.Tensor:
@@ -90,6 +93,8 @@ def call(op: Any, tensors: tuple[torch.Tensor | None, ...], *settings: Any) -> t
 
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``op`` runs natively on ``device_type`` ("cpu", "cuda"); warns once a device when it should but cannot."""
+    if _plain.get():
+        return False
     native = _native or load()
     if device_type in native.devices:
         return op in NATIVE_OPS or (device_type == "cuda" and op in CUDA_OPS)
@@ -103,6 +108,16 @@ def has_kernel(op: str, device_type: str) -> bool:
 
 
 has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it and keeps the answer
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, every op of this thread is its plain-PyTorch reference: for graphs that are to run without this package."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def load() -> Native:

@@ -130,6 +130,21 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class ExportSource:
+    """What ``export`` reads."""
+
+    positional: ClassVar[bool] = True
+    source: Path | None = None  # run folder, bundle or a file of any published format; None: the model of the package
+
+
+@dataclass(frozen=True)
+class ExportOut:
+    """Where ``export`` writes."""
+
+    out: Path  # gets mapping, synthesis and encoder, each a file, and export.json
+
+
+@dataclass(frozen=True)
 class InfoOptions:
     """Options of ``info`` and ``inspect``."""
 
@@ -268,6 +283,19 @@ def _convert(argv: Sequence[str]) -> None:
     print(f"The networks are in {convert(paths.source, paths.out, options.to)}.")
 
 
+def _export(argv: Sequence[str]) -> None:
+    from sage_fast.export import ExportConfig, export
+
+    target, found, config = _parse("export", argv, ExportOut, ExportSource(), ExportConfig())
+    about = export(found.source, target.out, config)
+    for name, file in about["files"].items():
+        words = [f"{key} [{', '.join(map(str, shape))}]" for key, shape in {**file["inputs"], **file["output"]}.items()]
+        print(f"{name}: {', '.join(words[:-1])} -> {words[-1]}; largest difference {file['largest_difference']:.1e}")
+    print(
+        f"Read back and compared with the networks (tolerance {about['tolerance']:g}); export.json beside them says more."
+    )
+
+
 def _info(argv: Sequence[str]) -> None:
     (options,) = _parse("info", argv, InfoOptions())
     from sage_fast.info import build_report
@@ -332,6 +360,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
     "inspect": (_inspect, "what a file of networks holds, and what can be done with it"),
     "convert": (_convert, "the networks of a file in another format"),
+    "export": (_export, "the networks as ONNX files or torch.export programs, checked"),
     "info": (_info, "what was built, and which kernels run where"),
     "profile": (_profile, "where a synthesis spends its time, layer by layer"),
     "data": (_data, "write a data set: 'data flora'"),

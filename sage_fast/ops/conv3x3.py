@@ -79,6 +79,8 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _kernel_pays(x: Tensor, weight: Tensor, side: float, stride: int) -> bool:
     """``side``: of the smaller of the two images, without what stride 2 adds."""
+    if x.device.type != "cpu" or not _native.has_kernel("conv3x3", "cpu"):  # cuDNN has such transforms of its own
+        return False
     tiles = x.shape[0] * int(side * side) // 16
     return (
         (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and stride == 1))
@@ -87,8 +89,6 @@ def _kernel_pays(x: Tensor, weight: Tensor, side: float, stride: int) -> bool:
         and side % 4 == x.shape[1] % 16 == weight.shape[0] % 16 == weight.shape[1] % 16 == 0
         and (tiles >= _MIN_TILES or tiles == 0)
         and max(weight.shape) <= 4096
-        and x.device.type == "cpu"  # cuDNN has such transforms of its own
-        and _native.has_kernel("conv3x3", "cpu")
     )
 
 
