@@ -133,18 +133,13 @@ def graphs_of(generator: Generator, encoder: ImageEncoder | None = None, noise: 
         return (generator.broadcast(generator.mapping(*prior(n))).contiguous(),)
 
     def images(n: int) -> tuple[Tensor, ...]:
-        return (generator.synthesis(*latents(n), noise="none").clamp(-1, 1),)
+        return (generator.synthesis(latents(n)[0], noise="none").clamp(-1, 1),)
 
-    labels = {"c": (c_dim,)} if c_dim else {}
+    given: dict[str, tuple[int, ...]] = {"z": (z_dim,), "c": (c_dim,)} if c_dim else {"z": (z_dim,)}
+    layers = (generator.n_latent, generator.style_dim)
     graphs = [
-        Graph("mapping", _Mapping(generator), {"z": (z_dim,)} | labels, "w", prior),
-        Graph(
-            "synthesis",
-            _Synthesis(generator, noise),
-            {"w_plus": (generator.n_latent, generator.style_dim)},
-            "images",
-            latents,
-        ),
+        Graph("mapping", _Mapping(generator), given, "w", prior),
+        Graph("synthesis", _Synthesis(generator, noise), {"w_plus": layers}, "images", latents),
     ]
     if isinstance(encoder, HyperStyle):
         raise InputError(
@@ -169,7 +164,7 @@ def export_graph(graph: Graph, path: Path, to: str) -> dict[str, Any]:
     with without_kernels(), _quiet():
         batch = torch.export.Dim("batch")
         shapes = tuple({0: batch} for _ in graph.inputs)
-        program = torch.export.export(graph.module, graph.example(2), dynamic_shapes=(shapes,), strict=True)
+        program = torch.export.export(graph.module, graph.example(2), dynamic_shapes=shapes, strict=True)
         _forget_sources(program)
         run = _write_onnx(graph, program, path) if to == "onnx" else _write_program(program, path)
     worst = 0.0
@@ -224,8 +219,8 @@ class _Mapping(nn.Module):
         super().__init__()
         self.style = generator.style
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.style(*inputs)
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        return self.style(z, c)
 
 
 class _Synthesis(nn.Module):
@@ -233,8 +228,8 @@ class _Synthesis(nn.Module):
         super().__init__()
         self.generator, self.noise = generator, noise
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.generator.synthesis(*inputs, noise=self.noise)
+    def forward(self, w_plus: Tensor) -> Tensor:
+        return self.generator.synthesis(w_plus, noise=self.noise)
 
 
 class _Encoder(nn.Module):
@@ -242,8 +237,8 @@ class _Encoder(nn.Module):
         super().__init__()
         self.encoder, self.generator, self.noise = encoder, generator, noise
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.encoder.invert(*inputs, self.generator, self.noise).offsets + self.generator.latent_avg
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder.invert(images, self.generator, self.noise).offsets + self.generator.latent_avg
 
 
 def _load(source: StrPath | None, config: ExportConfig) -> tuple[Generator, ImageEncoder | None, str]:

@@ -1,0 +1,123 @@
+"""What a running stage shows of itself: a bar on a terminal, now and then a line anywhere else.
+
+Speed, memory and the last value of everything logged; the JSONL log is the run's own and has every line.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["StageProgress", "memory", "progress_line"]
+
+_EVERY_S = 60.0  # between two lines where there is no terminal
+_UNSEEN = ("step", "time", "seconds")  # known to the bar or of no use to a reader
+
+
+class StageProgress:
+    """Progress of one stage: iterate over it for the steps, and :meth:`show` what was logged.
+
+    Args:
+        stage: name in front of the bar.
+        start, total: first step and number of steps.
+        images_per_step: real images a step shows; 0: speed is counted in steps.
+        device: whose memory is shown.
+        quiet: show nothing, as the helpers of a run on several devices.
+        console: where to; None: standard error.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        start: int,
+        total: int,
+        images_per_step: int = 0,
+        device: str | torch.device = "cpu",
+        quiet: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        self.stage, self.start, self.total, self.images_per_step = stage, start, total, images_per_step
+        self.device, self.quiet = torch.device(device), quiet
+        self.console = console or Console(stderr=True)
+        self.values: dict[str, float] = {}
+        self._status, self._said = "", 0.0
+        self._mark = (start, time.monotonic())
+
+    def __iter__(self) -> Iterator[int]:
+        """``start, ..., total - 1``."""
+        columns = (
+            TextColumn(f"{self.stage:>10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        hidden = self.quiet or not self.console.is_terminal
+        with Progress(*columns, console=self.console, refresh_per_second=2, disable=hidden) as bar:
+            task = bar.add_task("", total=self.total, completed=self.start)
+            for step in range(self.start, self.total):
+                yield step
+                bar.update(task, completed=step + 1, description=self._status)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Speed since the last call and memory now, for the log and for :meth:`show`.
+
+        Returns:
+            ``s_per_kimg`` (or ``s_per_step`` without images) after ``step`` steps, and :func:`memory`.
+        """
+        now = time.monotonic()
+        done, seconds = step - self._mark[0], now - self._mark[1]
+        self._mark = (step, now)
+        values = memory(self.device)
+        if done > 0 and self.images_per_step:
+            values["s_per_kimg"] = seconds / done / self.images_per_step * 1000
+        elif done > 0:
+            values["s_per_step"] = seconds / done
+        return values
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Put ``values`` beside what was shown before, each name with its last value."""
+        self.values |= values
+        self._status = progress_line(self.values)
+        now = time.monotonic()
+        if self.quiet or self.console.is_terminal or (now - self._said < _EVERY_S and step < self.total):
+            return
+        self._said = now
+        text = f"{self.stage} {step}/{self.total}  {self._remaining(step)}{self._status}"
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _remaining(self, step: int) -> str:
+        """``ETA h:mm:ss`` at the last speed, where it is known."""
+        per_kimg, per_step = self.values.get("s_per_kimg"), self.values.get("s_per_step")
+        if per_kimg is not None:
+            per_step = per_kimg * self.images_per_step / 1000
+        return "" if per_step is None else f"ETA {timedelta(seconds=round((self.total - step) * per_step))}  "
+
+
+def progress_line(values: Mapping[str, float]) -> str:
+    """Values as one line of words, four digits each: speed and memory first, then the others in their order."""
+    words = {"s_per_kimg": "{:.3g} s/kimg", "s_per_step": "{:.3g} s/step"}
+    words |= {"rss_gb": "{:.2f} GB", "cuda_peak_gb": "{:.2f} GB on the GPU"}
+    first = [word.format(values[name]) for name, word in words.items() if name in values]
+    rest = [f"{name} {value:.4g}" for name, value in values.items() if name not in words and name not in _UNSEEN]
+    return "  ".join(first + rest)
+
+
+def memory(device: str | torch.device = "cpu") -> dict[str, float]:
+    """``rss_gb``, what the process holds of the main memory (where /proc says it), and for a CUDA device ``cuda_peak_gb``,
+    the most that tensors have held; GB of 10^9 bytes."""
+    values: dict[str, float] = {}
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        values["rss_gb"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if torch.device(device).type == "cuda":
+        values["cuda_peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return values

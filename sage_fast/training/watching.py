@@ -1,0 +1,214 @@
+"""What is watched while a generator trains: its quality, and the signs of a run that goes wrong.
+
+Training rests below evaluation, so a trainer is *given* its measure: a callable from a generator to named scores, the
+first of which decides and is better when smaller, or None. ``evaluation.quality.Quality`` is one. The whole contract::
+
+    watch = Watch(measure, config.measure_every_kimg, config.patience)
+    ...
+    if watch.due(kimg, last=done == total):
+        run.log(done, **watch.score(average, kimg))    # watch.improved: the best so far, worth keeping
+        if watch.stop:
+            break                                      # after the checkpoint is saved
+    run.save({..., "watch": watch.state_dict()})
+
+A measure draws from no random state but its own and leaves the generator as it was, so watching changes no weight.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sage_fast.data.images import to_float
+from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.models.stylegan2 import Generator
+
+__all__ = ["CollapseConfig", "CollapseDetector", "Measure", "Watch"]
+
+Measure = Callable[[Generator], dict[str, float]]
+_SIDE = 8  # images are compared at this size: what a grid shows from afar
+
+
+class Watch:
+    """When to measure a generator, what came, the best so far, and whether it is time to stop.
+
+    Args:
+        measure: see the module; None: never due.
+        every_kimg: thousands of real images between two measurements.
+        patience: measurements without a new best after which ``stop`` is true; 0: never.
+
+    Attributes:
+        best: smallest main score so far (inf before the first), reached at ``best_kimg``.
+        improved: whether the last score was it.
+        scores: the last ones.
+
+    Raises:
+        InputError: a setting out of range.
+    """
+
+    def __init__(self, measure: Measure | None, every_kimg: float = 10.0, patience: int = 0) -> None:
+        if not every_kimg > 0 or patience < 0:
+            raise InputError(f"every_kimg must be positive and patience at least 0, got {every_kimg} and {patience}.")
+        self.measure, self.every_kimg, self.patience = measure, every_kimg, patience
+        self.best, self.best_kimg, self.measured_kimg, self.without = math.inf, 0.0, 0.0, 0
+        self.improved, self.scores = False, dict[str, float]()
+
+    def due(self, kimg: float, last: bool = False) -> bool:
+        """Whether to measure after ``kimg``: at each multiple of ``every_kimg``, and after the ``last`` step."""
+        if self.measure is None or kimg <= self.measured_kimg:
+            return False
+        return last or _multiples(kimg, self.every_kimg) > _multiples(self.measured_kimg, self.every_kimg)
+
+    def score(self, generator: Generator, kimg: float) -> dict[str, float]:
+        """Measure now: what ``measure`` gives.
+
+        Raises:
+            InputError: there is no measure, or it gives no score.
+        """
+        scores = self.measure(generator) if self.measure is not None else {}
+        if not scores:
+            raise InputError("the measure must give at least one score, got none; give a measure or do not ask.")
+        main = next(iter(scores.values()))
+        self.scores, self.measured_kimg, self.improved = scores, kimg, main < self.best
+        self.without = 0 if self.improved else self.without + 1
+        if self.improved:
+            self.best, self.best_kimg = main, kimg
+        return scores
+
+    @property
+    def stop(self) -> bool:
+        """Whether the last ``patience`` measurements brought no new best."""
+        return bool(self.patience) and self.without >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        names = ("best", "best_kimg", "measured_kimg", "without", "improved", "scores")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        for name in self.state_dict():
+            setattr(self, name, state[name])
+
+
+@dataclass(frozen=True)
+class CollapseConfig:
+    """When :class:`CollapseDetector` speaks. docs/quality.md has the runs that the thresholds come from.
+
+    ``start_kimg``: silent before. ``half_life_kimg``: of the averages that the thresholds are for.
+    ``sign``: the average of sign D(real), which StyleGAN2-ADA calls r_t. ``gap``: the same paper's r_v, the share of the
+    discriminator's margin that training images have over held-out ones. ``diversity``: of the grid, as a share of the reals'.
+    """
+
+    start_kimg: float = 20.0
+    half_life_kimg: float = 5.0
+    sign: float = 0.9
+    gap: float = 0.3
+    diversity: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.start_kimg < 0 or not self.half_life_kimg > 0:
+            raise InputError(
+                f"start_kimg must be at least 0 and half_life_kimg positive, got {self.start_kimg} and {self.half_life_kimg}."
+            )
+
+
+class CollapseDetector:
+    """Warns, once each, of a discriminator that knows its training images by heart and of a generator that repeats itself.
+
+    Args:
+        reals: images of the data, uint8 [M, C, R, R], M at least 2 (some hundreds do): the diversity to compare with.
+        config: see :class:`CollapseConfig`.
+
+    Raises:
+        InputError: other reals, or reals that are all alike.
+    """
+
+    def __init__(self, reals: Tensor, config: CollapseConfig = CollapseConfig()) -> None:
+        if reals.dtype != torch.uint8 or reals.ndim != 4 or len(reals) < 2:
+            raise InputError(f"reals must be uint8 [M, C, R, R], M at least 2, got {reals.dtype} {list(reals.shape)}.")
+        self.config, self.real_diversity = config, _diversity(to_float(reals[:1024]))
+        if not self.real_diversity > 0:
+            raise InputError("reals must differ, got images that are all alike.")
+        self.averages, self._seen = dict[str, float](), dict[str, float]()
+        self._said: set[str] = set()
+
+    def discriminator(
+        self, kimg: float, real: Tensor, fake: Tensor, held_out: Tensor | None = None
+    ) -> dict[str, float]:
+        """Take note of logits [N, 1] of training images, of generated ones and, where there are any, of held-out ones.
+
+        Implements the overfitting heuristics of Eq. 1 of Karras et al. 2020 [StyleGAN2-ADA].
+
+        Returns:
+            The averages for the log: ``real_sign_mean`` and, with held-out images, ``held_out_gap``.
+        """
+        values = {"real_sign_mean": float(real.detach().float().sign().mean())}
+        if held_out is not None:
+            ours, others, fakes = (float(x.detach().float().mean()) for x in (real, held_out, fake))
+            if ours > fakes:  # a discriminator that is still wrong has learnt nothing by heart
+                values["held_out_gap"] = max(-1.0, min(1.0, (ours - others) / (ours - fakes)))
+        averages = {name: self._average(name, kimg, value) for name, value in values.items()}
+        sign, gap = averages["real_sign_mean"], averages.get("held_out_gap", -1.0)
+        if sign > self.config.sign or gap > self.config.gap:
+            told = f"r_t {sign:.2f}" + (f", {gap:.0%} of its margin" if held_out is not None else "")
+            self._warn(
+                "overfitting", kimg,
+                f"the discriminator tells the training images from others ({told}) and has less and less to teach; use more "
+                "images, augmentation (ADA) or a larger r1_gamma, and keep the checkpoint of the best score.",
+            )  # fmt: skip
+        return averages
+
+    def grid(self, kimg: float, images: Tensor) -> dict[str, float]:
+        """Take note of generated images of fixed latents, float [N, C, R, R] in [-1, 1].
+
+        Returns:
+            ``diversity``: their mean distance from each other at 8 x 8 pixels, as a share of the reals'.
+        """
+        share = _diversity(images) / self.real_diversity
+        if share < self.config.diversity:
+            self._warn(
+                "collapse", kimg,
+                f"the generated images differ by {share:.0%} of what real ones do: the generator repeats itself; go back to an "
+                "earlier checkpoint with a lower lr or a larger r1_gamma, and see that the data holds no copies.",
+            )  # fmt: skip
+        return {"diversity": share}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        return {"averages": dict(self.averages), "seen": dict(self._seen), "said": sorted(self._said)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken: what was said is not said again."""
+        self.averages, self._seen, self._said = dict(state["averages"]), dict(state["seen"]), set(state["said"])
+
+    def _average(self, name: str, kimg: float, value: float) -> float:
+        """The moving average of ``name``; its half-life is counted in images, so that it does not depend on the logging."""
+        before, since = self.averages.get(name, value), kimg - self._seen.get(name, kimg)
+        kept = 0.5 ** (max(0.0, since) / self.config.half_life_kimg)
+        self.averages[name], self._seen[name] = kept * before + (1 - kept) * value, kimg
+        return self.averages[name]
+
+    def _warn(self, kind: str, kimg: float, message: str) -> None:
+        if kimg >= self.config.start_kimg and kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"after {kimg:.0f} kimg {message}", SageFastWarning, stacklevel=3)
+
+
+def _diversity(images: Tensor) -> float:
+    """Mean Euclidean distance between two of float images in [-1, 1], averaged down to 8 x 8 pixels."""
+    x = images.detach().float().clamp(-1, 1)
+    x = F.adaptive_avg_pool2d(x, min(_SIDE, *x.shape[2:])).flatten(1)
+    return float(torch.pdist(x).mean())
+
+
+def _multiples(kimg: float, every: float) -> int:
+    """How many multiples of ``every`` lie in (0, ``kimg``], but for rounding."""
+    return math.floor(kimg / every + 1e-6)
