@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 from tiny_model import RESOLUTION, STYLE_DIM, tiny_networks
 
@@ -14,7 +15,7 @@ from sage_fast.evaluation.fid import kernel_distance
 from sage_fast.evaluation.oracle import Oracle
 from sage_fast.evaluation.precision_recall import precision_recall
 from sage_fast.evaluation.protocol import as_written
-from sage_fast.evaluation.quality import Quality, QualityConfig, image_features
+from sage_fast.evaluation.quality import Quality, QualityConfig, image_features, load_features
 from sage_fast.models.perceptual import DiscriminatorFeatures, SqueezeFeatures
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
@@ -182,3 +183,14 @@ def test_reals_and_labels_are_checked(network, reals):
         broken.to_rgb1.bias.fill_(float("nan"))
     with pytest.raises(InputError):
         Quality(CONFIG, reals, network)(broken)
+
+
+def test_the_network_is_named_by_a_word_or_a_file(tmp_path):
+    assert isinstance(load_features("oracle"), Oracle)
+    assert isinstance(load_features("discriminator", DISCRIMINATOR), DiscriminatorFeatures)
+    save_file(SqueezeFeatures().state_dict(), tmp_path / "squeeze.safetensors")
+    assert load_features(tmp_path / "squeeze.safetensors").name == "squeezenet1_1"
+    with pytest.raises(InputError, match="is needed to measure quality, got 'none'"):
+        load_features("none")
+    with pytest.raises(InputError, match="which is not a file"):
+        load_features(tmp_path / "absent.pt")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from sage_fast.errors import InputError
 from sage_fast.evaluation.fid import feature_statistics, frechet_distance_of_statistics, kernel_distance
-from sage_fast.evaluation.oracle import Oracle
+from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.precision_recall import Manifold
 from sage_fast.evaluation.protocol import as_written
 from sage_fast.models.inference import counter_noise
-from sage_fast.models.perceptual import FeatureNetwork
-from sage_fast.models.stylegan2 import Generator
+from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
+from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.ops.counter_normal import counter_normal
 
-__all__ = ["Quality", "QualityConfig", "image_features"]
+__all__ = ["Quality", "QualityConfig", "image_features", "load_features"]
 
 _LATENTS = 2**32 - 1  # the stream of the latents; noise maps take 0, 1, 2, ...
 
@@ -150,6 +151,20 @@ class Quality:
             "recall": float(generated.covers(self._real).double().mean()),
         }
         return {f"{score}_{self.name}": value for score, value in scores.items()}
+
+
+def load_features(spec: str | Path, discriminator: Discriminator | None = None) -> FeatureNetwork | Oracle:
+    """The network named by ``spec``: "oracle" (flora's, of the package), or what ``models.perceptual.load_perceptual`` takes.
+
+    Raises:
+        InputError: as there, or "none", with which nothing can be measured.
+    """
+    if str(spec) == "oracle":
+        return load_oracle()
+    network = load_perceptual(spec, discriminator)
+    if network is None:
+        raise InputError("a feature network is needed to measure quality, got 'none'; give 'oracle' or a weights file.")
+    return network
 
 
 @torch.no_grad()
