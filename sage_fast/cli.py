@@ -130,6 +130,21 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class CurvesRun:
+    """What ``curves`` draws."""
+
+    positional: ClassVar[bool] = True
+    run: Path  # run folder; each stage's picture goes to RUN/grids/<stage>_curves.png
+
+
+@dataclass(frozen=True)
+class CurvesOptions:
+    """Options of ``curves``."""
+
+    stage: str | None = None  # gan, encoder, dictionary, ...; None: all
+
+
+@dataclass(frozen=True)
 class ExportSource:
     """What ``export`` reads."""
 
@@ -283,6 +298,13 @@ def _convert(argv: Sequence[str]) -> None:
     print(f"The networks are in {convert(paths.source, paths.out, options.to)}.")
 
 
+def _curves(argv: Sequence[str]) -> None:
+    paths, options = _parse("curves", argv, CurvesRun, CurvesOptions())
+    from sage_fast.evaluation.curves import write_curves
+
+    print("The curves are in " + ", ".join(map(str, write_curves(paths.run, options.stage))) + ".")
+
+
 def _export(argv: Sequence[str]) -> None:
     from sage_fast.export import ExportConfig, export
 
@@ -360,6 +382,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
     "inspect": (_inspect, "what a file of networks holds, and what can be done with it"),
     "convert": (_convert, "the networks of a file in another format"),
+    "curves": (_curves, "the losses and scores of a training run as pictures"),
     "export": (_export, "the networks as ONNX files or torch.export programs, checked"),
     "info": (_info, "what was built, and which kernels run where"),
     "profile": (_profile, "where a synthesis spends its time, layer by layer"),
