@@ -70,13 +70,13 @@ def test_a_rank_that_does_not_come(tmp_path):
 
 def test_ranks_that_do_not_fit_together(tmp_path):
     env = ADDRESS | {"MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    first = start(rank_programs.join, 3, log=tmp_path / "0", env=env | {"RANK": "0"})
-    other = start(rank_programs.join, 3, log=tmp_path / "1", env=env | {"RANK": "1", "WORLD_SIZE": "4"})
+    first = start(rank_programs.join, 20, log=tmp_path / "0", env=env | {"RANK": "0"})
+    other = start(rank_programs.join, 20, log=tmp_path / "1", env=env | {"RANK": "1", "WORLD_SIZE": "4"})
     assert {first.wait(), other.wait()} == {2}
     assert "WORLD_SIZE is 2 in this process and 4 in that of rank 1" in first.text()
     env["MASTER_PORT"] = str(free_port())
-    twins = [start(rank_programs.join, 2, log=tmp_path / f"twin_{i}", env=env | {"RANK": "1"}) for i in range(2)]
-    host = start(rank_programs.join, 2, log=tmp_path / "host", env=env | {"RANK": "0"})
+    twins = [start(rank_programs.join, 20, log=tmp_path / f"twin_{i}", env=env | {"RANK": "1"}) for i in range(2)]
+    host = start(rank_programs.join, 20, log=tmp_path / "host", env=env | {"RANK": "0"})
     assert [child.wait() for child in (*twins, host)].count(2) >= 1
     assert sum("two processes came as rank 1 of 2" in child.text() for child in twins) == 1
 
