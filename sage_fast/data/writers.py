@@ -21,8 +21,8 @@ from sage_fast.errors import InputError
 
 MARKER = ".sage_fast.json"
 CACHE = "cache"  # folder of decoded images in a run's: no result, and checked whenever it is opened
-_TEMPORARY = ".sage_fast.tmp"
-_OWN_SUFFIXES = (".png", ".json", ".jsonl", ".safetensors", ".pt", ".csv", ".md", ".html", ".svg", ".txt", _TEMPORARY)
+TEMPORARY = ".sage_fast.tmp"
+_OWN_SUFFIXES = (".png", ".json", ".jsonl", ".safetensors", ".pt", ".csv", ".md", ".html", ".svg", ".txt", TEMPORARY)
 _SHELL_FILES = (".ds_store", "thumbs.db", "desktop.ini")  # dropped by desktops into any folder
 _RESUMABLE = (MARKER, "manifest.jsonl", "bundle.json", "configs")
 _WRITE_ERRORS = frozenset(
@@ -68,7 +68,7 @@ def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Iterator
         InputError: the file cannot be written (disk full, no permission, no such folder ...).
     """
     path = Path(path)
-    temporary = path.parent / f".{secrets.token_hex(8)}{_TEMPORARY}"
+    temporary = path.parent / f".{secrets.token_hex(8)}{TEMPORARY}"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
