@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.errors import InputError, SageFastWarning, Stopped
 
 __all__ = ["COMMANDS", "main"]
 
@@ -392,7 +392,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130 or 143 when SIGINT or SIGTERM ended it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -423,6 +423,9 @@ def _run(argv: Sequence[str]) -> int:
         return 2
     except SystemExit as stop:  # --help, or options that the parser refused
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except Stopped as stop:
+        print(f"sage-fast: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("sage-fast: stopped; the same command with --resume goes on.", file=sys.stderr)
         return 130

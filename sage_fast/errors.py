@@ -1,4 +1,4 @@
-"""The two exception types that every room of the package may use."""
+"""The exception types that every room of the package may use."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ class InputError(ValueError):
 
 class SageFastWarning(UserWarning):
     """A slower or narrower path is taken; the message names the reason and the remedy."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended training after a step, whose checkpoint is saved; ``signal`` is its number."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

@@ -1,15 +1,19 @@
-"""Whether an output folder may be continued: the settings of its run against those of the next."""
+"""Whether a run may be continued: its settings and its data against those of the next."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from sage_fast.data.folders import ImageSet
 from sage_fast.errors import InputError
 
-__all__ = ["check_resumed"]
+__all__ = ["check_resumed", "data_fingerprint"]
 
 _SHOWN = 90  # characters of a setting in a message
 
@@ -42,3 +46,22 @@ def check_resumed(
         was = ", ".join(f"{key} was {old.get(key)!r:.{_SHOWN}}, is {resolved[key]!r:.{_SHOWN}}" for key in changed)
         raise InputError(f"Output folder {str(folder)!r} was made with other settings ({was}); give another folder.")
     return old
+
+
+def data_fingerprint(images: ImageSet | Tensor) -> dict[str, Any]:
+    """What tells two data sets apart: plain values, the same wherever the folder lies.
+
+    Returns:
+        Numbers of ``images`` and ``categories`` and a hash of their ``names``; for bare uint8 images [N, C, R, R], whose names
+        are not known, their number and a hash of the ``pixels`` of at most 64 of them.
+    """
+    if isinstance(images, ImageSet):
+        names = "\n".join([*images.categories, "", *images.files])
+        return {"images": len(images), "categories": len(images.categories), "names": _hash(names.encode())}
+    n_some = min(64, len(images))
+    some = [images[i * len(images) // n_some] for i in range(n_some)]
+    return {"images": len(images), "pixels": _hash(b"".join(image.numpy().tobytes() for image in some))}
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -22,7 +22,20 @@ from sage_fast.errors import InputError
 MARKER = ".sage_fast.json"
 CACHE = "cache"  # folder of decoded images in a run's: no result, and checked whenever it is opened
 TEMPORARY = ".sage_fast.tmp"
-_OWN_SUFFIXES = (".png", ".json", ".jsonl", ".safetensors", ".pt", ".csv", ".md", ".html", ".svg", ".txt", TEMPORARY)
+_OWN_SUFFIXES = (
+    ".png",
+    ".json",
+    ".jsonl",
+    ".safetensors",
+    ".pt",
+    ".csv",
+    ".md",
+    ".html",
+    ".svg",
+    ".txt",
+    ".tfevents",
+    TEMPORARY,
+)
 _SHELL_FILES = (".ds_store", "thumbs.db", "desktop.ini")  # dropped by desktops into any folder
 _RESUMABLE = (MARKER, "manifest.jsonl", "bundle.json", "configs")
 _WRITE_ERRORS = frozenset(

@@ -1,9 +1,11 @@
-"""The run folder that every trainer writes: config, JSONL log, atomic checkpoint, image grids, progress bar.
+"""The run folder that every trainer writes: config, JSONL log, checkpoints, image grids, progress bar.
 
 RUN/configs/<stage>.json       the resolved config
-RUN/logs/<stage>.jsonl         one line per logged step
-RUN/checkpoints/<stage>.pt     weights, optimizers, random state, step: resuming continues bit for bit
+RUN/logs/<stage>.jsonl         one line per logged step; RUN/logs/<stage>/ holds TensorBoard's events on request
+RUN/checkpoints/<stage>.pt     weights, optimizers, random state, step: resuming continues bit for bit; see ``checkpoints``
 RUN/grids/<stage>_<name>.png   images
+
+docs/runtime.md says what is guaranteed.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Iterator
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from sage_fast.data.writers import atomic_write, contact_sheet, to_uint8
-from sage_fast.errors import InputError
+from sage_fast.data.writers import atomic_write, contact_sheet, to_uint8, write_json
+from sage_fast.errors import InputError, SageFastWarning, Stopped
+from sage_fast.training.checkpoints import Checkpoints, random_state, set_random_state, versions
+from sage_fast.training.logs import TrainingLog
+from sage_fast.training.ranks import Ranks, restarted
+from sage_fast.training.signals import StopWish
 
 __all__ = ["PRECISIONS", "Run", "autocast", "draw_batch", "ema_update"]
 
@@ -30,35 +37,59 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 class Run:
-    """One stage of training in one folder.
+    """One stage of training in one folder, which all ranks see. Every method is called by all of them; rank 0 writes.
 
     Args:
         folder: the run folder, made when absent.
         stage: ``"gan"``, ``"encoder"``, ``"dictionary"``, ...: the stem of every file.
-        config: frozen dataclass; saved, and compared with the saved one on resume.
-        resume: continue from the checkpoint if there is one.
+        config: frozen dataclass with ``save_every``; saved, and compared with the saved one on resume. ``keep`` (how many
+            checkpoints stay; default 2) and ``tensorboard`` are looked for in it.
+        resume: continue from the checkpoint if there is one; so does a process that torchrun restarted.
+        ranks: default: this process alone, on the CPU.
+        facts: plain values that must be the same on resume (the data set, the architecture of a network that is given).
+        generators: random numbers whose state is this rank's own; saved and put back here.
     Raises:
         InputError: a checkpoint exists and ``resume`` is false, or it belongs to another config.
     """
 
     #: settings that may change between a run and its continuation
-    MUTABLE = frozenset({"total_kimg", "total_steps", "log_every", "save_every", "grid_every"})
+    MUTABLE = frozenset({"total_kimg", "total_steps", "log_every", "save_every", "grid_every", "keep", "tensorboard"})
 
-    def __init__(self, folder: str | Path, stage: str, config: Any, resume: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        stage: str,
+        config: Any,
+        resume: bool = False,
+        ranks: Ranks | None = None,
+        facts: Mapping[str, Any] | None = None,
+        generators: Mapping[str, torch.Generator] | None = None,
+    ) -> None:
         self.folder, self.stage, self.config = Path(folder), stage, config
-        self.checkpoint = self.folder / "checkpoints" / f"{stage}.pt"
-        if self.checkpoint.exists() and not resume:
-            raise InputError(
-                f"{self.folder} already holds a checkpoint of stage '{stage}'; pass --resume to continue it or choose another folder."
-            )
-        if self.checkpoint.exists():
+        self.ranks = ranks or Ranks(torch.device("cpu"))
+        self.facts, self.generators = json.loads(json.dumps(facts or {})), generators or {}
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", stage, getattr(config, "keep", 2))
+        self.checkpoint = self.checkpoints.newest
+        self.ranks.once(lambda: self._prepare(resume or restarted()))
+        self._log = TrainingLog(
+            self.folder / "logs", stage, self.ranks.is_first and getattr(config, "tensorboard", False)
+        )
+        self._wish, self._saved_step = StopWish(), 0
+        self._asked = self._stopping = False  # this step: whether to save, and whether to stop then
+        self._status = ""
+
+    def _prepare(self, resume: bool) -> None:
+        if self.checkpoints.exist():
+            if not resume:
+                raise InputError(
+                    f"{self.folder} already holds a checkpoint of stage '{self.stage}'; "
+                    "pass --resume to continue it or choose another folder."
+                )
             self._check_config()
         for name in ("configs", "logs", "checkpoints", "grids"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        with atomic_write(self._config_path) as file:
-            file.write(json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True).encode())
-        self._last_log = time.monotonic()
-        self._status = ""
+        self.checkpoints.remove_remains()
+        write_json(self._config_path, dataclasses.asdict(self.config))
 
     @property
     def _config_path(self) -> Path:
@@ -78,14 +109,12 @@ class Run:
             )
 
     def log(self, step: int, **scalars: float | Tensor) -> None:
-        """Append one JSON line; values are rounded to 6 digits. The last one is shown in the progress bar."""
-        now = time.monotonic()
-        numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in scalars.items()}
-        values = {k: float(f"{v:.6g}") for k, v in numbers.items()}
-        line = {"step": step, **values, "seconds": round(now - self._last_log, 3), "time": round(time.time(), 1)}
-        self._last_log = now
-        with open(self.folder / "logs" / f"{self.stage}.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one JSON line with the means over the ranks, to 6 digits. The last one is shown in the progress bar."""
+        plain = [v.item() if isinstance(v, Tensor) else float(v) for v in scalars.values()]
+        numbers = torch.tensor(plain, dtype=torch.float64)
+        values = dict(zip(scalars, self.ranks.mean(numbers).tolist()))
+        if self.ranks.is_first:
+            values = self._log.write(step, values)
         self._status = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
@@ -94,30 +123,61 @@ class Run:
                 f"resume from {self.checkpoint}."
             )
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint atomically: a kill or a full disk leaves the previous one."""
-        with atomic_write(self.checkpoint) as file:
-            torch.save(state, file)
+    def save_due(self, done: int, total: int) -> bool:
+        """Whether to save after ``done`` steps: every ``save_every``, at the last, and when a signal asks any rank to stop."""
+        self._asked, self._stopping = True, self.ranks.any(self._wish.signal != 0)
+        return self._stopping or done % self.config.save_every == 0 or done == total
+
+    def save(self, state: Mapping[str, Any], score: float | None = None) -> None:
+        """Write the checkpoint, with the random state of every rank, the config, facts and versions.
+
+        Args:
+            state: tensors and plain values, with ``step``.
+            score: lower is better; the best checkpoint is kept beside the last ones.
+        """
+        about = {"config": _plain(self.config), "facts": self.facts, "versions": versions(), "world": self.ranks.world}
+        everyone = self.ranks.gather(random_state(self.ranks.device, self.generators))
+        self.ranks.once(lambda: self.checkpoints.save({**state, **about, "random": everyone}, score))
+        self._saved_step = state["step"]
+        self._log.flush()
 
     def load(self) -> dict[str, Any] | None:
-        """The checkpoint (tensors and plain values only; no pickled code runs), or None when there is none."""
-        if not self.checkpoint.exists():
-            return None
-        try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:
+        """The checkpoint (tensors and plain values only; no pickled code runs), or None when there is none.
+
+        Random states are put back, and the log is cut where the checkpoint was saved.
+
+        Raises:
+            InputError: no checkpoint is readable, or it is of other facts.
+        """
+        with warnings.catch_warnings():
+            if not self.ranks.is_first:
+                warnings.simplefilter("ignore", SageFastWarning)
+            state = self.checkpoints.load()
+        step = 0 if state is None else int(state["step"])
+        if len(set(self.ranks.gather(step))) > 1:
             raise InputError(
-                f"{self.checkpoint} is not a readable checkpoint ({type(error).__name__}); delete it to start this stage anew."
-            ) from error
+                f"the ranks find different checkpoints in {self.folder}; give a folder that all of them share."
+            )
+        if state is not None:
+            self._check_facts(state.get("facts", {}))
+            self._put_back(state)
+        self.ranks.once(lambda: self._log.cut(step))
+        self._saved_step = step
+        return state
 
     def grid(self, name: str, images: Tensor, columns: int = 8) -> None:
         """Write images [N, C, H, W] in [-1, 1] as one PNG."""
-        sheet = contact_sheet(to_uint8(images.detach().cpu()), columns=columns)
-        with atomic_write(self.folder / "grids" / f"{self.stage}_{name}.png") as file:
-            sheet.save(file, format="png")
+        if self.ranks.is_first:
+            sheet = contact_sheet(to_uint8(images.detach().cpu()), columns=columns)
+            with atomic_write(self.folder / "grids" / f"{self.stage}_{name}.png") as file:
+                sheet.save(file, format="png")
 
     def track(self, start: int, total: int) -> Iterator[int]:
-        """Yield ``start, ..., total - 1`` under a progress bar with ETA and the last logged values."""
+        """Yield ``start, ..., total - 1`` under a progress bar with ETA and the last logged values.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT came; at the end of the step, and on all ranks after the same one.
+        """
         columns = (
             TextColumn(f"{self.stage:>10}"),
             BarColumn(),
@@ -126,11 +186,60 @@ class Run:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        with Progress(*columns, refresh_per_second=2) as bar:
+        with self._wish, Progress(*columns, refresh_per_second=2, disable=not self.ranks.is_first) as bar:
             task = bar.add_task("", total=total, completed=start)
             for step in range(start, total):
+                self._asked = False
                 yield step
                 bar.update(task, completed=step + 1, description=self._status)
+                if self._stopping or (self._wish.signal and not self._asked):
+                    self._stop()
+
+    def _stop(self) -> None:
+        number = max(self.ranks.gather(self._wish.signal))
+        raise Stopped(
+            f"stage '{self.stage}' was stopped by {signal.Signals(number).name}; its checkpoint is of step "
+            f"{self._saved_step}, and the same command with --resume goes on from there.",
+            number,
+        )
+
+    def _put_back(self, state: Mapping[str, Any]) -> None:
+        """The random state of this rank, if the checkpoint has it; one warning where bits will differ."""
+        now = versions() | {"ranks": self.ranks.world}
+        then = state.get("versions", {}) | {"ranks": state.get("world", self.ranks.world)}
+        if then["ranks"] == self.ranks.world and "random" in state:
+            set_random_state(state["random"][self.ranks.rank], self.ranks.device, self.generators)
+        changed = [f"{key} {then[key]}, now {now[key]}" for key in now if then.get(key, now[key]) != now[key]]
+        if changed and self.ranks.is_first:
+            warnings.warn(
+                f"stage '{self.stage}' goes on from step {state['step']}, but not to the last bit: it was begun with "
+                f"{'; '.join(changed)}.",
+                SageFastWarning,
+                stacklevel=3,
+            )
+
+    def _check_facts(self, old: Mapping[str, Any]) -> None:
+        was, now = _flat(old), _flat(self.facts)
+        changed = [key for key in sorted(now) if was.get(key, now[key]) != now[key]]
+        if old and changed:
+            told = ", ".join(f"{key} was {was[key]!r}, is {now[key]!r}" for key in changed)
+            raise InputError(
+                f"cannot resume stage '{self.stage}' in {self.folder}, which was begun with something else ({told}); "
+                "give what it was begun with, or another folder."
+            )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as what JSON keeps of it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _defaults(config: Any) -> dict[str, Any]:
