@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "rank_processes", "sage_fast.training.stages"]
+_PRELOAD = ["torch", "torch._dynamo", "torch.distributed", "rank_processes", "sage_fast.training.stages"]
 
 
 def free_port() -> int:
