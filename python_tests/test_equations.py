@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sage_fast.data.sampling import EpochSampler
 from sage_fast.editing import METHODS, FewShotEditor
 from sage_fast.factorization import (
     CategoryIrrelevantDictionary,
@@ -31,7 +32,6 @@ from sage_fast.ops import edit_latents, gaussian_low_pass, project_onto_basis
 from sage_fast.training.dictionary import DictionaryConfig, train_dictionary
 from sage_fast.training.embed import embed_images
 from sage_fast.training.losses import pixel_mse
-from sage_fast.training.runtime import draw_batch
 
 S, N, L, D, K, R = 7, 42, 4, 10, 5, 3  # 8 px: four layers
 rng = np.random.default_rng(0)
@@ -198,7 +198,7 @@ def test_eq_14_total_loss_of_the_first_step(tmp_path, G):
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         mlp = CodeMLP(groups, L, D, K)
-    i = draw_batch(N, 16, start).numpy()
+    i = EpochSampler(N, 16, config.seed).next().numpy()
     with torch.no_grad():
         n = mlp(T(delta_w[i])).numpy()
         edit = np.einsum("ldk,nlk->nld", A0, n)

@@ -112,8 +112,8 @@ def test_resume_continues_bit_for_bit(tmp_path, images, monkeypatch, latent_only
 
     save = Run.save
 
-    def save_then_die(self, state):
-        save(self, state)
+    def save_then_die(self, state, score=None):
+        save(self, state, score)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -101,8 +101,8 @@ def test_resume_continues_bit_for_bit(tmp_path, images, monkeypatch, config):
 
     save = Run.save
 
-    def save_then_die(self, state):
-        save(self, state)
+    def save_then_die(self, state, score=None):
+        save(self, state, score)
         raise Killed
 
     G, D = _networks()

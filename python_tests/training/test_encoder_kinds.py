@@ -16,6 +16,7 @@ from sage_fast.models.weight_deltas import synthesize
 from sage_fast.training import encoder_steps
 from sage_fast.training.encoder import EncoderConfig, HyperStyleConfig, train_encoder
 from sage_fast.training.latent_critic import E4EConfig, LatentCritic, delta_norm, stage_of
+from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run
 
 TINY = EncoderConfig(
@@ -105,8 +106,8 @@ def test_resume_continues_bit_for_bit(tmp_path, images, monkeypatch, kind):
 
     save = Run.save
 
-    def save_then_die(self, state):
-        save(self, state)
+    def save_then_die(self, state, score=None):
+        save(self, state, score)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -169,7 +170,7 @@ def test_norm_of_the_deltas():
 
 def test_the_latent_discriminator_learns_to_tell_and_its_verdict_draws_codes_to_w():
     G, _ = _networks()
-    critic = LatentCritic(E4EConfig(discriminator_lr=0.01, r1_gamma=0.01), G, "cpu", seed=0)
+    critic = LatentCritic(E4EConfig(discriminator_lr=0.01, r1_gamma=0.01), G, join_ranks("cpu"), seed=0)
     rng = torch.Generator().manual_seed(0)
     far = torch.full((16, 3, 8), 3.0)
     losses = []
@@ -184,7 +185,7 @@ def test_the_latent_discriminator_learns_to_tell_and_its_verdict_draws_codes_to_
     assert codes.grad.abs().sum() > 0
     conditional = Generator(8, 8, 2, channel_base=64, channel_max=8, c_dim=2)
     with pytest.raises(InputError, match="unconditional generator"):
-        LatentCritic(E4EConfig(), conditional, "cpu", 0)
+        LatentCritic(E4EConfig(), conditional, join_ranks("cpu"), 0)
 
 
 # --- restyle and hyperstyle ---

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sage_fast.data.resuming import data_fingerprint
+from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.models.classifiers import SmallResNet
-from sage_fast.training.runtime import Run, draw_batch
+from sage_fast.training.batches import deal, to_pixels
+from sage_fast.training.ranks import join_ranks
+from sage_fast.training.runtime import Run
 
 __all__ = ["ClassifierConfig", "OptimizerConfig", "seeded", "train_classifier", "train_network"]
 
@@ -37,9 +41,11 @@ class OptimizerConfig:
     seed: int = 0
     log_every: int = 50
     save_every: int = 500
+    keep: int = 2  # checkpoints that stay
+    tensorboard: bool = False  # event files beside the log: needs the extra "logs"
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch", "lr", "log_every", "save_every"):
+        for name in ("total_steps", "batch", "lr", "log_every", "save_every", "keep"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("weight_decay", "warmup"):
@@ -73,6 +79,8 @@ def train_classifier(
 ) -> SmallResNet:
     """Train a :class:`SmallResNet` with cross-entropy; returns it in eval mode.
 
+    Deviation: with several ranks each normalises by the statistics of its own share of the batch.
+
     Args:
         images: uint8 [M, C, H, W].
         labels: int64 [M], 0 to ``n_classes - 1``.
@@ -83,20 +91,21 @@ def train_classifier(
         InputError: images and labels that do not fit, or a checkpoint that is not to be resumed.
     """
     n_classes = _check_data(images, labels, n_classes)
-    run = Run(folder, "classifier", config, resume)
-    network = seeded(config.seed, lambda: SmallResNet(n_classes, images.shape[1], config.width)).to(device)
+    ranks = join_ranks(device)
+    share = ranks.share(config.batch)
+    facts = {"data": data_fingerprint(images), "classes": n_classes}
+    run = Run(folder, "classifier", config, resume, ranks, facts)
+    network = seeded(config.seed, lambda: SmallResNet(n_classes, images.shape[1], config.width)).to(ranks.device)
+    sampler = EpochSampler(len(images), config.batch, config.seed)
 
     def batch_loss(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        index = draw_batch(len(images), config.batch, rng)
-        x = images[index].to(device).float() / 127.5 - 1
-        if config.flip:
-            mirrored = (torch.rand(len(x), generator=rng) < 0.5).to(device)
-            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
-        truth = labels[index].to(device)
+        index, flips = deal(sampler, share, config.flip, rng)
+        x = to_pixels(images, index, flips, next(network.parameters()))
+        truth = labels[index].to(ranks.device)
         logits = network(x)
         return F.cross_entropy(logits.float(), truth), {"top1": (logits.argmax(1) == truth).float().mean()}
 
-    train_network(config, network, batch_loss, run)
+    train_network(config, network, batch_loss, run, sampler)
     return network
 
 
@@ -105,21 +114,27 @@ def train_network(
     network: nn.Module,
     batch_loss: Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]],
     run: Run,
+    sampler: EpochSampler | None = None,
 ) -> None:
     """Minimise ``batch_loss`` over the parameters of ``network``, which is left in eval mode.
 
     Args:
         batch_loss: draws a batch from the given random numbers and returns its loss and what else to log.
-        run: where to log and to save; a checkpoint in it is continued bit for bit.
+        run: where to log and to save; a checkpoint in it is continued bit for bit. Its ranks each draw their own batch, or
+            their share of one, and average gradients and running statistics.
+        sampler: what ``batch_loss`` draws from, for the checkpoint.
     """
     network.train()
     rng = torch.Generator().manual_seed(config.seed)
     optim = _optimizer(config, network)
+    statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     first = 0
     if state := run.load():
         network.load_state_dict(state["network"])
         optim.load_state_dict(state["optim"])
         rng.set_state(state["rng"])
+        if sampler is not None and "sampler" in state:  # runs of before drew with replacement
+            sampler.load_state_dict(state["sampler"])
         first = state["step"]
 
     device = next(network.parameters()).device.type
@@ -131,14 +146,15 @@ def train_network(
             loss, scalars = batch_loss(rng)
         optim.zero_grad(set_to_none=True)
         loss.backward()
+        run.ranks.average_gradients(network.parameters(), statistics)
         optim.step()
 
         done = step + 1
         if done % config.log_every == 0 or done == config.total_steps:
             run.log(done, loss=loss, lr=rate, **scalars)
-        if done % config.save_every == 0 or done == config.total_steps:
-            weights = {"network": network.state_dict(), "optim": optim.state_dict()}
-            run.save({**weights, "rng": rng.get_state(), "step": done})
+        if run.save_due(done, config.total_steps):
+            state = {"network": network.state_dict(), "optim": optim.state_dict(), "rng": rng.get_state(), "step": done}
+            run.save(state | ({"sampler": sampler.state_dict()} if sampler is not None else {}))
     network.eval()
 
 

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_fast.data.folders import ImageSet
+from sage_fast.data.resuming import data_fingerprint
+from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import (
     READINGS,
@@ -28,8 +31,10 @@ from sage_fast.factorization.category_irrelevant import (
 from sage_fast.factorization.class_embeddings import class_embeddings, residuals
 from sage_fast.models.perceptual import FeatureNetwork, perceptual_distance
 from sage_fast.models.stylegan2 import Generator
+from sage_fast.training.batches import to_pixels
 from sage_fast.training.losses import pixel_mse
-from sage_fast.training.runtime import Run, draw_batch
+from sage_fast.training.ranks import join_ranks
+from sage_fast.training.runtime import Run
 
 __all__ = ["DictionaryConfig", "train_dictionary"]
 
@@ -62,11 +67,13 @@ class DictionaryConfig:
     log_every: int = 50
     save_every: int = 1000
     grid_every: int = 1000
+    keep: int = 2  # checkpoints that stay
+    tensorboard: bool = False  # event files beside the log: needs the extra "logs"
 
     def __post_init__(self) -> None:
         if self.n_directions is not None and self.n_directions < 1:
             raise InputError(f"n_directions must be positive, got {self.n_directions}.")
-        for name in ("total_steps", "batch", "lr", "log_every", "save_every", "grid_every"):
+        for name in ("total_steps", "batch", "lr", "log_every", "save_every", "grid_every", "keep"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("lambda1", "lambda2", "rec_weight", "perceptual_weight", "latent_weight"):
@@ -106,7 +113,7 @@ def train_dictionary(
     config: DictionaryConfig,
     w_plus: Tensor,
     labels: Tensor,
-    images: Tensor | None,
+    images: Tensor | ImageSet | None,
     generator: Generator | None,
     perceptual: FeatureNetwork | None,
     folder: str | Path,
@@ -116,7 +123,7 @@ def train_dictionary(
     """Learn A [L, D, K] from offsets ``w_plus`` [N, L, D] with ``labels`` [N] in 0 to S - 1.
 
     Implements Eq. 14 of [SAGE]. Layers outside the groups of the reading keep the image's own code, and their
-    directions stay as initialised at zero.
+    directions stay as initialised at zero. Ranks that torchrun started share every batch.
 
     Args:
         images: uint8 [N, C, R, R], those of ``w_plus``; may be None with ``rec_weight=0``, as may ``generator``.
@@ -124,9 +131,14 @@ def train_dictionary(
     Raises:
         InputError: tensors that do not belong together, a missing network, or a loss that is not finite.
     """
-    _check(config, w_plus, labels, images, generator)
-    run = Run(folder, "dictionary", config, resume)
+    facts = {"codes": list(w_plus.shape), "data": {} if images is None else data_fingerprint(images)}
+    pixels = images.images if isinstance(images, ImageSet) else images
+    _check(config, w_plus, labels, pixels, generator)
+    ranks = join_ranks(device)
+    share, device = ranks.share(config.batch), ranks.device
+    run = Run(folder, "dictionary", config, resume, ranks, facts)
     rng = torch.Generator().manual_seed(config.seed)
+    sampler = EpochSampler(len(w_plus), config.batch, config.seed)
     embeddings = class_embeddings(w_plus, labels).to(device)
     delta_w = residuals(w_plus, labels, embeddings.cpu()).to(device)
     groups = [list(group) for group in layer_groups(w_plus.shape[1], config.reading)]
@@ -135,7 +147,8 @@ def train_dictionary(
 
     A = torch.nn.Parameter(_first_directions(config, delta_w, groups, rng))
     mlp = _new_mlp(config, groups, w_plus).to(device)
-    optim = torch.optim.Adam([A, *mlp.parameters()], lr=config.lr, betas=(0.9, 0.999))
+    learned = [A, *mlp.parameters()]
+    optim = torch.optim.Adam(learned, lr=config.lr, betas=(0.9, 0.999))
     rebuild = config.rec_weight > 0
     G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild and generator is not None else None
     if perceptual is not None and rebuild:
@@ -147,11 +160,12 @@ def train_dictionary(
         optim.load_state_dict(state["optim"])
         with torch.no_grad():
             A.copy_(state["directions"])
-        rng.set_state(state["rng"])
+        if "sampler" in state:  # runs of before drew with replacement
+            sampler.load_state_dict(state["sampler"])
         first = state["step"]
 
     for step in run.track(first, config.total_steps):
-        index = draw_batch(len(w_plus), config.batch, rng)
+        index = sampler.next()[share]
         target = delta_w[index.to(device)]  # [N, L, D], Eq. 7
         codes = mlp(target)  # [N, L, K], Eq. 9
         edits = torch.where(edited, torch.einsum("ldk,nlk->nld", A, codes), target)
@@ -161,10 +175,10 @@ def train_dictionary(
             "sparse": sparse_loss(codes, config.theta0, config.theta1, config.reading),  # Eq. 10
             "latent": (edits - target).square().mean(),
         }
-        if G is not None and images is not None:  # Eq. 11
+        if G is not None and pixels is not None:  # Eq. 11
             e = embeddings[labels[index].to(device)]
             rebuilt = G(e + edits + G.latent_avg, noise=config.noise)
-            real = images[index].to(device).float() / 127.5 - 1
+            real = to_pixels(pixels, index, None, delta_w)
             terms["rec"] = pixel_mse(rebuilt, real)
             if config.perceptual_weight and perceptual is not None:
                 terms[f"perceptual_{perceptual.name}"] = perceptual_distance(perceptual, rebuilt, real)
@@ -172,6 +186,7 @@ def train_dictionary(
 
         optim.zero_grad(set_to_none=True)
         loss.backward()
+        ranks.average_gradients(learned)
         optim.step()
 
         done = step + 1
@@ -179,9 +194,9 @@ def train_dictionary(
             run.log(done, loss=loss, **terms)
         if G is not None and (done % config.grid_every == 0 or done == config.total_steps):
             run.grid(f"rebuilt_{done:06d}", torch.stack([real, rebuilt], 1).flatten(0, 1)[:64])
-        if done % config.save_every == 0 or done == config.total_steps:
+        if run.save_due(done, config.total_steps):
             state = {"mlp": mlp.state_dict(), "directions": A.detach(), "optim": optim.state_dict()}
-            run.save({**state, "rng": rng.get_state(), "step": done})
+            run.save({**state, "sampler": sampler.state_dict(), "step": done})
     return CategoryIrrelevantDictionary(A.detach().cpu(), groups)
 
 

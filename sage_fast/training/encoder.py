@@ -16,6 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sage_fast.data.folders import ImageSet
+from sage_fast.data.resuming import data_fingerprint
+from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.models.encoder_kinds import KINDS, encoder_architecture
 from sage_fast.models.encoders import PyramidEncoder
@@ -23,11 +26,13 @@ from sage_fast.models.hyperstyle import HyperStyle
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weight_deltas import synthesize
+from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.encoder_steps import HyperStyleSteps, OnePassSteps, ReStyleSteps, new_encoder
 from sage_fast.training.latent_critic import E4EConfig
 from sage_fast.training.losses import pixel_mse
+from sage_fast.training.ranks import Ranks, join_ranks
 from sage_fast.training.reconstruction import Reconstruction
-from sage_fast.training.runtime import PRECISIONS, Run, draw_batch, ema_update
+from sage_fast.training.runtime import PRECISIONS, Run, ema_update
 from sage_fast.training.tuning import GeneratorTuning
 
 __all__ = ["EncoderConfig", "HyperStyleConfig", "train_encoder"]
@@ -97,6 +102,8 @@ class EncoderConfig:
     log_every: int = 50
     save_every: int = 1000
     grid_every: int = 1000
+    keep: int = 2  # checkpoints that stay; the one with the lowest val_mse besides
+    tensorboard: bool = False  # event files beside the log: needs the extra "logs"
     tune_generator: bool = False
     adversarial_weight: float = 0.02  # these apply with tune_generator only
     tune_lr: float = 0.001
@@ -105,7 +112,17 @@ class EncoderConfig:
     r1_every: int = 16
 
     def __post_init__(self) -> None:
-        positive = ("total_steps", "batch", "channel_base", "channel_max", "head_width", "lr", "ema_kimg", "log_every")
+        positive = (
+            "total_steps",
+            "batch",
+            "channel_base",
+            "channel_max",
+            "head_width",
+            "lr",
+            "ema_kimg",
+            "log_every",
+            "keep",
+        )
         for name in (*positive, "save_every", "grid_every", "tune_lr", "r1_every"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -158,7 +175,7 @@ class EncoderConfig:
 
 def train_encoder(
     config: EncoderConfig,
-    images: Tensor,
+    images: Tensor | ImageSet,
     generator: Generator,
     discriminator: Discriminator | None,
     folder: str | Path,
@@ -168,7 +185,8 @@ def train_encoder(
     """Train from uint8 images [M, C, R, R]; returns the averaged encoder in eval mode, offsets from ``generator.latent_avg``.
 
     The generator and the discriminator given stay as they are, unless ``config.tune_generator``: then their weights are
-    replaced by the tuned ones (the generator's average), ``latent_avg`` excepted. Checkpoints continue bit for bit.
+    replaced by the tuned ones (the generator's average), ``latent_avg`` excepted. Checkpoints continue bit for bit. Ranks that
+    torchrun started share every batch (:func:`sage_fast.training.ranks.join_ranks`).
 
     Deviation: the papers' programs use Ranger and no averaging; codes of a small generator move less between checkpoints
     with it. HyperStyle's two networks are trained one after the other here, by one call.
@@ -176,29 +194,37 @@ def train_encoder(
     Raises:
         InputError: the images do not fit the generator, a network is missing, or a loss is not finite.
     """
+    facts = {"data": data_fingerprint(images), "generator": generator.architecture()}
+    images = images.images if isinstance(images, ImageSet) else images
     _check_images(images, generator, config)
-    run = Run(folder, "encoder", config, resume)
-    rng = torch.Generator().manual_seed(config.seed)
-    E = new_encoder(config, generator).to(device)
+    ranks = join_ranks(device)
+    share = ranks.share(config.batch)
+    rng = torch.Generator().manual_seed(config.seed)  # equal on all ranks
+    own = rng if ranks.world == 1 else ranks.generator(config.seed + 1)  # what is drawn for the share alone
+    run = Run(folder, "encoder", config, resume, ranks, facts, {"own": own})
+    E = new_encoder(config, generator).to(ranks.device)
     average = copy.deepcopy(E).eval().requires_grad_(False)
     optim = torch.optim.Adam(E.parameters(), lr=config.lr, betas=(0.9, 0.999))
-    reconstruction = Reconstruction(config, discriminator, device)
-    tuning = GeneratorTuning(config, generator, discriminator, device) if config.tune_generator else None
-    G = tuning.G if tuning else copy.deepcopy(generator).to(device).eval().requires_grad_(False)
+    reconstruction = Reconstruction(config, discriminator, ranks)
+    tuning = GeneratorTuning(config, generator, discriminator, ranks) if config.tune_generator else None
+    G = tuning.G if tuning else copy.deepcopy(generator).to(ranks.device).eval().requires_grad_(False)
     synthesis = tuning.average_G if tuning else G
-    steps = _steps(config, E, average, G, reconstruction, tuning, device)
+    steps = _steps(config, E, average, G, reconstruction, tuning, ranks)
     parts: dict[str, torch.nn.Module | torch.optim.Optimizer] = {"E": E, "average": average, "optim": optim}
     parts |= steps.parts()
     if tuning and reconstruction.perceptual is not None:
         parts["perceptual"] = reconstruction.perceptual
     train, held_out = _split(len(images), config.n_validation)
-    check = _batch(images, held_out if len(held_out) else train[:32], False, rng, device)
+    sampler = EpochSampler(len(train), config.batch, config.seed)
+    check = to_pixels(images, held_out if len(held_out) else train[:32], None, G.latent_avg)
 
     first = 0
     if state := run.load():
         for name, part in parts.items():
             part.load_state_dict(state[name])
         rng.set_state(state["rng"])
+        if "sampler" in state:  # runs of before drew with replacement
+            sampler.load_state_dict(state["sampler"])
         first = state["step"]
     else:
         run.grid("reals", check[:32])
@@ -206,12 +232,14 @@ def train_encoder(
     for step in run.track(first, config.total_steps):
         rate = _rate(step, config)
         optim.param_groups[0]["lr"] = config.lr * rate
-        real = _batch(images, train[draw_batch(len(train), config.batch, rng)], config.flip, rng, device)
+        index, flips = deal(sampler, share, config.flip, rng)
+        real = to_pixels(images, train[index], flips, G.latent_avg)
 
         optim.zero_grad(set_to_none=True)
-        loss = steps.backward(real, step, rate, rng)
+        loss = steps.backward(real, step, rate, own)
+        ranks.average_gradients(E.parameters())
         optim.step()
-        steps.after(real, step, rate, rng)
+        steps.after(real, step, rate, own)
 
         done = step + 1
         decay = _decay(config, done)
@@ -220,13 +248,16 @@ def train_encoder(
             tuning.average(decay)
         if done % config.log_every == 0 or done == config.total_steps:
             run.log(done, loss=loss, lr=config.lr * rate, **steps.scalars)
+        val_mse = None
         if done % config.grid_every == 0 or done == config.total_steps:
             rebuilt = _reconstruct(average, synthesis, check, config.noise)
+            val_mse = pixel_mse(rebuilt, check).item()
             run.grid(f"rebuilt_{done:06d}", rebuilt[:32])
-            run.log(done, val_mse=pixel_mse(rebuilt, check))
-        if done % config.save_every == 0 or done == config.total_steps:
+            run.log(done, val_mse=val_mse)
+        if run.save_due(done, config.total_steps):
             weights = {name: part.state_dict() for name, part in parts.items()}
-            run.save({**weights, "architecture": encoder_architecture(E), "rng": rng.get_state(), "step": done})
+            places = {"rng": rng.get_state(), "sampler": sampler.state_dict(), "step": done}
+            run.save({**weights, **places, "architecture": encoder_architecture(E)}, score=val_mse)
     if tuning is not None:
         tuning.write_back(generator, discriminator)
     return average.eval()
@@ -239,16 +270,16 @@ def _steps(
     G: Generator,
     reconstruction: Reconstruction,
     tuning: GeneratorTuning | None,
-    device: str | torch.device,
+    ranks: Ranks,
 ) -> OnePassSteps | ReStyleSteps | HyperStyleSteps:
     """What a step of the config's kind does."""
     if isinstance(E, HyperStyle):
         assert isinstance(average, HyperStyle)
-        return HyperStyleSteps(config, E, average, G, reconstruction, device)
+        return HyperStyleSteps(config, E, average, G, reconstruction, ranks)
     assert isinstance(E, PyramidEncoder)
     if config.kind == "restyle":
-        return ReStyleSteps(config, E, G, reconstruction, device)
-    return OnePassSteps(config, E, G, reconstruction, tuning, device)
+        return ReStyleSteps(config, E, G, reconstruction, ranks)
+    return OnePassSteps(config, E, G, reconstruction, tuning, ranks)
 
 
 def _rate(step: int, config: EncoderConfig) -> float:
@@ -286,15 +317,6 @@ def _split(n_images: int, n_validation: int) -> tuple[Tensor, Tensor]:
     if n_held:
         held[torch.arange(n_held) * n_images // n_held] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
-
-
-def _batch(images: Tensor, index: Tensor, flip: bool, rng: torch.Generator, device: str | torch.device) -> Tensor:
-    """Float images in [-1, 1] of the given indices, each mirrored with probability one half if ``flip``."""
-    x = images[index].to(device).float() / 127.5 - 1
-    if flip:
-        mirrored = (torch.rand(len(x), generator=rng) < 0.5).to(device)
-        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
-    return x
 
 
 def _check_images(images: Tensor, generator: Generator, config: EncoderConfig) -> None:

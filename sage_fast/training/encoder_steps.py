@@ -20,6 +20,7 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import synthesize, weight_shapes
 from sage_fast.models.weights import load_encoder
 from sage_fast.training.latent_critic import LatentCritic, delta_norm, stage_of
+from sage_fast.training.ranks import Ranks
 from sage_fast.training.reconstruction import Reconstruction
 from sage_fast.training.runtime import autocast
 from sage_fast.training.tuning import GeneratorTuning
@@ -42,11 +43,11 @@ class OnePassSteps:
         generator: Generator,
         reconstruction: Reconstruction,
         tuning: GeneratorTuning | None,
-        device: str | torch.device,
+        ranks: Ranks,
     ) -> None:
-        self.config, self.E, self.G, self.device = config, encoder, generator, device
+        self.config, self.E, self.G, self.device = config, encoder, generator, ranks.device
         self.reconstruction, self.tuning = reconstruction, tuning
-        self.critic = LatentCritic(config.e4e, generator, device, config.seed) if config.kind == "e4e" else None
+        self.critic = LatentCritic(config.e4e, generator, ranks, config.seed) if config.kind == "e4e" else None
         self.styles = torch.empty(0)
         self.scalars: dict[str, Tensor | float] = {}
 
@@ -61,7 +62,7 @@ class OnePassSteps:
         if self.critic is not None:
             self.E.stage = stage_of(step, c.total_steps, self.E.n_styles, c.e4e)
         with autocast(c.precision, self.device):
-            offsets = self.E(real).float()
+            offsets = self.E(real).to(self.G.latent_avg)
             w_plus = offsets + self.G.latent_avg
             if self.tuning is None:
                 rebuilt, adversarial = self.G(w_plus, noise=c.noise), real.new_zeros(())
@@ -105,9 +106,9 @@ class ReStyleSteps:
         encoder: PyramidEncoder,
         generator: Generator,
         reconstruction: Reconstruction,
-        device: str | torch.device,
+        ranks: Ranks,
     ) -> None:
-        self.config, self.E, self.G, self.device = config, encoder, generator, device
+        self.config, self.E, self.G, self.device = config, encoder, generator, ranks.device
         self.reconstruction = reconstruction
         self.start = encoder.average_image(generator, config.noise)
         self.scalars: dict[str, Tensor | float] = {}
@@ -123,11 +124,11 @@ class ReStyleSteps:
         loss = real.new_zeros(())
         for _ in range(self.E.n_iterations):
             with autocast(self.config.precision, self.device):
-                offsets = offsets.detach() + self.E.correction(real, rendered).float()
+                offsets = offsets.detach() + self.E.correction(real, rendered).to(self.G.latent_avg)
                 rebuilt = self.G(offsets + self.G.latent_avg, noise=self.config.noise)
                 loss = self.reconstruction.loss(rebuilt, real, offsets)
             loss.backward()
-            rendered = rebuilt.detach().float()
+            rendered = rebuilt.detach().to(self.G.latent_avg)
         self.scalars = dict(self.reconstruction.scalars)
         return loss.detach()
 
@@ -145,9 +146,9 @@ class HyperStyleSteps:
         average: HyperStyle,
         generator: Generator,
         reconstruction: Reconstruction,
-        device: str | torch.device,
+        ranks: Ranks,
     ) -> None:
-        self.config, self.E, self.average, self.G, self.device = config, encoder, average, generator, device
+        self.config, self.E, self.average, self.G, self.device = config, encoder, average, generator, ranks.device
         self.reconstruction = reconstruction
         self.scalars: dict[str, Tensor | float] = {}
 
@@ -168,7 +169,7 @@ class HyperStyleSteps:
 
     def _code(self, real: Tensor) -> Tensor:
         with autocast(self.config.precision, self.device):
-            offsets = self.E.w_encoder(real).float()
+            offsets = self.E.w_encoder(real).to(self.G.latent_avg)
             rebuilt = self.G(offsets + self.G.latent_avg, noise=self.config.noise)
             loss = self.reconstruction.loss(rebuilt, real, offsets)
         loss.backward()
@@ -176,9 +177,9 @@ class HyperStyleSteps:
 
     def _refinements(self, real: Tensor) -> Tensor:
         with torch.no_grad(), autocast(self.config.precision, self.device):
-            offsets = self.E.w_encoder.invert(real, self.G, self.config.noise).offsets.float()
+            offsets = self.E.w_encoder.invert(real, self.G, self.config.noise).offsets.to(self.G.latent_avg)
             w_plus = offsets + self.G.latent_avg
-            rendered = self.G(w_plus, noise=self.config.noise).float()
+            rendered = self.G(w_plus, noise=self.config.noise).to(self.G.latent_avg)
         deltas, loss = None, real.new_zeros(())
         for _ in range(self.E.n_iterations):
             with autocast(self.config.precision, self.device):
@@ -186,7 +187,7 @@ class HyperStyleSteps:
                 rebuilt = synthesize(self.G, w_plus, deltas, self.config.noise)
                 loss = self.reconstruction.loss(rebuilt, real, offsets)
             loss.backward()
-            rendered = rebuilt.detach().float()
+            rendered = rebuilt.detach().to(self.G.latent_avg)
             deltas = tuple(None if delta is None else delta.detach() for delta in deltas)
         return loss.detach()
 

@@ -11,6 +11,7 @@ from sage_fast.errors import InputError
 from sage_fast.models.latent_discriminator import LatentDiscriminator
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
+from sage_fast.training.ranks import Ranks
 
 __all__ = ["E4EConfig", "LatentCritic", "delta_norm", "stage_of"]
 
@@ -69,13 +70,13 @@ class LatentCritic:
     sees every style that has joined, so a batch holds more of them than that pool.
     """
 
-    def __init__(self, config: E4EConfig, generator: Generator, device: str | torch.device, seed: int) -> None:
+    def __init__(self, config: E4EConfig, generator: Generator, ranks: Ranks, seed: int) -> None:
         if generator.c_dim:
             raise InputError("kind 'e4e' needs an unconditional generator, whose w it compares codes with; use 'psp'.")
-        self.config, self.device = config, device
+        self.config, self.ranks, self.device = config, ranks, ranks.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.D = LatentDiscriminator(generator.style_dim, config.n_layers).to(device)
+            self.D = LatentDiscriminator(generator.style_dim, config.n_layers).to(ranks.device)
         self.optim = torch.optim.Adam(self.D.parameters(), lr=config.discriminator_lr)
         self.scalars: dict[str, Tensor] = {}
 
@@ -105,4 +106,5 @@ class LatentCritic:
     def _update(self, loss: Tensor) -> None:
         self.optim.zero_grad(set_to_none=True)
         loss.backward()
+        self.ranks.average_gradients(self.D.parameters())
         self.optim.step()

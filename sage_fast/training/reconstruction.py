@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from sage_fast.models.identity import identity_loss, load_identity
 from sage_fast.models.perceptual import load_perceptual, perceptual_distance
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.training.losses import code_norm, pixel_mse
+from sage_fast.training.ranks import Ranks
 
 if TYPE_CHECKING:
     from sage_fast.training.encoder import EncoderConfig
@@ -26,13 +26,13 @@ class Reconstruction:
         scalars: the terms of the last call, for the log.
     """
 
-    def __init__(self, config: EncoderConfig, discriminator: Discriminator | None, device: str | torch.device) -> None:
+    def __init__(self, config: EncoderConfig, discriminator: Discriminator | None, ranks: Ranks) -> None:
         self.config = config
         self.perceptual = load_perceptual(config.perceptual, discriminator) if config.perceptual_weight else None
-        self.identity = None if config.identity == "none" else load_identity(config.identity).to(device)
+        self.identity = None if config.identity == "none" else load_identity(config.identity).to(ranks.device)
         if self.perceptual is not None:
-            self.perceptual = self.perceptual.to(device)
-        self.n_perceptual = max(1, round(config.perceptual_share * config.batch))
+            self.perceptual = self.perceptual.to(ranks.device)
+        self.n_perceptual = max(1, round(config.perceptual_share * config.batch / ranks.world))
         self.scalars: dict[str, Tensor] = {}
 
     def loss(self, rebuilt: Tensor, real: Tensor, offsets: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
+from sage_fast.training.ranks import Ranks
 from sage_fast.training.runtime import autocast, ema_update
 
 if TYPE_CHECKING:
@@ -38,14 +39,14 @@ class GeneratorTuning:
         config: EncoderConfig,
         generator: Generator,
         discriminator: Discriminator | None,
-        device: str | torch.device,
+        ranks: Ranks,
     ) -> None:
         if discriminator is None:
             raise InputError("tune_generator needs the discriminator of the generator's training, got none; pass it.")
-        self.config, self.device = config, device
-        self.G = copy.deepcopy(generator).to(device).train().requires_grad_(True)
+        self.config, self.ranks, self.device = config, ranks, ranks.device
+        self.G = copy.deepcopy(generator).to(ranks.device).train().requires_grad_(True)
         self.G.style.requires_grad_(config.tune_mapping)
-        self.D = copy.deepcopy(discriminator).to(device).train().requires_grad_(True)
+        self.D = copy.deepcopy(discriminator).to(ranks.device).train().requires_grad_(True)
         self.average_G = copy.deepcopy(self.G).eval().requires_grad_(False)
         learned = [p for p in self.G.parameters() if p.requires_grad]
         c = config.r1_every / (config.r1_every + 1)  # lazy regularisation, StyleGAN2 appendix B
@@ -79,6 +80,7 @@ class GeneratorTuning:
         """Backward of the whole loss (the encoder's gradients come with it) and one update of the generator."""
         self.g_optim.zero_grad(set_to_none=True)
         loss.backward()
+        self.ranks.average_gradients(self.G.parameters())
         self.g_optim.param_groups[0]["lr"] = self.config.tune_lr * rate
         self.g_optim.step()
 
@@ -91,6 +93,7 @@ class GeneratorTuning:
             loss = logistic_d(self.D(real), self.D(self.fakes))
         self.d_optim.zero_grad(set_to_none=True)
         loss.backward()
+        self.ranks.average_gradients(self.D.parameters())
         self.d_optim.step()
         self.scalars["d_loss"] = loss.detach()
         if step % self.config.r1_every == 0:
@@ -99,6 +102,7 @@ class GeneratorTuning:
                 r1 = r1_penalty(self.D(real), real)
             self.d_optim.zero_grad(set_to_none=True)
             (r1 * self.r1_weight).backward()
+            self.ranks.average_gradients(self.D.parameters())
             self.d_optim.step()
 
     def average(self, decay: float) -> None:
