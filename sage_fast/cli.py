@@ -189,40 +189,50 @@ class FloraOptions:
 
 def _train(argv: Sequence[str]) -> None:
     from sage_fast.training.dictionary import DictionaryConfig
+    from sage_fast.training.ranks import join_ranks
     from sage_fast.training.stages import TrainConfig, train_all
 
     start = TrainConfig(dictionary=DictionaryConfig.preset(_preset_of(argv)))
     paths, _, config = _parse("train", argv, NewData, Preset, start)
     device = _device(paths.device)
-    options = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
-    folder = train_all(config, paths.data, paths.out, *options)
-    print(f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it.")
+    with join_ranks(device) as ranks:
+        options = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
+        folder = train_all(config, paths.data, paths.out, *options)
+    if ranks.is_first:
+        print(f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it.")
 
 
 def _train_gan(argv: Sequence[str]) -> None:
-    from sage_fast.data.writers import check_output, prepare_output
+    from sage_fast.data.writers import check_output
     from sage_fast.training.gan import GANConfig
+    from sage_fast.training.ranks import join_ranks
+    from sage_fast.training.runtime import open_run_folder
     from sage_fast.training.stages import gan_stage, read_seen
 
     paths, config = _parse("train-gan", argv, NewData, GANConfig())
     device = _device(paths.device)
     check_output(paths.out, paths.resume, paths.overwrite)
-    images = read_seen(paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
-    folder = prepare_output(paths.out, paths.resume, paths.overwrite)
-    gan_stage(config, images.images, folder, paths.resume, device)
+    with join_ranks(device) as ranks:
+        images = read_seen(paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
+        folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+        gan_stage(config, images.images, folder, paths.resume, device)
 
 
 def _train_encoder(argv: Sequence[str]) -> None:
-    from sage_fast.data.writers import prepare_output
     from sage_fast.training.encoder import EncoderConfig
+    from sage_fast.training.ranks import join_ranks
+    from sage_fast.training.runtime import open_run_folder
     from sage_fast.training.stages import adopt_generator, encoder_stage, read_seen_of_run
 
     paths, config = _parse("train-encoder", argv, EncoderData, EncoderConfig())
     device = _device(paths.device)
-    if paths.generator is not None:
-        adopt_generator(paths.generator, prepare_output(paths.out, paths.resume, paths.overwrite))
-    images = read_seen_of_run(paths.data, paths.out, "encoder", paths.cache, paths.upscale)
-    encoder_stage(config, images.images, paths.out, paths.resume, device)
+    source = paths.generator
+    with join_ranks(device) as ranks:
+        if source is not None:
+            folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+            ranks.once(lambda: adopt_generator(source, folder))
+        images = read_seen_of_run(paths.data, paths.out, "encoder", paths.cache, paths.upscale)
+        encoder_stage(config, images, paths.out, paths.resume, device)
 
 
 def _embed(argv: Sequence[str]) -> None:
@@ -237,14 +247,18 @@ def _embed(argv: Sequence[str]) -> None:
 
 def _train_dictionary(argv: Sequence[str]) -> None:
     from sage_fast.training.dictionary import DictionaryConfig
+    from sage_fast.training.ranks import join_ranks
     from sage_fast.training.stages import bundle_stage, dictionary_stage, read_seen_of_run
 
     start = DictionaryConfig.preset(_preset_of(argv))
     paths, _, config = _parse("train-dictionary", argv, Data, Preset, start)
     device = _device(paths.device)
-    images = read_seen_of_run(paths.data, paths.out, "dictionary", paths.cache, paths.upscale)
-    dictionary_stage(config, images, paths.out, paths.resume, device)
-    print(f"The model is in {bundle_stage(paths.out)}.")
+    with join_ranks(device) as ranks:
+        images = read_seen_of_run(paths.data, paths.out, "dictionary", paths.cache, paths.upscale)
+        dictionary_stage(config, images, paths.out, paths.resume, device)
+        folder = bundle_stage(paths.out, ranks=ranks)
+    if ranks.is_first:
+        print(f"The model is in {folder}.")
 
 
 def _generate(argv: Sequence[str]) -> None:

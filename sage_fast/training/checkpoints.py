@@ -139,7 +139,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         problem = type(state).__name__
     if problem is not None:
         raise InputError(
-            f"{path} is not a readable checkpoint ({problem}); delete it to start this stage anew, or put back a copy."
+            f"{path} is not a readable checkpoint ({problem}); delete it to start this stage anew, or go on from an older one."
         )
     assert isinstance(state, dict)
     return state

@@ -23,14 +23,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from sage_fast.data.writers import atomic_write, contact_sheet, to_uint8, write_json
+from sage_fast.data.writers import atomic_write, contact_sheet, prepare_output, to_uint8, write_json
 from sage_fast.errors import InputError, SageFastWarning, Stopped
 from sage_fast.training.checkpoints import Checkpoints, random_state, set_random_state, versions
 from sage_fast.training.logs import TrainingLog
 from sage_fast.training.ranks import Ranks, restarted
 from sage_fast.training.signals import StopWish
 
-__all__ = ["PRECISIONS", "Run", "autocast", "draw_batch", "ema_update"]
+__all__ = ["PRECISIONS", "Run", "autocast", "draw_batch", "ema_update", "open_run_folder"]
 
 #: arithmetic of the convolutions and products in a training step; weights, optimizers and averages are always float32
 PRECISIONS = ("float32", "bfloat16")
@@ -227,6 +227,13 @@ class Run:
                 f"cannot resume stage '{self.stage}' in {self.folder}, which was begun with something else ({told}); "
                 "give what it was begun with, or another folder."
             )
+
+
+def open_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwrite: bool = False) -> Path:
+    """:func:`sage_fast.data.writers.prepare_output` for all ranks; a process that torchrun restarted resumes, whatever is given."""
+    again = restarted()
+    ranks.once(lambda: str(prepare_output(out, resume or again, overwrite and not again)))
+    return Path(out)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sage_fast.data.folders import ImageSet
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.pixel_cache import read_or_map
 from sage_fast.data.sources import Source, open_source
-from sage_fast.data.writers import CACHE, atomic_write, check_output, prepare_output, write_json
+from sage_fast.data.writers import CACHE, atomic_write, check_output, write_json
 from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
 from sage_fast.models.encoder_kinds import build_encoder
@@ -30,10 +30,13 @@ from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.perceptual import load_perceptual
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 from sage_fast.models.weights import load_discriminator, load_generator, save_bundle
+from sage_fast.training.checkpoints import read_state
 from sage_fast.training.dictionary import DictionaryConfig, train_dictionary
 from sage_fast.training.embed import embed
 from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
+from sage_fast.training.ranks import Ranks, join_ranks, restarted
+from sage_fast.training.runtime import open_run_folder
 
 __all__ = [
     "BundleConfig",
@@ -137,12 +140,12 @@ def train_all(
     gan = config.resolved_gan
     check_output(out, resume, overwrite)
     images = read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale)
-    folder = prepare_output(out, resume, overwrite)
+    folder = open_run_folder(out, join_ranks(device), resume, overwrite)
     gan_stage(gan, images.images, folder, resume, device)
-    encoder_stage(config.encoder, images.images, folder, resume, device)
+    encoder_stage(config.encoder, images, folder, resume, device)
     embed_stage(images, folder, config.embed_batch, resume, device)
     dictionary_stage(config.dictionary, images, folder, resume, device)
-    return bundle_stage(folder, config.bundle)
+    return bundle_stage(folder, config.bundle, join_ranks(device))
 
 
 def read_seen(
@@ -218,33 +221,42 @@ def adopt_generator(path: str | Path, folder: Path) -> None:
 
 
 def encoder_stage(
-    config: EncoderConfig, images: Tensor, folder: Path, resume: bool = False, device: str | torch.device = "cpu"
+    config: EncoderConfig,
+    images: Tensor | ImageSet,
+    folder: Path,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
 ) -> None:
     """Train the encoder (and, with ``tune_generator``, the generator further): ``checkpoints/encoder.pt``."""
     trained = _load_trained(folder, "encoder")
-    _claim(folder, "encoder", "gan")
+    join_ranks(device).once(lambda: _claim(folder, "encoder", "gan"))
     train_encoder(config, images, trained.generator, trained.discriminator, folder, resume, device)
 
 
 def embed_stage(
     images: ImageSet, folder: Path, batch: int = 64, resume: bool = False, device: str | torch.device = "cpu"
 ) -> LatentTable:
-    """W+ codes of every image: ``checkpoints/codes.safetensors``; finished codes stay with ``resume``."""
+    """W+ codes of every image: ``checkpoints/codes.safetensors``; finished codes stay with ``resume``. Rank 0 embeds."""
     path = folder / "checkpoints" / "codes.safetensors"
-    if path.exists() and not resume:
+    if path.exists() and not resume and not restarted():
         raise InputError(f"{folder} already holds the codes of stage 'embed'; pass --resume to keep them.")
+    ranks = join_ranks(device)
+    ranks.once(lambda: _embed_unless_done(images, folder, path, batch, ranks.device))
+    return LatentTable.load(path)
+
+
+def _embed_unless_done(images: ImageSet, folder: Path, path: Path, batch: int, device: torch.device) -> None:
     trained = _load_trained(folder, "embed")
     if path.exists() and _read_lineage(folder).get("codes") == _fingerprint(folder, "encoder"):
         table = LatentTable.load(path)
         if table.files == images.files and table.categories == images.categories:
-            return table
+            return
     assert trained.encoder is not None
     noise = _config(folder, "encoder")["noise"]
     table = embed(images, trained.encoder.to(device), trained.generator.to(device), batch, noise)
     path.unlink(missing_ok=True)
     _claim(folder, "codes", "encoder")
     table.save(path)
-    return table
 
 
 def dictionary_stage(
@@ -265,14 +277,19 @@ def dictionary_stage(
     perceptual = None
     if config.rec_weight and config.perceptual_weight:
         perceptual = load_perceptual(_config(folder, "encoder")["perceptual"], trained.discriminator)
-    _claim(folder, "dictionary", "codes")
+    join_ranks(device).once(lambda: _claim(folder, "dictionary", "codes"))
     return train_dictionary(
-        config, table.w_plus, table.labels, images.images, trained.generator, perceptual, folder, resume, device
+        config, table.w_plus, table.labels, images, trained.generator, perceptual, folder, resume, device
     )
 
 
-def bundle_stage(folder: Path, config: BundleConfig = BundleConfig()) -> Path:
+def bundle_stage(folder: Path, config: BundleConfig = BundleConfig(), ranks: Ranks | None = None) -> Path:
     """Write the bundle (``bundle.json`` and its safetensors files) of a finished run into its own folder."""
+    (ranks or join_ranks()).once(lambda: _write_bundle(folder, config))
+    return folder
+
+
+def _write_bundle(folder: Path, config: BundleConfig) -> None:
     trained, table = _load_trained(folder, "bundle"), _load_codes(folder)
     assert trained.encoder is not None
     settings = _config(folder, "dictionary")
@@ -290,7 +307,6 @@ def bundle_stage(folder: Path, config: BundleConfig = BundleConfig()) -> Path:
         about=_about(folder, table),
         dtype=_STORAGE[config.dtype],
     )
-    return folder
 
 
 def _first_of_each(table: LatentTable, n: int | None) -> LatentTable:
@@ -373,12 +389,7 @@ def _finished_state(folder: Path, stage: str, wanted_by: str) -> dict[str, Any]:
     path = folder / "checkpoints" / f"{stage}.pt"
     if not path.exists():
         raise _missing(folder, stage, wanted_by)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}); delete it and train stage '{stage}' again."
-        ) from error
+    state = read_state(path)
     total = _total_steps(_config(folder, stage, wanted_by))
     if state["step"] < total:
         raise InputError(
