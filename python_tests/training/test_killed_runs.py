@@ -1,0 +1,83 @@
+"""Runs that SIGKILL ends at any moment, also while they write, and that go on to the bits of one that nothing ended."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import pytest
+import tiny_training
+import torch
+from rank_processes import start
+
+from sage_fast.training.logs import read_log
+
+STAGES = ("gan", "encoder", "dictionary")
+N_KILLS = 8  # of each stage
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Stage -> folder and seconds of a run that nothing ended."""
+    runs = {}
+    for name in STAGES:
+        for attempt in ("cold", "warm"):
+            folder, since = tmp_path_factory.mktemp(f"{name}_{attempt}"), time.monotonic()
+            child = start(tiny_training.train_to_file, name, folder, log=folder / "log.txt")
+            assert child.wait() == 0, child.text()
+        runs[name] = folder, time.monotonic() - since
+    return runs
+
+
+def _finish(name, folder):
+    child = start(tiny_training.train_to_file, name, folder, log=folder / "log.txt")
+    assert child.wait() == 0, child.text()
+
+
+def _check_same(folder, other, name):
+    weights, expected = (torch.load(f / "weights.pt") for f in (folder, other))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    clocks = ("seconds", "time", "r1")  # the last penalty that was computed, which a resumed run has not seen
+    logs = [
+        [{k: v for k, v in line.items() if k not in clocks} for line in read_log(f / f"logs/{name}.jsonl")]
+        for f in (folder, other)
+    ]
+    assert logs[0] == logs[1]
+    assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not(whole, tmp_path, name):
+    expected, seconds = whole[name]
+    rng, kills, number, reached = random.Random(name), 0, 0, []
+    while kills < N_KILLS:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        number += 1
+        while kills < N_KILLS:
+            child = start(tiny_training.train_to_file, name, folder, log=folder / "log.txt")
+            child.process.join(rng.uniform(0.2, 0.7) * seconds)
+            if not child.process.is_alive():
+                assert child.wait() == 0, child.text()
+                break
+            child.process.kill()
+            assert child.wait() == -signal.SIGKILL
+            kills += 1
+            path = folder / f"logs/{name}.jsonl"
+            reached.append(max((line["step"] for line in read_log(path)), default=0) if path.exists() else 0)
+        _finish(name, folder)
+        _check_same(folder, expected, name)
+    assert len(set(reached)) > 2, f"kills came at steps {reached} only"
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("write", 4), ("write", 6), ("fsync", 3), ("replace", 2), ("replace", 4), ("link", 0), ("unlink", 8)],
+)
+def test_a_kill_while_a_file_is_written(whole, tmp_path, call, number):
+    child = start(tiny_training.die_while_saving, "dictionary", tmp_path, call, number, log=tmp_path / "log.txt")
+    assert child.wait() == -signal.SIGKILL, child.text()
+    _finish("dictionary", tmp_path)
+    _check_same(tmp_path, whole["dictionary"][0], "dictionary")
