@@ -408,7 +408,7 @@ def test_generate_then_evaluate(tiny_bundle, tiny_shots, tmp_path, capsys):
     assert "6 images of 2 categories" in said and str(tmp_path / "out" / "contact_sheet.png") in said
     assert len(list((tmp_path / "out").glob("*/*.png"))) == 6
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (settings["n"], settings["fusion"], settings["seed"]) == (3, "both", 7)
+    assert [(part["n"], part["fusion"], part["seed"]) for part in settings["plan"]] == 2 * [(3, "both", 7)]
 
     words = ["evaluate", f"--model={tiny_bundle}", f"--generated={tmp_path / 'out'}", f"--real={tiny_shots}"]
     assert cli.main([*words, f"--out={tmp_path / 'report'}"]) == 0
@@ -425,8 +425,34 @@ def test_generate_then_evaluate(tiny_bundle, tiny_shots, tmp_path, capsys):
 def test_generate_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):
     words = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", f"--out={tmp_path / 'out'}"]
     assert cli.main([*words, "-n", "2"]) == 0
+    assert cli.main([*words, "-n", "2", "--resume"]) == 0
+    assert "0 images" in (said := capsys.readouterr().out.splitlines()[-1]) and "4 were there already" in said
     assert cli.main([*words, "-n", "5", "--resume"]) == 0
-    assert "6 images" in (said := capsys.readouterr().out.splitlines()[-1]) and "4 were there already" in said
+    assert "10 images" in capsys.readouterr().out  # the plan's one shard is another
+
+
+def test_generate_says_what_it_would_do_and_shows_some(tiny_bundle, tiny_shots, tmp_path, capsys):
+    words = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", f"--out={tmp_path / 'out'}", "-n", "1000"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert "2000 images of 2 categories in 4 shards: about" in capsys.readouterr().out
+    assert cli.main([*words, f"--preview={tmp_path / 'sheet.png'}"]) == 0
+    assert (tmp_path / "sheet.png").exists() and not (tmp_path / "out").exists()
+
+
+def test_generate_from_a_plan_verify_and_regenerate(tiny_bundle, tiny_shots, tmp_path, capsys):
+    plan, out = tmp_path / "plan.csv", tmp_path / "out"
+    plan.write_text("category,n,alpha\nrose,3,0.5\nrose,2,2\nlily,4,\n")
+    words = ["generate", f"--plan={plan}", f"--shots={tiny_shots}", f"--model={tiny_bundle}", f"--out={out}"]
+    assert cli.main(words) == 0
+    assert cli.main(["verify", str(out)]) == 0
+    assert "9 images of 2 categories: all there, whole and as recorded." in capsys.readouterr().out
+    again = [f"--out={tmp_path / 'again.png'}", f"--model={tiny_bundle}"]
+    assert cli.main(["regenerate", str(out / "manifest.jsonl"), "4", *again]) == 0
+    assert "has the recorded bytes" in capsys.readouterr().out
+    assert (tmp_path / "again.png").read_bytes() == (out / "rose" / "rose_00004.png").read_bytes()
+    (out / "rose" / "rose_00001.png").write_bytes(b"x")
+    assert cli.main(["verify", str(out)]) == 2
+    assert "'rose/rose_00001.png', image 1, is not the file" in capsys.readouterr().err
 
 
 def test_invert_projects_a_folder_and_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):

@@ -76,9 +76,47 @@ class Preset:
 class GeneratePaths:
     """Where ``generate`` reads and writes."""
 
-    shots: Path  # <category>/<image>.png with 1 to K images each, or one flat folder for one category
-    out: Path  # gets <category>/<category>_00000.png, contact_sheet.png, manifest.jsonl, config.json
+    out: str  # folder or URL; gets <category>/<category>_00000.png, manifest.jsonl, contact_sheet.png, config.json, README.md
+    shots: Path | None = None  # <category>/<image>.png with 1 to K images each, or one flat folder for one category
+    plan: Path | None = (
+        None  # .yaml, .json or .csv: categories with counts and settings of their own; docs/generation.md
+    )
     model: Path | None = None  # run folder or bundle; None: the model that comes with the package
+    dry_run: bool = False  # say what it would make and take, and write nothing
+    preview: Path | None = None  # write a contact sheet of some of the images to this PNG, and nothing else
+
+
+@dataclass(frozen=True)
+class VerifyPaths:
+    """What ``verify`` looks at."""
+
+    positional: ClassVar[bool] = True
+    out: str  # output folder of generate, or its URL
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Options of ``verify``."""
+
+    repair: bool = False  # forget the shards that are damaged, so that generate --resume draws them again
+
+
+@dataclass(frozen=True)
+class RegeneratePaths:
+    """Which image ``regenerate`` makes again."""
+
+    positional: ClassVar[bool] = True
+    manifest: str  # manifest.jsonl in the output folder of generate
+    number: int  # which line, from 0
+
+
+@dataclass(frozen=True)
+class RegenerateOptions:
+    """Options of ``regenerate``."""
+
+    out: Path | None = None  # the file to write; None: the image's name, here
+    model: Path | None = None  # run folder or bundle; None: the model that comes with the package
+    shots: Path | None = None  # where the shots lie now; None: where they lay
 
 
 @dataclass(frozen=True)
@@ -262,13 +300,38 @@ def _train_dictionary(argv: Sequence[str]) -> None:
 
 
 def _generate(argv: Sequence[str]) -> None:
-    from sage_fast.generation import GenerateConfig, generate
+    from sage_fast.generation import GenerateConfig, Meter, generate
+    from sage_fast.generation.probing import estimate, preview
 
     argv = ["--n" if word == "-n" else word for word in argv]
     paths, config = _parse("generate", argv, GeneratePaths, GenerateConfig())
-    with _bar("generating") as progress:
-        summary = generate(paths.model, paths.shots, paths.out, config, progress)
-    print(summary)
+    if paths.dry_run:
+        print(estimate(paths.model, paths.shots, config, paths.plan))
+    elif paths.preview is not None:
+        print(f"The contact sheet is {preview(paths.model, paths.shots, paths.preview, config, paths.plan)}.")
+    else:
+        meter = Meter()
+        with _watched("generating", meter) as progress:
+            print(generate(paths.model, paths.shots, paths.out, config, progress, meter, paths.plan))
+
+
+def _verify(argv: Sequence[str]) -> None:
+    from sage_fast.generation.verifying import verify
+
+    paths, options = _parse("verify", argv, VerifyPaths, VerifyOptions())
+    found = verify(paths.out, options.repair)
+    if found.problems:
+        raise InputError(
+            f"{found} {'generate --resume' if options.repair else 'verify --repair and generate --resume'} mend it."
+        )
+    print(found)
+
+
+def _regenerate(argv: Sequence[str]) -> None:
+    from sage_fast.generation.verifying import regenerate
+
+    paths, options = _parse("regenerate", argv, RegeneratePaths, RegenerateOptions())
+    print(regenerate(paths.manifest, paths.number, options.out, options.model, options.shots))
 
 
 def _invert(argv: Sequence[str]) -> None:
@@ -392,6 +455,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "embed": (_embed, "stage 3: the codes of every image"),
     "train-dictionary": (_train_dictionary, "stage 4: the category-irrelevant directions; writes the model"),
     "generate": (_generate, "new images of novel categories from a few images of each"),
+    "verify": (_verify, "whether everything that generate was to make is there, whole and as recorded"),
+    "regenerate": (_regenerate, "one image of a manifest again"),
     "invert": (_invert, "the latents of images, by optimisation"),
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
     "inspect": (_inspect, "what a file of networks holds, and what can be done with it"),
@@ -513,6 +578,35 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _watched(label: str, meter: Any) -> Iterator[Callable[[int, int], None]]:
+    """:func:`_bar` with speed, time to go, how full the queues are and which stage the others wait for."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class State(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            queued = ", ".join(f"{name} {share:.0%}" for name, share in meter.queued.items())
+            return Text(
+                f"{meter.speed:.1f} images/s; {meter.slowest} {meter.busy[meter.slowest]:.0%} busy; queued {queued}"
+            )
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), State())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from sage_fast.errors import InputError
 
 MARKER = ".sage_fast.json"
 CACHE = "cache"  # folder of decoded images in a run's: no result, and checked whenever it is opened
+LOCK = ".sage_fast.lock"
 TEMPORARY = ".sage_fast.tmp"
 _OWN_SUFFIXES = (
     ".png",
@@ -35,6 +37,12 @@ _OWN_SUFFIXES = (
     ".txt",
     ".tfevents",
     TEMPORARY,
+)
+# kinds that people keep too, so by their names: rose/rose_00012.jpg, shard-000003.tar, what a run needs while it works
+_OWN_NAMES = re.compile(
+    r"(.*/)?(([^/]+)/\3_\d{5,}\.(jpg|webp)|shard-\d{6,}\.tar|manifest\.parquet"
+    r"|\.sage_fast/.*|\.sage_fast\.lock)",
+    re.DOTALL,
 )
 _SHELL_FILES = (".ds_store", "thumbs.db", "desktop.ini")  # dropped by desktops into any folder
 _RESUMABLE = (MARKER, "manifest.jsonl", "bundle.json", "configs")
@@ -67,7 +75,9 @@ class _Raw(io.RawIOBase):
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(
+    path: str | os.PathLike[str], durable: bool = True, temporary: str | os.PathLike[str] | None = None
+) -> Iterator[BinaryIO]:
     """Write a file that is whole or absent: yields a binary file; ``path`` appears when the block ends well.
 
     The bytes go to a hidden temporary file in the same folder, which is flushed, synchronised and renamed over
@@ -76,16 +86,18 @@ def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Iterator
     Args:
         path: the file to write; its folder must exist.
         durable: synchronise to the disk before renaming, so that the promise holds through a loss of power too.
+        temporary: where the bytes go first, on the same disk; what lies there is replaced. None: a name of its own.
 
     Raises:
         InputError: the file cannot be written (disk full, no permission, no such folder ...).
     """
     path = Path(path)
-    temporary = path.parent / f".{secrets.token_hex(8)}{TEMPORARY}"
+    fresh = os.O_EXCL if temporary is None else os.O_TRUNC
+    temporary = path.parent / f".{secrets.token_hex(8)}{TEMPORARY}" if temporary is None else temporary
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | fresh | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     raw = _Raw(descriptor)
     handle = io.BufferedWriter(raw, buffer_size=1 << 17)
     try:
@@ -100,14 +112,14 @@ def atomic_write(path: str | os.PathLike[str], durable: bool = True) -> Iterator
             descriptor = -1
             os.replace(temporary, path)
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
     except InputError:
         raise
     except Exception as error:
         cause = raw.error or (error if isinstance(error, OSError) and error.errno in _WRITE_ERRORS else None)
         if cause is None:
             raise
-        raise _cannot_write(path, cause) from error
+        raise cannot_write(path, cause) from error
     finally:
         with suppress(OSError, ValueError):
             handle.close()
@@ -228,7 +240,7 @@ class ManifestWriter:
             os.ftruncate(self._descriptor, self._length)
             os.lseek(self._descriptor, 0, os.SEEK_END)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line; the file is as before if it cannot be written (``InputError``)."""
@@ -240,7 +252,7 @@ class ManifestWriter:
         except OSError as error:
             os.ftruncate(self._descriptor, self._length)
             os.lseek(self._descriptor, self._length, os.SEEK_SET)
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         self._length += len(line)
 
     def close(self) -> None:
@@ -352,7 +364,7 @@ def _check_own(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         if Path(parent) == folder and CACHE in folders:
             folders.remove(CACHE)
-        foreign = [name for name in files if not name.lower().endswith(_OWN_SUFFIXES + _SHELL_FILES)]
+        foreign = [name for name in files if not _is_own(os.path.join(parent, name))]
         foreign += [name for name in folders if os.path.islink(os.path.join(parent, name))]
         if foreign:
             raise InputError(
@@ -364,8 +376,8 @@ def _check_own(folder: Path) -> None:
 def _empty(folder: Path) -> None:
     try:
         for entry in sorted(folder.iterdir(), key=lambda path: path.name == MARKER):  # the marker goes last
-            if entry.name == CACHE:
-                continue
+            if entry.name in (CACHE, LOCK):
+                continue  # the lock is held by who empties the folder
             if entry.is_dir():
                 shutil.rmtree(entry)
             else:
@@ -376,7 +388,13 @@ def _empty(folder: Path) -> None:
         ) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> InputError:
+def _is_own(path: str) -> bool:
+    known = path.lower().endswith(_OWN_SUFFIXES + _SHELL_FILES)
+    return known or _OWN_NAMES.fullmatch(path.replace(os.sep, "/")) is not None
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """The sentence for a file that the system refuses to write."""
     remedy = {
         errno.ENOSPC: "free some space or choose another folder",
         errno.ENOENT: "make its folder first",

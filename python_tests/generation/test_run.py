@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 from tiny_model import RESOLUTION
 
+from sage_fast import __version__
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import MARKER, read_manifest, save_png, to_uint8
 from sage_fast.errors import InputError
@@ -35,6 +38,15 @@ def shots(tiny_shots, tmp_path):
 def pictures(folder):
     """Every generated image by its path in the folder."""
     return {path.relative_to(folder).as_posix(): np.asarray(Image.open(path)) for path in folder.glob("*/*.png")}
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder):
+    """The bytes of every file that is not hidden."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
 
 
 def most_apart(a, b):
@@ -60,14 +72,22 @@ def test_the_folder_holds_images_manifest_config_and_sheet(tiny_bundle, tiny_sho
     lines = read_manifest(tmp_path / "out" / "manifest.jsonl")
     assert [line["file"] for line in lines] == names
     hash = FewShotPipeline.from_bundle(tiny_bundle).hash
+    data = (tmp_path / "out" / names[4]).read_bytes()
+    shots = [{"file": f"lily/{i}.png", "sha256": sha256(tiny_shots / "lily" / f"{i}.png")} for i in range(3)]
+    assert len(lines[4].pop("similar")) == 6
     assert lines[4] == {
-        "category": "lily", "file": names[4], "number": 4, "sources": ["lily/0.png", "lily/1.png", "lily/2.png"],
-        "source": "lily/1.png", "seed": 2, "method": "sage", "alpha": 1.0, "fusion": "pixel", "preset": "default",
-        "model": hash,
+        "category": "lily", "index": 4, "file": names[4], "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(), "source": "lily/1.png", "shots": shots, "seed": 2,
+        "method": "sage", "alpha": 1.0, "fusion": "pixel", "preset": "default", "model": hash, "version": __version__,
     }  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["n"], config["alpha"], config["model"]) == (5, 1.0, hash)
-    assert config["shots"] == {"lily": lines[0]["sources"], "rose": ["rose/0.png", "rose/1.png"]}
+    assert (config["n_images"], config["model"], config["resolution"]) == (10, hash, RESOLUTION)
+    assert [(part["category"], part["n"], part["alpha"], len(part["shots"])) for part in config["plan"]] == [
+        ("lily", 5, 1.0, 3),
+        ("rose", 5, 1.0, 2),
+    ]
+    assert "All of them are synthetic" in (tmp_path / "out" / "README.md").read_text()
+    assert Image.open(tmp_path / "out" / names[4]).text["Software"] == "sage_fast"
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
@@ -133,15 +153,17 @@ def _row_of(sheet, cell):
 
 def test_n_shots_takes_that_many_images_of_each_category(pipeline, tiny_shots, tmp_path):
     generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=1, n_shots=2, seed=1))
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {category: len(files) for category, files in config["shots"].items()} == {"lily": 2, "rose": 2}
-    assert set(config["shots"]["lily"]) < {"lily/0.png", "lily/1.png", "lily/2.png"}
+    parts = json.loads((tmp_path / "out" / "config.json").read_text())["plan"]
+    assert {part["category"]: len(part["shots"]) for part in parts} == {"lily": 2, "rose": 2}
+    assert set(parts[0]["shots"]) < {"lily/0.png", "lily/1.png", "lily/2.png"}
 
 
 def test_progress_counts_to_the_end(pipeline, tiny_shots, tmp_path):
     seen = []
-    generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=5, batch=2), lambda *done: seen.append(done))
-    assert seen == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
+    generate(
+        pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=5, batch=2, workers=1), lambda *done: seen.append(done)
+    )
+    assert seen == [(2, 10), (4, 10), (6, 10), (8, 10), (10, 10)]
 
 
 # --- interruption ---
@@ -186,31 +208,51 @@ def test_a_full_disk_leaves_no_truncated_file_and_the_run_goes_on(pipeline, tiny
 
 def test_resume_draws_what_is_missing_and_touches_nothing_else(pipeline, tiny_shots, tmp_path):
     out = tmp_path / "out"
-    generate(pipeline, tiny_shots, out, GenerateConfig(n=6))
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=6, shard=2))
     before, times = pictures(out), {path: path.stat().st_mtime_ns for path in out.glob("*/*.png")}
     lost = [out / "lily" / "lily_00002.png", out / "rose" / "rose_00000.png"]
     lost[0].unlink()
     lost[1].write_bytes(b"")
-    summary = generate(pipeline, tiny_shots, out, GenerateConfig(n=8, batch=3, resume=True))
-    assert (summary.n_new, summary.n_kept) == (6, 10)
-    after = pictures(out)
-    assert len(after) == 16 and most_apart({name: after[name] for name in before}, before) <= 1
-    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path not in lost)
-    files = [line["file"] for line in read_manifest(out / "manifest.jsonl")]
-    assert len(files) == len(set(files)) == 16
+    summary = generate(pipeline, tiny_shots, out, GenerateConfig(n=6, shard=2, resume=True))
+    assert (summary.n_new, summary.n_kept) == (4, 8)  # a shard is drawn as a whole
+    assert most_apart(pictures(out), before) == 0
+    again = [*lost, out / "lily" / "lily_00003.png", out / "rose" / "rose_00001.png"]
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path not in again)
+    assert summary.n_new and (out / "manifest.jsonl").exists() and not (out / ".sage_fast").exists()
 
 
-def test_an_image_without_a_manifest_line_is_drawn_again(pipeline, tiny_shots, tmp_path):
+def test_a_run_can_ask_for_more_images_and_categories(pipeline, tiny_shots, tmp_path):
+    out, config = tmp_path / "out", GenerateConfig(n=6, shard=4)
+    generate(pipeline, tiny_shots, out, replace(config, categories=("lily",)))
+    (out / "lily" / "lily_00005.png").unlink()
+    summary = generate(pipeline, tiny_shots, out, replace(config, n=9, resume=True))
+    assert (summary.n_new, summary.n_kept) == (14, 4)  # the first shard is the same in both plans
+    generate(pipeline, tiny_shots, tmp_path / "whole", replace(config, n=9))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_images_without_a_manifest_line_are_drawn_again(pipeline, tiny_shots, tmp_path):
     out = tmp_path / "out"
-    generate(pipeline, tiny_shots, out, GenerateConfig(n=3))
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=3, shard=2))
     lines = (out / "manifest.jsonl").read_bytes().splitlines(keepends=True)
     (out / "manifest.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # killed while writing the line
-    assert generate(pipeline, tiny_shots, out, GenerateConfig(n=3, resume=True)).n_new == 1
+    assert generate(pipeline, tiny_shots, out, GenerateConfig(n=3, shard=2, resume=True)).n_new == 2
     assert (out / "manifest.jsonl").read_bytes().splitlines(keepends=True) == lines
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"alpha": 2.0}, {"method": "age"}, {"fusion": "both"}, {"n_similar": 2}, {"n": 2}]
+    "change",
+    [
+        {"seed": 1},
+        {"alpha": 2.0},
+        {"method": "age"},
+        {"fusion": "both"},
+        {"n_similar": 2},
+        {"n": 2},
+        {"batch": 3},
+        {"shard": 5},
+        {"image": "jpg"},
+    ],
 )
 def test_resuming_with_other_settings_is_refused(pipeline, tiny_shots, tmp_path, change):
     out = tmp_path / "out"
@@ -231,7 +273,7 @@ def test_resuming_with_other_shots_or_another_model_is_refused(pipeline, shots, 
     with pytest.raises(InputError, match="model"):
         generate(other, shots, out, GenerateConfig(n=2, resume=True))
     save_png(shots / "rose" / "0.png", torch.full((3, 8, 8), 7, dtype=torch.uint8))
-    with pytest.raises(InputError, match="shots_sha256"):
+    with pytest.raises(InputError, match="shot 'rose/0.png' is another image"):
         generate(pipeline, shots, out, GenerateConfig(n=2, resume=True))
 
 
@@ -280,7 +322,7 @@ def test_shots_of_any_kind_and_size_are_read(pipeline, shots, tmp_path):
         warnings.simplefilter("error")
         generate(pipeline, shots, tmp_path / "out", GenerateConfig(n=9))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert len(config["shots"]["rose"]) == 8
+    assert len(config["plan"][1]["shots"]) == 8
 
 
 def test_a_missing_or_damaged_model(tiny_bundle, tiny_shots, tmp_path):

@@ -1,0 +1,99 @@
+"""Every setting of a generation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sage_fast.editing.editor import PRESETS
+from sage_fast.errors import InputError
+from sage_fast.pipeline import FUSIONS, METHODS
+
+__all__ = ["ENCODERS", "FORMATS", "IMAGES", "GenerateConfig"]
+
+FORMATS = ("folder", "webdataset", "safetensors")
+"""An ImageFolder, tar shards, or one file of uint8 arrays."""
+
+IMAGES = ("png", "jpg", "webp")
+ENCODERS = ("auto", "pillow", "opencv", "simplejpeg")
+
+_COUNTS = ("n", "batch", "n_shots", "n_components", "n_similar", "n_directions", "shard", "workers")
+_EDITOR = ("n_components", "n_similar", "n_directions")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of :func:`generate`.
+
+    ``method``: age, sage-q, sage-i, sage, or inversion. ``fusion``: none, pixel, frequency, or both.
+    ``preset``: the reading of the method: paper, released or default.
+    ``format``: folder (an ImageFolder), webdataset (tar shards) or safetensors (one file of uint8 arrays).
+    """
+
+    n: int = 128  # images per category
+    alpha: float | None = None  # strength of the edit, Eq. 20; None: the preset's, 1 (paper: 2)
+    method: str = "sage"
+    fusion: str = "none"
+    seed: int = 0
+    preset: str = "default"
+    n_shots: int | None = None  # images of each category to use, chosen by the seed; None: all
+    n_components: int | None = None  # t_B; None: the preset's, or all that the model has
+    n_similar: int | None = None  # t_C; None: the preset's
+    n_directions: int | None = None  # t_A; None: the preset's
+    batch: int | None = None  # images the generator draws at a time; None: 64, fewer above 256 px
+    device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
+    resume: bool = False  # go on where an earlier run stopped
+    overwrite: bool = False  # empty the output folder first; only one that sage-fast made
+    categories: tuple[str, ...] = ()  # "rose" or "rose=500": these alone, with that many images; none: all
+    format: str = "folder"
+    image: str = "png"  # png, jpg or webp; safetensors has none
+    quality: int | None = None  # jpg, webp: 1 to 100, None: 95; png: zlib's level 0 to 9, None: the encoder's fast one
+    encoder: str = "auto"  # pillow, opencv or simplejpeg; auto: the fastest that is installed
+    shard: int | None = None  # images that are committed together; None: 512, in tar files 4096
+    shard_mb: float | None = None  # size of a tar file instead, in MB
+    workers: int | None = None  # threads that encode and write; None: as many as torch has
+    metrics: str | None = None  # file that gets a JSON line a shard: speed, and how busy each stage was
+    parquet: bool = False  # the manifest as manifest.parquet too; needs pyarrow
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}.")
+        _check_one_of(self, method=METHODS, fusion=FUSIONS, preset=tuple(PRESETS), format=FORMATS)
+        _check_one_of(self, image=IMAGES, encoder=ENCODERS)
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise InputError(f"alpha must be a finite number, got {self.alpha}.")
+        if self.method == "inversion" and (self.alpha is not None or self.editor_options()):
+            given = [name for name in ("alpha", *_EDITOR) if getattr(self, name) is not None]
+            raise InputError(f"method 'inversion' edits nothing, so {', '.join(given)} has no effect; leave it out.")
+        if self.resume and self.overwrite:
+            raise InputError("--resume and --overwrite exclude each other; give one of them.")
+        self._check_output()
+
+    def _check_output(self) -> None:
+        if self.format == "safetensors" and (self.image, self.quality, self.encoder) != ("png", None, "auto"):
+            raise InputError("format 'safetensors' stores plain arrays, so image, quality and encoder have no effect.")
+        lowest, highest = (0, 9) if self.image == "png" else (1, 100)
+        if self.quality is not None and not lowest <= self.quality <= highest:
+            raise InputError(f"quality of {self.image} must be {lowest} to {highest}, got {self.quality}.")
+        if self.encoder == "simplejpeg" and self.image != "jpg":
+            raise InputError(
+                f"encoder 'simplejpeg' writes jpg alone, got image '{self.image}'; choose another encoder."
+            )
+        if self.shard_mb is not None:
+            if self.format != "webdataset" or self.shard is not None:
+                raise InputError("shard_mb is the size of a tar file: it goes with format 'webdataset', without shard.")
+            if not 0 < self.shard_mb < math.inf:
+                raise InputError(f"shard_mb must be above 0, got {self.shard_mb}.")
+
+    def editor_options(self) -> dict[str, int]:
+        """The editor's settings that were given."""
+        values = {name: getattr(self, name) for name in _EDITOR}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_one_of(config: GenerateConfig, **known: tuple[str, ...]) -> None:
+    for name, choices in known.items():
+        if getattr(config, name) not in choices:
+            raise InputError(f"{name} must be one of {', '.join(choices)}, got '{getattr(config, name)}'.")

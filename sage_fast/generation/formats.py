@@ -1,0 +1,312 @@
+"""What a shard looks like in the output: image files in folders, a tar file, or a piece of one safetensors file.
+
+Each format has the same words. ``store`` makes the bytes of one image, on any thread; ``open`` begins a shard, whose
+images are then added in their order; what is closed is whole. ``read`` gives the stored bytes back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from sage_fast.generation.encoding import Encoder, with_provenance
+from sage_fast.generation.plan import Plan
+from sage_fast.generation.stores import STATE, Store
+
+__all__ = ["ArrayFile", "Format", "ImageFolders", "OpenShard", "Stored", "TarFiles", "choose_format", "read_only"]
+
+_PROVENANCE = ("category", "index", "source", "seed", "method", "alpha", "fusion", "preset", "model")
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_BLOCK = 1 << 22  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One image as it is kept: the file (or the tar's member) it lies in, its size and SHA-256, and perhaps its bytes."""
+
+    position: int
+    file: str
+    size: int
+    sha256: str
+    data: bytes
+    about: dict[str, Any]
+
+
+class OpenShard:
+    """A shard that is being written; on an error nothing of it stays."""
+
+    def __init__(self, add: Callable[[Stored], None] | None, stack: ExitStack) -> None:
+        self._add, self._stack = add, stack
+
+    def add(self, image: Stored) -> None:
+        """The next image of the shard."""
+        if self._add is not None:
+            self._add(image)
+
+    def close(self) -> None:
+        """The shard is whole."""
+        self._stack.close()
+
+    def abort(self, error: BaseException) -> None:
+        """Nothing of the shard stays."""
+        with suppress(BaseException):
+            self._stack.__exit__(type(error), error, error.__traceback__)
+
+
+def _for_encoder(images: np.ndarray, encoder: Encoder) -> np.ndarray:
+    """uint8 [n, C, R, R] to [n, R, R, C] with colours in the encoder's order, or [n, R, R] of one channel."""
+    if images.shape[1] == 1:
+        return images[:, 0]
+    if encoder.bgr:
+        images = images[:, [2, 1, 0, 3][: images.shape[1]]]
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+
+def _encoded(encoder: Encoder, pixels: np.ndarray, about: dict[str, Any]) -> bytes:
+    """An image file that says what it is. The package's version is left to the manifest: bytes are the plan's alone."""
+    shown = {key: about[key] for key in _PROVENANCE}
+    return with_provenance(encoder.encode(pixels), encoder.image, {"synthetic": True} | shown)
+
+
+def _decoded(data: bytes, n_channels: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.asarray(image if image.mode == _MODES[n_channels] else image.convert(_MODES[n_channels]))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+class ImageFolders:
+    """``<category>/<category>_00000.png``: an image is there before its shard is; it counts when its shard does."""
+
+    separate = True  # a shard can be replaced after the end
+
+    def __init__(self, store: Store, plan: Plan, encoder: Encoder) -> None:
+        self.target, self.plan, self.encoder = store, plan, encoder
+        self._made: set[str] = set()
+
+    def file(self, category: str, index: int) -> str:
+        """Name of an image's file."""
+        return f"{category}/{category}_{index:05d}.{self.encoder.image}"
+
+    def pixels(self, images: np.ndarray) -> np.ndarray:
+        """Drawn images, uint8 [n, C, R, R], as :meth:`store` takes them one by one."""
+        return _for_encoder(images, self.encoder)
+
+    def decode(self, data: bytes, n_channels: int) -> np.ndarray:
+        """Stored bytes as uint8 [C, R, R]."""
+        return _decoded(data, n_channels)
+
+    def encoded(self, pixels: np.ndarray, about: dict[str, Any]) -> bytes:
+        """The bytes of an image's file."""
+        return _encoded(self.encoder, pixels, about)
+
+    def store(self, position: int, pixels: np.ndarray, about: dict[str, Any]) -> Stored:
+        """Encode an image and put it into its place."""
+        category, data = about["category"], self.encoded(pixels, about)
+        if category not in self._made:
+            self.target.make_folder(category)
+            self._made.add(category)
+        file = self.file(category, about["index"])
+        self.target.place(file, data, position)
+        return Stored(position, file, len(data), hashlib.sha256(data).hexdigest(), b"", about)
+
+    def open(self, shard: int) -> OpenShard:
+        """Nothing is to be begun: images go to their places by themselves."""
+        return OpenShard(None, ExitStack())
+
+    def is_missing(self, shard: int) -> bool:
+        """Whether a file of a shard is gone or empty; asked on this machine alone, where it is quick."""
+        if not self.target.local:
+            return False
+        images = self.plan.images(self.plan.positions(shard))
+        return not all(self.target.size(self.file(part.category, index)) for part, index in images)
+
+    def read(self, shard: int, wanted: Container[int] | None = None) -> Iterator[tuple[int, bytes]]:
+        """Position and bytes of each image of a shard, or of those that are wanted."""
+        positions = self.plan.positions(shard)
+        for position, (part, index) in zip(positions, self.plan.images(positions)):
+            if wanted is None or position in wanted:
+                yield position, self.target.read(self.file(part.category, index))
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def files(self) -> Iterator[str]:
+        """Every name in the output that belongs to an image: the folders."""
+        yield from self.plan.categories
+
+
+class TarFiles:
+    """``shard-000000.tar`` as WebDataset reads them: .png (.jpg, .webp), .cls and .json under one number each."""
+
+    separate = True
+
+    def __init__(self, store: Store, plan: Plan, encoder: Encoder) -> None:
+        self.target, self.plan, self.encoder = store, plan, encoder
+
+    def file(self, shard: int) -> str:
+        """Name of a shard's file."""
+        return f"shard-{shard:06d}.tar"
+
+    def pixels(self, images: np.ndarray) -> np.ndarray:
+        """Drawn images, uint8 [n, C, R, R], as :meth:`store` takes them one by one."""
+        return _for_encoder(images, self.encoder)
+
+    def decode(self, data: bytes, n_channels: int) -> np.ndarray:
+        """Stored bytes as uint8 [C, R, R]."""
+        return _decoded(data, n_channels)
+
+    def store(self, position: int, pixels: np.ndarray, about: dict[str, Any]) -> Stored:
+        """Encode an image."""
+        data = _encoded(self.encoder, pixels, about)
+        file = f"{self.file(position // self.plan.shard)}/{position:09d}.{self.encoder.image}"
+        return Stored(position, file, len(data), hashlib.sha256(data).hexdigest(), data, about)
+
+    def open(self, shard: int) -> OpenShard:
+        """Begin a tar file."""
+        stack = ExitStack()
+        file = stack.enter_context(self.target.writer(self.file(shard)))
+        tar = stack.enter_context(tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT))
+
+        def add(image: Stored) -> None:
+            label = str(self.plan.labels[image.about["category"]]).encode()
+            about = json.dumps(image.about).encode()
+            for suffix, data in ((self.encoder.image, image.data), ("cls", label), ("json", about)):
+                member = tarfile.TarInfo(f"{image.position:09d}.{suffix}")  # time 0, no owner: bytes of the plan alone
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+        return OpenShard(add, stack)
+
+    def is_missing(self, shard: int) -> bool:
+        """Whether the file is gone or empty."""
+        return not self.target.size(self.file(shard))
+
+    def read(self, shard: int, wanted: Container[int] | None = None) -> Iterator[tuple[int, bytes]]:
+        """Position and bytes of each image of a shard, or of those that are wanted."""
+        with self.target.reader(self.file(shard)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name, _, suffix = member.name.partition(".")
+                if suffix == self.encoder.image and (wanted is None or int(name) in wanted):
+                    content = tar.extractfile(member)
+                    yield int(name), content.read() if content is not None else b""
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def files(self) -> Iterator[str]:
+        """Every name in the output that belongs to an image: the tar files."""
+        return (self.file(shard) for shard in range(self.plan.n_shards))
+
+
+class ArrayFile:
+    """``images.safetensors``: ``images`` uint8 [N, C, R, R], ``labels`` and ``indices`` int64 [N], in the plan's order."""
+
+    separate = False
+    name = "images.safetensors"
+
+    def __init__(self, store: Store, plan: Plan, shape: tuple[int, int, int]) -> None:
+        self.target, self.plan, self.shape = store, plan, shape
+        self._bytes = int(np.prod(shape))
+
+    def piece(self, shard: int) -> str:
+        """Name of a shard's pixels until all are there."""
+        return f"{STATE}/pieces/{shard:08d}.u8"
+
+    def pixels(self, images: np.ndarray) -> np.ndarray:
+        """Drawn images, uint8 [n, C, R, R], as they are."""
+        return images
+
+    def decode(self, data: bytes, n_channels: int) -> np.ndarray:
+        """Stored bytes as uint8 [C, R, R]."""
+        return np.frombuffer(data, np.uint8).reshape(self.shape)
+
+    def store(self, position: int, pixels: np.ndarray, about: dict[str, Any]) -> Stored:
+        """The image's bytes [C, R, R]."""
+        data = pixels.tobytes()
+        return Stored(position, self.name, len(data), hashlib.sha256(data).hexdigest(), data, about)
+
+    def open(self, shard: int) -> OpenShard:
+        """Begin a piece."""
+        stack = ExitStack()
+        file = stack.enter_context(self.target.writer(self.piece(shard)))
+
+        def add(image: Stored) -> None:
+            file.write(image.data)
+
+        return OpenShard(add, stack)
+
+    def is_missing(self, shard: int) -> bool:
+        """Whether neither the piece nor the whole is there in its full size."""
+        piece = len(self.plan.positions(shard)) * self._bytes
+        whole = len(self._header()) + len(self.plan) * (16 + self._bytes)
+        return self.target.size(self.piece(shard)) != piece and self.target.size(self.name) != whole
+
+    def read(self, shard: int, wanted: Container[int] | None = None) -> Iterator[tuple[int, bytes]]:
+        """Position and bytes of each image of a shard, or of those that are wanted."""
+        positions, joined = self.plan.positions(shard), self.target.size(self.piece(shard)) is None
+        first = len(self._header()) + 16 * len(self.plan) + positions.start * self._bytes if joined else 0
+        with self.target.reader(self.name if joined else self.piece(shard)) as file:
+            for number, position in enumerate(positions):
+                if wanted is None or position in wanted:
+                    file.seek(first + number * self._bytes)
+                    yield position, file.read(self._bytes)
+
+    def finish(self) -> None:
+        """Join the pieces."""
+        with self.target.writer(self.name) as out:
+            out.write(self._header())
+            self._write_numbers(out, lambda category, index: self.plan.labels[category])
+            self._write_numbers(out, lambda category, index: index)
+            for shard in range(self.plan.n_shards):
+                with self.target.reader(self.piece(shard)) as piece:
+                    while block := piece.read(_BLOCK):
+                        out.write(block)
+
+    def files(self) -> Iterator[str]:
+        """Every name in the output that belongs to an image: the file."""
+        yield self.name
+
+    def _header(self) -> bytes:
+        n, ends = len(self.plan), [8 * len(self.plan), 16 * len(self.plan), (16 + self._bytes) * len(self.plan)]
+        content = {
+            "__metadata__": {"categories": json.dumps(self.plan.categories), "made_by": "sage_fast"},
+            "labels": {"dtype": "I64", "shape": [n], "data_offsets": [0, ends[0]]},
+            "indices": {"dtype": "I64", "shape": [n], "data_offsets": ends[:2]},
+            "images": {"dtype": "U8", "shape": [n, *self.shape], "data_offsets": ends[1:]},
+        }
+        text = json.dumps(content).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def _write_numbers(self, out: BinaryIO, number: Callable[[str, int], int]) -> None:
+        for shard in range(self.plan.n_shards):
+            images = self.plan.images(self.plan.positions(shard))
+            out.write(np.array([number(part.category, index) for part, index in images], "<i8").tobytes())
+
+
+Format = ImageFolders | TarFiles | ArrayFile
+
+
+def choose_format(name: str, store: Store, plan: Plan, encoder: Encoder | None, shape: tuple[int, int, int]) -> Format:
+    """The format of a name; ``encoder`` is that of image files, ``shape`` [C, R, R] that of arrays."""
+    if encoder is None:
+        return ArrayFile(store, plan, shape)
+    return ImageFolders(store, plan, encoder) if name == "folder" else TarFiles(store, plan, encoder)
+
+
+def read_only(name: str, image: str) -> Encoder:
+    """Stands for the encoder of an output that is only read."""
+
+    def encode(pixels: np.ndarray) -> bytes:
+        raise NotImplementedError(f"the output was opened to be read, not for {name} to encode")
+
+    return Encoder(name, image, False, encode)

@@ -1,0 +1,98 @@
+"""Who may write into an output: locks of the kernel, which end with their process, whatever the clock says.
+
+All ranks of one run share the output's lock, in whose file the number of ranks is written, and each holds one of its own.
+As the shards of a rank are a function of its number and of that of all ranks, two processes that hold locks never write
+the same shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sage_fast.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one output are not told apart
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["alone", "joined"]
+
+
+@contextmanager
+def joined(
+    output: str, file: Path, folder: Path, rank: int, world_size: int, when_alone: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Hold the locks of one rank on an output while the block runs.
+
+    Args:
+        output: its name, for a message.
+        file: the output's lock; stays.
+        folder: where the ranks' own locks lie.
+        when_alone: called first, while no other process holds any.
+    Raises:
+        InputError: another run is at work on the output, or this rank of it.
+    """
+    if fcntl is None:
+        if when_alone is not None:
+            when_alone()
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        return
+    with _opened(file) as shared:
+        _enter(shared, output, world_size, when_alone)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _opened(folder / f"rank-{rank}.lock") as own:
+            if not _taken(own, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                raise _at_work(output)
+            yield
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """One process after another runs the block."""
+    with _opened(file) as descriptor:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _enter(shared: int, output: str, world_size: int, when_alone: Callable[[], None] | None) -> None:
+    """Take a share of the output's lock; the first who comes says how many ranks there are."""
+    if _taken(shared, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if when_alone is not None:
+            when_alone()
+        os.ftruncate(shared, 0)
+        os.pwrite(shared, str(world_size).encode(), 0)
+    elif when_alone is not None:
+        raise _at_work(output)
+    fcntl.flock(shared, fcntl.LOCK_SH)
+    if os.pread(shared, 32, 0) != str(world_size).encode():  # another run came first, even if only by a moment
+        raise _at_work(output)
+
+
+def _taken(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _at_work(output: str) -> InputError:
+    return InputError(f"Output {output!r} is being written by another run; wait for its end or give another folder.")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"Lock {str(file)!r} cannot be made ({error.strerror}); choose another place.") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

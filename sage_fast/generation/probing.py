@@ -1,0 +1,104 @@
+"""Before a long run: what it would make and take, and what its images look like."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sage_fast.data.writers import atomic_write, contact_sheet
+from sage_fast.generation.committing import line_of
+from sage_fast.generation.config import GenerateConfig
+from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, draw_shard
+from sage_fast.generation.formats import choose_format
+from sage_fast.generation.plan_files import read_plan
+from sage_fast.generation.run import choose_config_encoder, load_pipeline, ranks
+from sage_fast.generation.stores import open_store
+from sage_fast.pipeline import FewShotPipeline
+
+__all__ = ["Estimate", "estimate", "preview"]
+
+_CATEGORIES, _EACH = 8, 8  # of a preview
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan amounts to, by its first micro-batch: sizes in bytes, time in seconds for this machine."""
+
+    n_images: int
+    n_categories: int
+    n_shards: int
+    images_per_s: float
+    image_bytes: float
+    line_bytes: float
+    world_size: int
+
+    @property
+    def seconds(self) -> float:
+        """Time, were every rank as fast as this process."""
+        return self.n_images / self.images_per_s / self.world_size
+
+    @property
+    def bytes(self) -> float:
+        """Space for images and manifest."""
+        return self.n_images * (self.image_bytes + self.line_bytes)
+
+    def __str__(self) -> str:
+        hours, rest = divmod(round(self.seconds), 3600)
+        return (
+            f"{self.n_images} images of {self.n_categories} categories in {self.n_shards} shards: about "
+            f"{self.bytes / 1e6:.1f} MB ({self.image_bytes / 1e3:.1f} kB an image) and {hours} h {rest // 60} min "
+            f"{rest % 60} s on {self.world_size} rank{'s' if self.world_size > 1 else ''} "
+            f"({self.images_per_s:.1f} images/s each). Nothing was written."
+        )
+
+
+def estimate(
+    model: FewShotPipeline | str | os.PathLike[str] | None,
+    shots_dir: str | os.PathLike[str] | None,
+    config: GenerateConfig = GenerateConfig(),
+    plan: str | os.PathLike[str] | None = None,
+) -> Estimate:
+    """What :func:`generate` would make of the same arguments; draws one micro-batch twice and writes nothing."""
+    pipeline = load_pipeline(model, config)
+    size, n_channels = pipeline.generator.resolution, pipeline.generator.n_channels
+    made = read_plan(plan, shots_dir, config, n_channels, size)
+    prepared = Prepared(pipeline, made)
+    encoder = choose_config_encoder(config, n_channels)
+    format = choose_format("webdataset", open_store("."), made, encoder, (n_channels, size, size))  # stores in memory
+    positions = made.batches(0)[0]
+    draw_images(pipeline, draw_latents(prepared, positions))  # to warm up
+    start = time.monotonic()
+    latents = draw_latents(prepared, positions)
+    images = draw_images(pipeline, latents).cpu().numpy()
+    drawn = time.monotonic()
+    stored = [format.store(*one) for one in zip(positions, format.pixels(images), latents.about())]
+    seconds = drawn - start + (time.monotonic() - drawn) / (config.workers or torch.get_num_threads())
+    line_bytes = sum(len(str(line_of(image))) for image in stored) / len(stored)
+    return Estimate(
+        len(made), len(made.categories), made.n_shards, len(positions) / seconds,
+        sum(image.size for image in stored) / len(stored), line_bytes, ranks()[1],
+    )  # fmt: skip
+
+
+def preview(
+    model: FewShotPipeline | str | os.PathLike[str] | None,
+    shots_dir: str | os.PathLike[str] | None,
+    file: str | os.PathLike[str],
+    config: GenerateConfig = GenerateConfig(),
+    plan: str | os.PathLike[str] | None = None,
+) -> Path:
+    """A contact sheet of the first images of the first parts of a plan, as :func:`generate` would draw them."""
+    pipeline = load_pipeline(model, config)
+    size, n_channels = pipeline.generator.resolution, pipeline.generator.n_channels
+    made = read_plan(plan, shots_dir, config, n_channels, size)
+    parts = tuple(replace(part, n=min(part.n, _EACH)) for part in made.parts[:_CATEGORIES])
+    shown = replace(made, parts=parts, shard=_CATEGORIES * _EACH)
+    labels = [f"{part.category}: {part.method}, fusion {part.fusion}" for part in parts for _ in range(part.n)]
+    sheet = contact_sheet(draw_shard(pipeline, shown, 0), _EACH, labels, scale=max(1, 64 // size))
+    with atomic_write(file) as target:
+        sheet.save(target, format="PNG")
+    return Path(file)

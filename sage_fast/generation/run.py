@@ -1,0 +1,374 @@
+"""The pipeline at scale: a plan in, images out, exactly once whatever interrupts it.
+
+OUT/<category>/<category>_00000.png   the images (or OUT/shard-000000.tar, or OUT/images.safetensors)
+OUT/contact_sheet.png                 the shots of each category, then generated images
+OUT/manifest.jsonl                    a line an image: how it came to be; written last
+OUT/config.json                       the resolved settings and the plan
+OUT/README.md                         what the images are
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage_fast import __version__
+from sage_fast.data.writers import TEMPORARY, check_apart
+from sage_fast.errors import InputError
+from sage_fast.generation.card import data_card, draw_sheet
+from sage_fast.generation.committing import (
+    PARQUET,
+    committed,
+    count_lines,
+    is_complete,
+    reopen,
+    write_manifest,
+    write_parquet,
+)
+from sage_fast.generation.config import GenerateConfig
+from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
+from sage_fast.generation.encoding import Encoder, choose_encoder
+from sage_fast.generation.formats import Format, Stored, choose_format
+from sage_fast.generation.locks import alone, joined
+from sage_fast.generation.plan import Plan, check_grown
+from sage_fast.generation.plan_files import read_plan
+from sage_fast.generation.stores import STATE, Store, open_store
+from sage_fast.generation.watching import Meter
+from sage_fast.generation.writing import write_shards
+from sage_fast.pipeline import FewShotPipeline
+
+__all__ = ["Summary", "choose_config_encoder", "generate", "load_pipeline", "ranks", "read_settings"]
+
+_FREE = ("version", "device", "shots_dir", "n_images", "plan")  # may differ between a run and its continuation
+_CONFIG = "config.json"
+_MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`generate` did: ``n_new`` images drawn, ``n_kept`` found finished, of ``categories``.
+
+    ``missing``: shards of other ranks that are not written yet; the output is complete when there are none.
+    """
+
+    out: str
+    categories: list[str]
+    n_new: int
+    n_kept: int
+    missing: int = 0
+
+    def __str__(self) -> str:
+        kept = f", {self.n_kept} were there already" if self.n_kept else ""
+        count = f"{len(self.categories)} categor{'y' if len(self.categories) == 1 else 'ies'}"
+        if self.missing:
+            return f"{self.n_new} images of {count} were drawn{kept}; {self.missing} shards of other ranks are not there yet."
+        return f"{self.n_new} images of {count} were drawn{kept}; see {self.out.rstrip('/')}/contact_sheet.png."
+
+
+def generate(
+    model: FewShotPipeline | str | os.PathLike[str] | None,
+    shots_dir: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    config: GenerateConfig = GenerateConfig(),
+    progress: Callable[[int, int], None] | None = None,
+    meter: Meter | None = None,
+    plan: str | os.PathLike[str] | None = None,
+) -> Summary:
+    """Generate the images of a plan, or those of this rank where the environment names ``RANK`` and ``WORLD_SIZE``.
+
+    The same plan gives the same latents to the last bit, and the same bytes on one kind of device, whatever the number of
+    ranks and whatever interrupted them. Everything is checked before the first file is written.
+
+    Args:
+        model: a pipeline, a bundle folder, or None for the model shipped with the package.
+        shots_dir: ``<category>/<image>`` with one to a few images each, or one flat folder for one category. With
+            ``plan``: where the categories' folders are; None: where the plan says.
+        out: the output folder or any fsspec URL; new or empty, unless ``config.resume`` or ``config.overwrite``.
+        progress: called with (images done, images in all) of this rank.
+        meter: is kept up to date while the run goes on.
+        plan: a .yaml, .json or .csv file, see :mod:`sage_fast.generation.plan_files`.
+    Raises:
+        InputError: a model, plan, settings or an output that cannot be used, or a full disk; a resumed run goes on.
+    """
+    rank, world_size = ranks()
+    pipeline = load_pipeline(model, config)
+    made = read_plan(plan, shots_dir, config, *_shape(pipeline)[:2])
+    _check(out, None if plan else shots_dir, made, model, config, world_size)
+    _check_settings(pipeline, made)
+    store = open_store(out)
+    encoder = choose_config_encoder(config, pipeline.generator.n_channels)
+    _prepare(store, config, rank, world_size)
+    meter = Meter() if meter is None else meter
+    file, folder = store.locks
+    try:
+        with joined(str(store), file, folder, rank, world_size, store.empty if config.overwrite else None):
+            with alone(folder / "setup.lock"):
+                format = _agree(store, pipeline, made, encoder, config)
+                _take_back_missing(format, rank, world_size)
+            _write(format, pipeline, config, meter, progress, rank, world_size)
+            with alone(folder / "setup.lock"):
+                missing = _finish(format, pipeline, config)
+    finally:
+        if is_complete(store):
+            store.remove(STATE)
+    return Summary(str(store), format.plan.categories, meter.done - meter.kept, meter.kept, missing)
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun puts them into the environment; (0, 1) without.
+
+    Raises:
+        InputError: one of the two without the other, or numbers that cannot be.
+    """
+    words = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    if words == [None, None]:
+        return 0, 1
+    try:
+        rank, world_size = (int(word or "") for word in words)
+    except ValueError:
+        rank = world_size = -1
+    if not 0 <= rank < world_size:
+        raise InputError(
+            f"RANK and WORLD_SIZE must be 0 <= RANK < WORLD_SIZE, got {words[0]} and {words[1]}; unset both."
+        )
+    return rank, world_size
+
+
+def load_pipeline(model: FewShotPipeline | str | os.PathLike[str] | None, config: GenerateConfig) -> FewShotPipeline:
+    """The pipeline itself, or that of a bundle, on the device of the settings (of a rank: its own GPU)."""
+    if isinstance(model, FewShotPipeline):
+        if model.preset != config.preset:
+            raise InputError(
+                f"the pipeline has preset '{model.preset}' and the config '{config.preset}'; give both the same."
+            )
+        return model
+    device = config.device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return FewShotPipeline.from_bundle(model, "cpu" if device == "auto" else device, config.preset)
+
+
+def _check(
+    out: str | os.PathLike[str],
+    shots_dir: str | os.PathLike[str] | None,
+    plan: Plan,
+    model: FewShotPipeline | str | os.PathLike[str] | None,
+    config: GenerateConfig,
+    world_size: int,
+) -> None:
+    """Raise InputError for what can be told without looking at the output."""
+    if config.overwrite and world_size > 1:
+        raise InputError("--overwrite does not go with several ranks, of which one would delete another's images.")
+    if config.parquet and find_spec("pyarrow") is None:
+        raise InputError("parquet needs pyarrow; pip install 'sage_fast[parquet]', or leave it out.")
+    if "://" in os.fspath(out):
+        return
+    models = [None if isinstance(model, FewShotPipeline) else model]
+    if shots_dir is not None:
+        check_apart(out, {"the shots": shots_dir}, models)
+    else:  # the folder of a plan may hold the output, but the output no shot
+        for file in {str((plan.root / file).parent) for part in plan.parts for file in part.shots}:
+            if Path(out).resolve() in (Path(file).resolve(), *Path(file).resolve().parents):
+                raise InputError(
+                    f"Output folder {str(out)!r} holds shots of the plan, in {file!r}; give another folder."
+                )
+        check_apart(out, {}, models)
+
+
+def _check_settings(pipeline: FewShotPipeline, plan: Plan) -> None:
+    """Raise what any setting of the plan can raise: prepares one part of each kind."""
+    kinds = {
+        (part.method, len(part.shots) == 1, *part.editor_options().items()): i for i, part in enumerate(plan.parts)
+    }
+    prepared = Prepared(pipeline, plan)
+    for number in kinds.values():
+        prepared[number]
+
+
+def choose_config_encoder(config: GenerateConfig, n_channels: int) -> Encoder | None:
+    """The encoder of the settings; None: images are stored as plain arrays."""
+    if config.format == "safetensors":
+        return None
+    return choose_encoder(config.encoder, config.image, config.quality, n_channels)
+
+
+def _prepare(store: Store, config: GenerateConfig, rank: int, world_size: int) -> None:
+    """Refuse an output that is not to be written into; ranks that come later find the files of those before them."""
+
+    def is_ours() -> bool:
+        return world_size > 1 and store.size(_CONFIG) is not None and (rank > 0 or not is_complete(store))
+
+    if config.overwrite:
+        store.prepare_emptying()
+        return
+    try:
+        store.prepare(config.resume or is_ours())
+        read_settings(store)
+    except InputError:  # or they came in between
+        if not is_ours():
+            raise
+
+
+def _agree(
+    store: Store, pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig
+) -> Format:
+    """Write down the plan of a new output; or raise InputError unless the plan is that of the output, or more of it."""
+    old = read_settings(store)
+    if config.shard_mb is not None:
+        same = old is not None and old.get("shard_mb") == config.shard_mb
+        plan = replace(plan, shard=int(old["shard"]) if old and same else _shard_of(pipeline, plan, encoder, config))
+    settings = _resolve(pipeline, plan, encoder, config)
+    format = choose_format(config.format, store, plan, encoder, _shape(pipeline))
+    for folder in ("", "/tmp", "/parts", "/pieces"):
+        store.make_folder(f"{STATE}{folder}")
+    if old is None:
+        store.write(_CONFIG, _json(settings))
+        return format
+    changed = [key for key in settings if key not in _FREE and old.get(key) != settings[key]]
+    if changed:
+        was = ", ".join(f"{key} was {old.get(key)!r:.90}, is {settings[key]!r:.90}" for key in changed)
+        raise InputError(f"Output {str(store)!r} was made with other settings ({was}); give another folder.")
+    check_grown(Plan.read(old), plan)
+    if old["plan"] != settings["plan"]:
+        reopen(choose_format(config.format, store, Plan.read(old), encoder, _shape(pipeline)), plan=plan)
+        store.write(_CONFIG, _json(settings))
+    return format
+
+
+def read_settings(store: Store) -> dict[str, Any] | None:
+    """The content of an output's config.json; None: no run has begun.
+
+    Raises:
+        InputError: it is damaged, or not that of generate.
+    """
+    if store.size(_CONFIG) is None:
+        if is_complete(store):
+            raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")
+        return None
+    try:
+        settings = json.loads(store.read(_CONFIG))
+    except ValueError as error:
+        raise InputError(f"config.json in {str(store)!r} is damaged; use --overwrite or another output.") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("plan"), list):
+        raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")
+    return settings
+
+
+def _resolve(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> dict[str, Any]:
+    """Every setting with its value, the model and the plan: the content of config.json."""
+    return {
+        "batch": plan.batch,
+        "device": pipeline.device.type,
+        "encoder": encoder.name if encoder else None,
+        "format": config.format,
+        "image": config.image if encoder else None,
+        "model": pipeline.hash,
+        "n_channels": pipeline.generator.n_channels,
+        "n_images": len(plan),
+        "plan": plan.describe(),
+        "preset": pipeline.preset,
+        "quality": config.quality,
+        "resolution": pipeline.generator.resolution,
+        "shard": plan.shard,
+        "shard_mb": config.shard_mb,
+        "shots_dir": os.path.abspath(plan.root),
+        "version": __version__,
+    }
+
+
+def _shard_of(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> int:
+    """How many images make a tar file of ``config.shard_mb``, by the size of the first ones: a function of the plan."""
+    format = choose_format("webdataset", open_store("."), plan, encoder, _shape(pipeline))
+    sizes = [_tar_size(image) for image in first_images(pipeline, format)]
+    return max(1, int(float(config.shard_mb or 0) * _MB * len(sizes) / sum(sizes)))
+
+
+def first_images(pipeline: FewShotPipeline, format: Format) -> list[Stored]:
+    """The first micro-batch of a plan, encoded; nothing is written."""
+    latents = draw_latents(Prepared(pipeline, format.plan), format.plan.batches(0)[0])
+    pixels = format.pixels(draw_images(pipeline, latents).cpu().numpy())
+    return [format.store(*one) for one in zip(latents.positions, pixels, latents.about())]
+
+
+def _tar_size(image: Stored) -> int:
+    """Bytes that an image, its label and its description take: each a header and whole blocks of 512."""
+    return sum(512 + -(-size // 512) * 512 for size in (image.size, 1, len(json.dumps(image.about))))
+
+
+def _shape(pipeline: FewShotPipeline) -> tuple[int, int, int]:
+    return pipeline.generator.n_channels, pipeline.generator.resolution, pipeline.generator.resolution
+
+
+def _take_back_missing(format: Format, rank: int, world_size: int) -> None:
+    """Shards whose files are gone are drawn again."""
+    whole = is_complete(format.target)
+    if whole and count_lines(format.target) != len(format.plan):
+        reopen(format)
+        whole = False
+    mine = {k for k in committed(format.target, format.plan) if whole or k % world_size == rank}
+    missing = {shard for shard in mine if format.is_missing(shard)}
+    if missing:
+        reopen(format, missing)
+
+
+def _write(
+    format: Format,
+    pipeline: FewShotPipeline,
+    config: GenerateConfig,
+    meter: Meter,
+    progress: Callable[[int, int], None] | None,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Draw the shards of this rank that are not there yet."""
+    plan, done = format.plan, committed(format.target, format.plan)
+    mine = range(rank, plan.n_shards, world_size)
+    todo = [shard for shard in mine if shard not in done]
+    total, left = (sum(len(plan.positions(shard)) for shard in shards) for shards in (mine, todo))
+    workers = config.workers or torch.get_num_threads()
+    meter.start(total, total - left, workers)
+
+    def written(n: int) -> None:
+        if progress is not None:
+            progress(meter.done, total)
+
+    def note() -> None:
+        if config.metrics is not None:
+            meter.append_to(Path(config.metrics if world_size == 1 else f"{config.metrics}.{rank}"))
+
+    write_shards(format, todo, Prepared(pipeline, plan), workers, meter, written, note)
+
+
+def _finish(format: Format, pipeline: FewShotPipeline, config: GenerateConfig) -> int:
+    """Complete the output when every shard of it is written; how many are not."""
+    store, plan = format.target, format.plan
+    missing = plan.n_shards - len(committed(store, plan))
+    if missing:
+        return missing
+    if not is_complete(store):
+        format.finish()
+        settings = read_settings(store)
+        assert settings is not None
+        store.write("README.md", data_card(settings, plan).encode("utf-8", "surrogateescape"))
+        sheet = io.BytesIO()
+        draw_sheet(format, *_shape(pipeline)[:2]).save(sheet, format="PNG")
+        store.write("contact_sheet.png", sheet.getvalue())
+        write_manifest(store, plan)
+    if config.parquet and store.size(PARQUET) is None:
+        write_parquet(store)
+    for name in store.names(""):
+        if name.endswith(TEMPORARY):
+            store.remove(name)
+    return 0
+
+
+def _json(settings: dict[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

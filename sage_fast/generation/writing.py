@@ -1,0 +1,175 @@
+"""Shards to an output: one after another (:func:`write_shard`), or many with every stage at work at the same time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sage_fast.generation.committing import commit
+from sage_fast.generation.drawing import Latents, Prepared, draw_images, draw_latents
+from sage_fast.generation.formats import Format, OpenShard, Stored
+from sage_fast.generation.watching import Meter
+
+__all__ = ["write_shard", "write_shards"]
+
+A = TypeVar("A")
+B = TypeVar("B")
+_AHEAD = 2  # micro-batches of latents, and of images, that wait for the next stage; and shards to be committed
+
+
+def write_shard(format: Format, shard: int, images: np.ndarray, about: Iterable[dict[str, Any]]) -> None:
+    """Store and commit the images of a shard, uint8 [n, C, R, R], with what :meth:`Latents.about` says of each."""
+    task = _Task(format.plan.positions(shard), torch.from_numpy(images), list(about))
+    for number, open_shard, stored in _whole_shards(format, [task.store(format)], Meter(), None):
+        _commit(format, number, open_shard, stored, Meter())
+
+
+def write_shards(
+    format: Format,
+    shards: Iterable[int],
+    prepared: Prepared,
+    workers: int,
+    meter: Meter,
+    written: Callable[[int], None] | None = None,
+    committed: Callable[[], None] | None = None,
+) -> None:
+    """Draw, store and commit shards: latents on one thread, networks on this one, files on ``workers``, commits on one.
+
+    Queues are short, so memory does not grow with the plan, and a stage that is behind holds up those before it.
+
+    Args:
+        written: called with the number of images of each stretch that is stored.
+        committed: called when a shard is committed.
+    """
+    plan = format.plan
+    size = max(1, min(16, plan.batch // workers))
+
+    def sample(positions: range) -> Latents:
+        with meter.timed("sampling"):
+            return draw_latents(prepared, positions)
+
+    def store(task: _Task) -> list[Stored]:
+        with meter.timed("encoding"):
+            return task.store(format)
+
+    with _pools(1, workers, 1) as (sampler, encoders, committer):
+        ranges = (positions for shard in shards for positions in plan.batches(shard))
+        latents = _ahead(sampler, sample, ranges, _AHEAD, meter, "latents")
+        tasks = _draw(prepared, latents, size, meter)
+        stored = _ahead(encoders, store, tasks, _AHEAD * -(-plan.batch // size), meter, "images")
+        commits: deque[Future[None]] = deque()
+        for shard, open_shard, images in _whole_shards(format, stored, meter, written):
+            commits.append(committer.submit(_commit, format, shard, open_shard, images, meter))
+            _reap(commits, _AHEAD, committed)
+        _reap(commits, 0, committed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """Some drawn images [n, C, R, R] on the host, once ``copied`` has come to pass, and what is said of each."""
+
+    positions: range
+    images: Tensor
+    about: list[dict[str, Any]]
+    copied: torch.cuda.Event | None = None
+
+    def store(self, format: Format) -> list[Stored]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        pixels = format.pixels(self.images.numpy())
+        return [format.store(*one) for one in zip(self.positions, pixels, self.about, strict=True)]
+
+
+def _draw(prepared: Prepared, latents: Iterable[Latents], size: int, meter: Meter) -> Iterator[_Task]:
+    """Images of micro-batches, cut into tasks of ``size``."""
+    for batch in latents:
+        with meter.timed("drawing"):
+            images, copied = _on_host(draw_images(prepared.pipeline, batch))
+            about = list(batch.about())
+        for start in range(0, len(about), size):
+            part = slice(start, start + size)
+            yield _Task(batch.positions[part], images[part], about[part], copied)
+
+
+def _on_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The images on the host, and when: a copy from a GPU goes on while the next micro-batch is drawn."""
+    if images.device.type != "cuda":
+        return images.cpu(), None
+    host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+    host.copy_(images, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _whole_shards(
+    format: Format, stored: Iterable[list[Stored]], meter: Meter, written: Callable[[int], None] | None
+) -> Iterator[tuple[int, OpenShard, list[Stored]]]:
+    """Put what was stored, which comes in its order, into its shards; yields those that have all their images."""
+    open_shard, images = None, []
+    try:
+        for part in stored:
+            shard = part[0].position // format.plan.shard
+            open_shard = open_shard or format.open(shard)
+            for image in part:
+                open_shard.add(image)
+            images += [replace(image, data=b"") for image in part]
+            meter.done += len(part)
+            if written is not None:
+                written(len(part))
+            if len(images) == len(format.plan.positions(shard)):
+                whole, open_shard = open_shard, None
+                yield shard, whole, images
+                images = []
+    except BaseException as error:
+        if open_shard is not None:
+            open_shard.abort(error)
+        raise
+
+
+def _commit(format: Format, shard: int, open_shard: OpenShard, images: list[Stored], meter: Meter) -> None:
+    with meter.timed("committing"):
+        open_shard.close()
+        commit(format.target, shard, images)
+
+
+def _reap(commits: deque[Future[None]], most: int, committed: Callable[[], None] | None) -> None:
+    """Wait until at most ``most`` commits are under way; raises what went wrong in one."""
+    while commits and (len(commits) > most or commits[0].done()):
+        commits.popleft().result()
+        if committed is not None:
+            committed()
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], depth: int, meter: Meter, queue: str
+) -> Iterator[B]:
+    """``map(function, items)`` on a pool, in order, at most ``depth`` items ahead of who takes the results."""
+    pending: deque[Future[B]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        meter.queued[queue] = sum(not future.done() for future in pending) / (depth + 1)
+        if len(pending) > depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@contextmanager
+def _pools(*sizes: int) -> Iterator[list[ThreadPoolExecutor]]:
+    """Pools of threads; after an error the tasks that wait are dropped, but for those of the last pool."""
+    pools = [ThreadPoolExecutor(size, thread_name_prefix="sage_fast-generate") for size in sizes]
+    try:
+        yield pools
+    finally:
+        for pool in pools[:-1]:
+            pool.shutdown(cancel_futures=True)
+        pools[-1].shutdown()
