@@ -34,36 +34,6 @@ struct Stride2 {
 
 using Map = void (*)(const V*, V*);  // as a template's argument, so that it is inlined
 
-// One end of a convolution: images [n, size, size, channels] seen by tiles `step` apart that begin `edge` outside.
-struct End {
-  int64_t size, channels, step, edge;
-};
-
-// Where the window of one tile begins, and what of it lies inside its image.
-template <int Places, class T>
-struct Window {
-  const T* at[Places][Places];
-
-  void move_to(const Band& band, const End& end, const T* images, int64_t tile) {
-    alignas(64) static const T zeros[4096] = {};
-    const int64_t job = tile / band.columns, image = band.first_image + job / band.rows;
-    const int64_t top = (band.first_row + job % band.rows) * end.step - end.edge;
-    const int64_t left = tile % band.columns * end.step - end.edge, most = end.size - Places;
-    const T* first = images + ((image * end.size + top) * end.size + left) * end.channels;
-    const bool inside = top >= 0 && left >= 0 && top <= most && left <= most;
-    for (int64_t i = 0; i < Places; ++i) {
-      for (int64_t j = 0; j < Places; ++j) at[i][j] = first + (i * end.size + j) * end.channels;
-    }
-    if (inside) return;
-    for (int64_t i = 0; i < Places; ++i) {
-      for (int64_t j = 0; j < Places; ++j) {
-        const bool hit = top + i >= 0 && top + i < end.size && left + j >= 0 && left + j < end.size;
-        if (!hit) at[i][j] = zeros;
-      }
-    }
-  }
-};
-
 // Some of the rows of points, those in [first, last).
 struct PointRows {
   int64_t first, last;

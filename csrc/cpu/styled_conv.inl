@@ -123,35 +123,38 @@ class StyledConv {
 
   int64_t grain(int64_t per_tile_row) const { return 1 + 65536 / (per_tile_row + 1); }
 
+  // Pixels of the next tile are fetched meanwhile: a window has too many streams for the processor to foresee.
   void gather(const Band& band) {
-    parallel(band.tile_rows(), grain(tiles_across_ * pitch_in_ * kPoints), [&](int64_t begin, int64_t end) {
-      alignas(64) static const float zeros[4096] = {};
-      constexpr int64_t edge = Up ? 0 : 1;
-      for (int64_t job = begin; job < end; ++job) {
-        const int64_t image = band.first_image + job / band.rows, row = band.first_row + job % band.rows;
-        const float* style = data_.style + image * pitch_in_;
-        for (int64_t column = 0; column < tiles_across_; ++column) {
-          const float* at[F::inputs * F::inputs];
-          for (int64_t i = 0; i < F::inputs; ++i) {
-            for (int64_t j = 0; j < F::inputs; ++j) {
-              const int64_t yy = row * F::tile + i - edge, xx = column * F::tile + j - edge;
-              const bool inside = yy >= 0 && yy < size_ && xx >= 0 && xx < size_;
-              at[i * F::inputs + j] = inside ? data_.x + ((image * size_ + yy) * size_ + xx) * pitch_in_ : zeros;
+    const End end{size_, pitch_in_, F::tile, Up ? 0 : 1};
+    parallel(band.tile_rows(), grain(tiles_across_ * pitch_in_ * kPoints), [&](int64_t from, int64_t to) {
+      const int64_t last = to * tiles_across_;
+      Window<F::inputs, float> windows[2];
+      windows[from * tiles_across_ % 2].move_to(band, end, data_.x, from * tiles_across_);
+      for (int64_t tile = from * tiles_across_; tile < last; ++tile) {
+        const Window<F::inputs, float>& window = windows[tile % 2];
+        Window<F::inputs, float>& next = windows[(tile + 1) % 2];
+        next.move_to(band, end, data_.x, std::min(tile + 1, last - 1));
+        const float* style = data_.style + (band.first_image + tile / tiles_across_ / band.rows) * pitch_in_;
+        T* out_tile = v_ + tile * pitch_in_;
+        for (int64_t c = 0; c < pitch_in_; c += kLanes) {
+          const V s = load(style + c);
+          V middle[F::points][F::inputs], in[F::inputs], out[F::points];
+#pragma GCC unroll 9
+          for (int64_t j = 0; j < F::inputs; ++j) {
+#pragma GCC unroll 9
+            for (int64_t i = 0; i < F::inputs; ++i) {
+              in[i] = s * load(window.at[i][j] + c);
+              __builtin_prefetch(next.at[i][j] + c);
             }
+            F::forward(in, out);
+#pragma GCC unroll 9
+            for (int64_t i = 0; i < F::points; ++i) middle[i][j] = out[i];
           }
-          T* to = v_ + (job * tiles_across_ + column) * pitch_in_;
-          for (int64_t c = 0; c < pitch_in_; c += kLanes) {
-            const V s = load(style + c);
-            V middle[F::points][F::inputs], in[F::inputs], out[F::points];
-            for (int64_t j = 0; j < F::inputs; ++j) {
-              for (int64_t i = 0; i < F::inputs; ++i) in[i] = s * load(at[i * F::inputs + j] + c);
-              F::forward(in, out);
-              for (int64_t i = 0; i < F::points; ++i) middle[i][j] = out[i];
-            }
-            for (int64_t i = 0; i < F::points; ++i) {
-              F::forward(middle[i], out);
-              for (int64_t j = 0; j < F::points; ++j) P::put(out[j], to + (i * F::points + j) * v_pitch_ + c);
-            }
+#pragma GCC unroll 9
+          for (int64_t i = 0; i < F::points; ++i) {
+            F::forward(middle[i], out);
+#pragma GCC unroll 9
+            for (int64_t j = 0; j < F::points; ++j) P::put(out[j], out_tile + (i * F::points + j) * v_pitch_ + c);
           }
         }
       }
@@ -162,11 +165,15 @@ class StyledConv {
   template <class Emit>
   void back(const float* from, Emit&& emit) const {
     V middle[F::outputs][F::points], in[F::points], out[F::outputs];
+#pragma GCC unroll 9
     for (int64_t j = 0; j < F::points; ++j) {
+#pragma GCC unroll 9
       for (int64_t i = 0; i < F::points; ++i) in[i] = load(from + (i * F::points + j) * m_pitch_);
       F::inverse(in, out);
+#pragma GCC unroll 9
       for (int64_t i = 0; i < F::outputs; ++i) middle[i][j] = out[i];
     }
+#pragma GCC unroll 9
     for (int64_t i = 0; i < F::outputs; ++i) {
       F::inverse(middle[i], out);
       emit(i, out);
@@ -193,7 +200,9 @@ class StyledConv {
             const V f = load(factor + c), b = load(data_.bias + c);
             back(from + c, [&](int64_t i, const V* values) {
               for (int64_t j = 0; j < F::outputs; ++j) {
-                store<float>(act(values[j] * f + (b + noise[i][j])), to + (i * size_ + j) * pitch_out_ + c);
+                float* at = to + (i * size_ + j) * pitch_out_ + c;
+                __builtin_prefetch(at + F::outputs * pitch_out_, 1);  // the next tile's
+                store<float>(act(values[j] * f + (b + noise[i][j])), at);
               }
             });
           }
