@@ -89,3 +89,12 @@ def train_with_ranks(name: str, folder: Path, config: Any, dtype: torch.dtype) -
     torch.set_default_dtype(dtype)
     with join_ranks():
         train(name, folder, config)
+
+
+def equal_on_all_ranks(name: str, folder: Path, config: Any) -> None:
+    """Train as one rank of several; all must have the same weights in the end."""
+    from sage_fast.training.ranks import join_ranks
+
+    with join_ranks() as ranks:
+        first, *others = ranks.gather(dict(train(name, folder, config)))
+        assert all(torch.equal(first[key], other[key]) for other in others for key in first), "weights differ"

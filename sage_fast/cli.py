@@ -183,6 +183,14 @@ class CurvesOptions:
 
 
 @dataclass(frozen=True)
+class RunsFolder:
+    """Where ``runs`` looks."""
+
+    positional: ClassVar[bool] = True
+    folder: Path  # a run folder, or one with run folders in it
+
+
+@dataclass(frozen=True)
 class ExportSource:
     """What ``export`` reads."""
 
@@ -199,7 +207,7 @@ class ExportOut:
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Options of ``info`` and ``inspect``."""
+    """Options of ``info``, ``inspect`` and ``runs``."""
 
     json: bool = False  # for programs
 
@@ -233,32 +241,32 @@ def _train(argv: Sequence[str]) -> None:
     start = TrainConfig(dictionary=DictionaryConfig.preset(_preset_of(argv)))
     paths, _, config = _parse("train", argv, NewData, Preset, start)
     device = _device(paths.device)
+    options = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
-        options = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
         folder = train_all(config, paths.data, paths.out, *options)
     if ranks.is_first:
         print(f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it.")
 
 
 def _train_gan(argv: Sequence[str]) -> None:
-    from sage_fast.data.writers import check_output
     from sage_fast.training.gan import GANConfig
-    from sage_fast.training.ranks import join_ranks
-    from sage_fast.training.runtime import open_run_folder
+    from sage_fast.training.ranks import first_then_all, join_ranks
+    from sage_fast.training.runtime import check_run_folder, open_run_folder
     from sage_fast.training.stages import gan_stage, read_seen
 
     paths, config = _parse("train-gan", argv, NewData, GANConfig())
     device = _device(paths.device)
-    check_output(paths.out, paths.resume, paths.overwrite)
+    seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
-        images = read_seen(paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
+        check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+        images = first_then_all(ranks, lambda: read_seen(*seen))
         folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
         gan_stage(config, images.images, folder, paths.resume, device)
 
 
 def _train_encoder(argv: Sequence[str]) -> None:
     from sage_fast.training.encoder import EncoderConfig
-    from sage_fast.training.ranks import join_ranks
+    from sage_fast.training.ranks import first_then_all, join_ranks
     from sage_fast.training.runtime import open_run_folder
     from sage_fast.training.stages import adopt_generator, encoder_stage, read_seen_of_run
 
@@ -269,30 +277,39 @@ def _train_encoder(argv: Sequence[str]) -> None:
         if source is not None:
             folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
             ranks.once(lambda: adopt_generator(source, folder))
-        images = read_seen_of_run(paths.data, paths.out, "encoder", paths.cache, paths.upscale)
+        images = first_then_all(
+            ranks, lambda: read_seen_of_run(paths.data, paths.out, "encoder", paths.cache, paths.upscale)
+        )
         encoder_stage(config, images, paths.out, paths.resume, device)
 
 
 def _embed(argv: Sequence[str]) -> None:
+    from sage_fast.training.ranks import first_then_all, join_ranks
     from sage_fast.training.stages import embed_stage, read_seen_of_run
 
     paths, options = _parse("embed", argv, Data, EmbedOptions())
     device = _device(paths.device)
-    images = read_seen_of_run(paths.data, paths.out, "embed", paths.cache, paths.upscale)
-    table = embed_stage(images, paths.out, options.batch, paths.resume, device)
-    print(f"{len(table)} codes of {len(table.categories)} categories are in {paths.out}.")
+    with join_ranks(device) as ranks:
+        images = first_then_all(
+            ranks, lambda: read_seen_of_run(paths.data, paths.out, "embed", paths.cache, paths.upscale)
+        )
+        table = embed_stage(images, paths.out, options.batch, paths.resume, device)
+    if ranks.is_first:
+        print(f"{len(table)} codes of {len(table.categories)} categories are in {paths.out}.")
 
 
 def _train_dictionary(argv: Sequence[str]) -> None:
     from sage_fast.training.dictionary import DictionaryConfig
-    from sage_fast.training.ranks import join_ranks
+    from sage_fast.training.ranks import first_then_all, join_ranks
     from sage_fast.training.stages import bundle_stage, dictionary_stage, read_seen_of_run
 
     start = DictionaryConfig.preset(_preset_of(argv))
     paths, _, config = _parse("train-dictionary", argv, Data, Preset, start)
     device = _device(paths.device)
     with join_ranks(device) as ranks:
-        images = read_seen_of_run(paths.data, paths.out, "dictionary", paths.cache, paths.upscale)
+        images = first_then_all(
+            ranks, lambda: read_seen_of_run(paths.data, paths.out, "dictionary", paths.cache, paths.upscale)
+        )
         dictionary_stage(config, images, paths.out, paths.resume, device)
         folder = bundle_stage(paths.out, ranks=ranks)
     if ranks.is_first:
@@ -382,6 +399,21 @@ def _curves(argv: Sequence[str]) -> None:
     print("The curves are in " + ", ".join(map(str, write_curves(paths.run, options.stage))) + ".")
 
 
+def _runs(argv: Sequence[str]) -> None:
+    paths, options = _parse("runs", argv, RunsFolder, InfoOptions())
+    from rich.console import Console
+
+    from sage_fast.training.runs import as_json, find_runs, table_of_runs
+
+    stages = find_runs(paths.folder)
+    if options.json:
+        print(as_json(stages))
+    elif stages:
+        Console().print(table_of_runs(stages))
+    else:
+        print(f"No runs lie in {paths.folder}.")
+
+
 def _export(argv: Sequence[str]) -> None:
     from sage_fast.export import ExportConfig, export
 
@@ -462,6 +494,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "inspect": (_inspect, "what a file of networks holds, and what can be done with it"),
     "convert": (_convert, "the networks of a file in another format"),
     "curves": (_curves, "the losses and scores of a training run as pictures"),
+    "runs": (_runs, "the training runs below a folder: stages, steps, losses, scores, time, size"),
     "export": (_export, "the networks as ONNX files or torch.export programs, checked"),
     "info": (_info, "what was built, and which kernels run where"),
     "profile": (_profile, "where a synthesis spends its time, layer by layer"),

@@ -34,7 +34,7 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.training.batches import to_pixels
 from sage_fast.training.losses import pixel_mse
 from sage_fast.training.ranks import join_ranks
-from sage_fast.training.runtime import Run
+from sage_fast.training.runtime import PRECISIONS, Run, autocast
 
 __all__ = ["DictionaryConfig", "train_dictionary"]
 
@@ -60,8 +60,10 @@ class DictionaryConfig:
     theta1: float = -1.0
     rec_weight: float = 1.0  # Eq. 11; 0: no image is generated
     perceptual_weight: float = 1.0
+    perceptual_share: float = 1.0  # of the batch that the perceptual term looks at: it costs as much as the generator
     latent_weight: float = 1.0  # MSE(A n, delta_w), as SAGE-Diffusion adds it; not in [SAGE]
     init: str = "pca"
+    precision: str = "float32"  # of the image term, or "bfloat16": see sage_fast.training.runtime.autocast
     noise: str = "none"
     seed: int = 0
     log_every: int = 50
@@ -79,6 +81,12 @@ class DictionaryConfig:
         for name in ("lambda1", "lambda2", "rec_weight", "perceptual_weight", "latent_weight"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got '{self.precision}'.")
+        if not 0 < self.perceptual_share <= 1:
+            raise InputError(
+                f"perceptual_share is a share, expected more than 0 and at most 1, got {self.perceptual_share}."
+            )
         if self.reading not in READINGS:
             raise InputError(f"reading must be one of {', '.join(READINGS)}, got '{self.reading}'.")
         if self.init not in ("pca", "normal"):
@@ -149,6 +157,7 @@ def train_dictionary(
     mlp = _new_mlp(config, groups, w_plus).to(device)
     learned = [A, *mlp.parameters()]
     optim = torch.optim.Adam(learned, lr=config.lr, betas=(0.9, 0.999))
+    n_perceptual = max(1, round(config.perceptual_share * config.batch / ranks.world))
     rebuild = config.rec_weight > 0
     G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild and generator is not None else None
     if perceptual is not None and rebuild:
@@ -177,11 +186,13 @@ def train_dictionary(
         }
         if G is not None and pixels is not None:  # Eq. 11
             e = embeddings[labels[index].to(device)]
-            rebuilt = G(e + edits + G.latent_avg, noise=config.noise)
             real = to_pixels(pixels, index, None, delta_w)
-            terms["rec"] = pixel_mse(rebuilt, real)
-            if config.perceptual_weight and perceptual is not None:
-                terms[f"perceptual_{perceptual.name}"] = perceptual_distance(perceptual, rebuilt, real)
+            with autocast(config.precision, device):
+                rebuilt = G(e + edits + G.latent_avg, noise=config.noise)
+                terms["rec"] = pixel_mse(rebuilt, real)
+                if config.perceptual_weight and perceptual is not None:
+                    distance = perceptual_distance(perceptual, rebuilt[:n_perceptual], real[:n_perceptual])
+                    terms[f"perceptual_{perceptual.name}"] = distance
         loss = torch.stack([_weight(config, name) * term for name, term in terms.items()]).sum()  # Eq. 14
 
         optim.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from torch import distributed as dist
 from sage_fast.errors import InputError
 from sage_fast.training.heartbeat import Heartbeat
 
-__all__ = ["Ranks", "join_ranks", "restarted", "seed_of_rank"]
+__all__ = ["Ranks", "first_then_all", "join_ranks", "restarted", "seed_of_rank"]
+
+Value = TypeVar("Value")
 
 _POLL = timedelta(seconds=1)
 _LONGEST = timedelta(hours=1)  # of one collective; a dead rank is noticed long before
@@ -247,6 +249,13 @@ def join_ranks(device: str | torch.device = "cpu", join_seconds: float = 300.0, 
     atexit.register(lambda: ranks.close(getattr(sys, "last_value", None)))  # nothing is left to do after close
     _joined = ranks
     return ranks
+
+
+def first_then_all(ranks: Ranks, read: Callable[[], Value]) -> Value:
+    """What ``read`` gives on each rank; rank 0 reads before the others, so it alone fills a cache."""
+    mine: list[Value] = []
+    ranks.once(lambda: mine.append(read()))
+    return mine[0] if mine else read()
 
 
 def restarted() -> bool:

@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from sage_fast.data.writers import atomic_write, contact_sheet, prepare_output, to_uint8, write_json
+from sage_fast.data.writers import atomic_write, check_output, contact_sheet, prepare_output, to_uint8, write_json
 from sage_fast.errors import InputError, SageFastWarning, Stopped
 from sage_fast.training.checkpoints import Checkpoints, random_state, set_random_state, versions
 from sage_fast.training.logs import TrainingLog
+from sage_fast.training.progress import StageProgress
 from sage_fast.training.ranks import Ranks, restarted
 from sage_fast.training.signals import StopWish
 
-__all__ = ["PRECISIONS", "Run", "autocast", "draw_batch", "ema_update", "open_run_folder"]
+__all__ = ["PRECISIONS", "Run", "autocast", "check_run_folder", "draw_batch", "ema_update", "open_run_folder"]
 
 #: arithmetic of the convolutions and products in a training step; weights, optimizers and averages are always float32
 PRECISIONS = ("float32", "bfloat16")
@@ -76,7 +76,7 @@ class Run:
         )
         self._wish, self._saved_step = StopWish(), 0
         self._asked = self._stopping = False  # this step: whether to save, and whether to stop then
-        self._status = ""
+        self._progress: StageProgress | None = None
 
     def _prepare(self, resume: bool) -> None:
         if self.checkpoints.exist():
@@ -109,13 +109,14 @@ class Run:
             )
 
     def log(self, step: int, **scalars: float | Tensor) -> None:
-        """Append one JSON line with the means over the ranks, to 6 digits. The last one is shown in the progress bar."""
+        """Append one JSON line with the means over the ranks, to 6 digits; it is shown too."""
         plain = [v.item() if isinstance(v, Tensor) else float(v) for v in scalars.values()]
         numbers = torch.tensor(plain, dtype=torch.float64)
         values = dict(zip(scalars, self.ranks.mean(numbers).tolist()))
         if self.ranks.is_first:
             values = self._log.write(step, values)
-        self._status = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        if self._progress is not None:
+            self._progress.show(step, self._progress.measure(step) | values)
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
             raise InputError(
@@ -173,25 +174,19 @@ class Run:
                 sheet.save(file, format="png")
 
     def track(self, start: int, total: int) -> Iterator[int]:
-        """Yield ``start, ..., total - 1`` under a progress bar with ETA and the last logged values.
+        """Yield ``start, ..., total - 1`` and show where it is: speed, ETA, memory and the last logged values.
 
         Raises:
             Stopped: SIGTERM or SIGINT came; at the end of the step, and on all ranks after the same one.
         """
-        columns = (
-            TextColumn(f"{self.stage:>10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+        per_step = getattr(self.config, "batch", 0)
+        self._progress = StageProgress(
+            self.stage, start, total, per_step, self.ranks.device, quiet=not self.ranks.is_first
         )
-        with self._wish, Progress(*columns, refresh_per_second=2, disable=not self.ranks.is_first) as bar:
-            task = bar.add_task("", total=total, completed=start)
-            for step in range(start, total):
+        with self._wish:
+            for step in self._progress:
                 self._asked = False
                 yield step
-                bar.update(task, completed=step + 1, description=self._status)
                 if self._stopping or (self._wish.signal and not self._asked):
                     self._stop()
 
@@ -227,6 +222,12 @@ class Run:
                 f"cannot resume stage '{self.stage}' in {self.folder}, which was begun with something else ({told}); "
                 "give what it was begun with, or another folder."
             )
+
+
+def check_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwrite: bool = False) -> None:
+    """:func:`sage_fast.data.writers.check_output` for all ranks: what :func:`open_run_folder` will refuse, with nothing touched."""
+    again = restarted()
+    ranks.once(lambda: check_output(out, resume or again, overwrite and not again))
 
 
 def open_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwrite: bool = False) -> Path:

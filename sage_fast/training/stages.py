@@ -22,7 +22,7 @@ from sage_fast.data.folders import ImageSet
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.pixel_cache import read_or_map
 from sage_fast.data.sources import Source, open_source
-from sage_fast.data.writers import CACHE, atomic_write, check_output, write_json
+from sage_fast.data.writers import CACHE, atomic_write, write_json
 from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
 from sage_fast.models.encoder_kinds import build_encoder
@@ -35,8 +35,8 @@ from sage_fast.training.dictionary import DictionaryConfig, train_dictionary
 from sage_fast.training.embed import embed
 from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
-from sage_fast.training.ranks import Ranks, join_ranks, restarted
-from sage_fast.training.runtime import open_run_folder
+from sage_fast.training.ranks import Ranks, first_then_all, join_ranks, restarted
+from sage_fast.training.runtime import check_run_folder, open_run_folder
 
 __all__ = [
     "BundleConfig",
@@ -137,15 +137,15 @@ def train_all(
         InputError: unusable images or settings (nothing is written then), a folder that is not empty, or a loss that
             is not finite.
     """
-    gan = config.resolved_gan
-    check_output(out, resume, overwrite)
-    images = read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale)
-    folder = open_run_folder(out, join_ranks(device), resume, overwrite)
+    gan, ranks = config.resolved_gan, join_ranks(device)
+    check_run_folder(out, ranks, resume, overwrite)
+    images = first_then_all(ranks, lambda: read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale))
+    folder = open_run_folder(out, ranks, resume, overwrite)
     gan_stage(gan, images.images, folder, resume, device)
     encoder_stage(config.encoder, images, folder, resume, device)
     embed_stage(images, folder, config.embed_batch, resume, device)
     dictionary_stage(config.dictionary, images, folder, resume, device)
-    return bundle_stage(folder, config.bundle, join_ranks(device))
+    return bundle_stage(folder, config.bundle, ranks)
 
 
 def read_seen(

@@ -1,0 +1,62 @@
+"""Two ranks with half a batch each train as one with the whole of it: encoder and dictionary, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_training
+import torch
+from rank_processes import finish, start_ranks
+from tiny_training import CLASSIFIER, DICTIONARY, ENCODER, TUNED
+
+from sage_fast.training.logs import read_log
+
+SHORT = {"total_steps": 20, "log_every": 1, "save_every": 20}
+CASES = {
+    "psp": ("encoder", dataclasses.replace(ENCODER, batch=8, perceptual_share=0.5, **SHORT)),
+    "restyle": ("encoder", dataclasses.replace(ENCODER, batch=8, kind="restyle", n_iterations=2, **SHORT)),
+    "hyperstyle": ("encoder", dataclasses.replace(ENCODER, batch=8, kind="hyperstyle", n_iterations=2, **SHORT)),
+    "dictionary": ("dictionary", dataclasses.replace(DICTIONARY, **SHORT)),
+}
+
+
+def _losses(folder, stage):
+    return {
+        key: [line[key] for line in read_log(folder / f"logs/{stage}.jsonl") if key in line]
+        for key in ("loss", "val_mse")
+    }
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_losses_of_two_ranks_are_those_of_one(tmp_path, case):
+    stage, config = CASES[case]
+    children = []
+    for world in (1, 2):
+        children += start_ranks(
+            tiny_training.train_with_ranks,
+            world,
+            tmp_path / f"words_{world}",
+            stage,
+            tmp_path / str(world),
+            config,
+            torch.float64,
+        )
+    finish(children)
+    one, two = (_losses(tmp_path / str(world), stage) for world in (1, 2))
+    assert len(one["loss"]) == 20 and one["loss"][0] != one["loss"][-1]
+    for key in one:
+        assert two[key] == pytest.approx(one[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("case", ["e4e", "tuned", "classifier"])
+def test_what_sees_its_share_alone_still_trains_as_one_network(tmp_path, case):
+    """Discriminators and batch statistics look at a share; weights are equal on all ranks, whose gradients they average."""
+    stage, config = {
+        "e4e": ("encoder", dataclasses.replace(ENCODER, batch=8, kind="e4e", **SHORT)),
+        "tuned": ("encoder", dataclasses.replace(TUNED, batch=8, **SHORT)),
+        "classifier": ("classifier", dataclasses.replace(CLASSIFIER, **SHORT)),
+    }[case]
+    finish(start_ranks(tiny_training.equal_on_all_ranks, 2, tmp_path, stage, tmp_path / "run", config))
+    losses = _losses(tmp_path / "run", stage)["loss"]
+    assert len(losses) == 20 and all(loss == loss for loss in losses)
