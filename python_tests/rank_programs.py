@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -123,3 +124,13 @@ def ends_without_closing(out: Path) -> None:
     if ranks.is_first:
         time.sleep(1)
     (out / f"{ranks.rank}").touch()
+
+
+def command(commands: list[list[str]]) -> None:
+    """Words of the shell, one command after the other, as each rank hears them."""
+    from sage_fast import cli
+
+    for words in commands:
+        code = cli.main(words)
+        if code:
+            sys.exit(code)

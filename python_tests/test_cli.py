@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from sage_fast import cli
+from sage_fast.errors import Stopped
 from sage_fast.training import stages
 
 TINY_GAN = ["--style-dim=8", "--n-mapping=2", "--channel-base=64", "--channel-max=8", "--total-kimg=0.016", "--batch=4"]
@@ -509,3 +510,13 @@ def test_type_checkers_and_python_are_told_the_same_names():
         (alias.asname, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert hints == {(name, f"sage_fast.{home}") for name, home in sage_fast._HOMES.items()} | {("ops", "sage_fast")}
+
+
+@pytest.mark.parametrize(("number", "code"), [(15, 143), (2, 130)])
+def test_a_run_that_a_signal_stopped(monkeypatch, capsys, number, code):
+    def stop(argv):
+        raise Stopped("stage 'gan' was stopped; --resume goes on.", number)
+
+    monkeypatch.setitem(cli.COMMANDS, "train", (stop, ""))
+    assert cli.main(["train"]) == code
+    assert capsys.readouterr().err == "sage-fast: stage 'gan' was stopped; --resume goes on.\n"

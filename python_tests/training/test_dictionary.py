@@ -191,6 +191,8 @@ def test_golden_run(tmp_path, images):
         ({"reading": "mine"}, "reading must be one of"),
         ({"init": "zeros"}, "init must be"),
         ({"noise": "random"}, "noise must be"),
+        ({"precision": "half"}, "precision must be float32 or bfloat16, got 'half'"),
+        ({"perceptual_share": 0.0}, "more than 0 and at most 1, got 0.0"),
         ({"lambda1": -1.0}, "lambda1 must not be negative"),
         ({"rec_weight": 0.0, "latent_weight": 0.0}, "both 0"),
     ],
@@ -211,3 +213,24 @@ def test_refuses_what_does_not_fit(tmp_path, images):
         train_dictionary(TINY, w_plus, labels, images[:3], G, None, tmp_path)
     with pytest.raises(InputError, match=r"\[N, L, D\] and \[N\]"):
         train_dictionary(LATENT, w_plus, labels[:3], None, None, None, tmp_path)
+
+
+def test_another_data_set_is_refused(tmp_path, images):
+    w_plus, labels = _codes()
+    train_dictionary(TINY, w_plus, labels, images, *_networks(), tmp_path)
+    with pytest.raises(InputError, match="begun with something else .data.pixels was"):
+        train_dictionary(TINY, w_plus, labels, 255 - images, *_networks(), tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"codes was \[60, 4, 8\], is \[59, 4, 8\]"):
+        train_dictionary(TINY, w_plus[1:], labels[1:], images[1:], *_networks(), tmp_path, resume=True)
+
+
+def test_bfloat16_and_a_share_of_the_perceptual_term_follow_the_whole(tmp_path, images):
+    logs = {}
+    for name, change in {"whole": {}, "bfloat16": {"precision": "bfloat16"}, "half": {"perceptual_share": 0.5}}.items():
+        train_dictionary(dataclasses.replace(TINY, **change), *_codes(), images, *_networks(), tmp_path / name)
+        logs[name] = {key: _log(tmp_path / name, key) for key in ("rec", "perceptual_discriminator")}
+    for name in ("bfloat16", "half"):
+        assert logs[name]["rec"] != logs["whole"]["rec"]
+        assert logs[name]["rec"] == pytest.approx(logs["whole"]["rec"], rel=0.05)
+    means = [sum(logs[name]["perceptual_discriminator"]) for name in ("half", "whole")]
+    assert means[0] != means[1] and means[0] == pytest.approx(means[1], rel=0.3)

@@ -13,8 +13,10 @@ from sage_fast.data.folders import ImageSet
 from sage_fast.errors import InputError
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.training.checkpoints import read_state
 from sage_fast.training.embed import embed, embed_images
 from sage_fast.training.encoder import EncoderConfig, train_encoder
+from sage_fast.training.logs import read_log
 from sage_fast.training.runtime import Run
 from sage_fast.training.tuning import mix_codes
 
@@ -238,3 +240,23 @@ def test_bfloat16_steps_follow_float32(tmp_path, images):
 def test_unknown_precision():
     with pytest.raises(InputError, match="precision must be float32 or bfloat16, got 'half'"):
         dataclasses.replace(TINY, precision="half")
+
+
+def test_another_data_set_or_generator_is_refused(tmp_path, images):
+    G, D = _networks()
+    labels, files = torch.arange(40) % 2, [f"{i}.png" for i in range(40)]
+    train_encoder(TINY, ImageSet(images, labels, ["a", "b"], files, []), G, D, tmp_path)
+    other = ImageSet(images, labels, ["a", "c"], files, [])
+    with pytest.raises(InputError, match=r"begun with something else \(data.names was '\w{16}', is '\w{16}'\); give"):
+        train_encoder(TINY, other, G, D, tmp_path, resume=True)
+    torch.manual_seed(1)
+    wider = Generator(8, 8, 2, 3, channel_base=64, channel_max=16)
+    with pytest.raises(InputError, match=r"generator.channels was \[8, 8\], is \[16, 8\]"):
+        train_encoder(TINY, ImageSet(images, labels, ["a", "b"], files, []), wider, D, tmp_path, resume=True)
+
+
+def test_the_best_validation_is_kept(tmp_path, images):
+    config = dataclasses.replace(TINY, grid_every=2, save_every=2, n_validation=2)
+    train_encoder(config, images, *_networks(), tmp_path)
+    errors = {line["step"]: line["val_mse"] for line in read_log(tmp_path / "logs/encoder.jsonl") if "val_mse" in line}
+    assert read_state(tmp_path / "checkpoints/encoder_best.pt")["step"] == min(errors, key=errors.__getitem__)

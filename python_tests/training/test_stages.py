@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import rank_programs
 import torch
 from PIL import Image
+from rank_processes import finish, start_ranks
+from safetensors.torch import load_file
 
 from sage_fast.data.latent_table import LatentTable
+from sage_fast.data.writers import save_png
 from sage_fast.errors import InputError
+from sage_fast.training.logs import read_log
 from sage_fast.training.stages import BundleConfig, _first_of_each, read_seen
 
 
@@ -33,3 +38,35 @@ def test_seen_images_may_come_from_a_data_set_object_and_lie_in_a_cache(tmp_path
         read_seen(rows, 16)
     with pytest.raises(InputError, match="expected at least 2"):
         read_seen([row for row in rows if row["label"] == "c0"], 8)
+
+
+def test_two_ranks_walk_the_road_as_one_does(tmp_path, tiny_bundle):
+    """train-encoder, embed and train-dictionary with a given generator: the same bundle to rounding, written once."""
+    for label in ("a", "b"):
+        (tmp_path / "seen" / label).mkdir(parents=True)
+        for i in range(8):
+            pixels = torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            save_png(tmp_path / "seen" / label / f"{i}.png", pixels)
+    few = ["--total-steps=4", "--batch=4", "--save-every=2", "--log-every=1"]
+    children = []
+    for world in (1, 2):
+        words = [f"--data={tmp_path / 'seen'}", f"--out={tmp_path / str(world)}"]
+        encoder = [*few, "--channel-base=64", "--channel-max=16", "--head-width=4", "--perceptual=none"]
+        road = [["train-encoder", *words, *encoder, f"--generator={tiny_bundle}"], ["embed", *words]]
+        road += [["train-dictionary", *words, *few, "--n-directions=6", "--perceptual-weight=0"]]
+        children += start_ranks(rank_programs.command, world, tmp_path / f"words_{world}", road)
+    finish(children)
+    for name in ("codes", "dictionary", "encoder"):
+        one, two = (load_file(tmp_path / str(world) / f"{name}.safetensors") for world in (1, 2))
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-3, msg=f"{name}: {key}")
+    assert [line["step"] for line in read_log(tmp_path / "2/logs/dictionary.jsonl")] == [1, 2, 3, 4]
+    said = [child.text() for child in children]
+    assert "The model is in" in said[1] and "The model is in" not in said[2]
+
+
+def test_ranks_refuse_together(tmp_path):
+    words = ["embed", f"--data={tmp_path / 'nowhere'}", f"--out={tmp_path}"]
+    children = start_ranks(rank_programs.command, 2, tmp_path / "words", [words])
+    assert [child.wait() for child in children] == [2, 2]
+    assert all("holds no trained stage 'gan'" in child.text() for child in children)
