@@ -15,7 +15,8 @@ import re
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -82,9 +83,9 @@ def read_members(members: dict[str, Member]) -> Callable[[Sequence[str]], Genera
     """An ``ImageFolder.reader``: the bytes of members by name, archive after archive in the order they are stored in."""
 
     def read(files: Sequence[str]) -> Generator[Item, None, None]:
-        places = sorted(range(len(files)), key=lambda i: (members[files[i]].archive, members[files[i]].offset))
-        for path in dict.fromkeys(members[files[i]].archive for i in places):
-            here = [(i, members[files[i]]) for i in places if members[files[i]].archive == path]
+        wanted = [(i, members[file]) for i, file in enumerate(files)]
+        wanted.sort(key=lambda entry: (entry[1].archive, entry[1].offset))
+        for path, here in groupby(wanted, key=lambda entry: entry[1].archive):
             try:
                 yield from (_read_zip if _first_bytes(path).startswith(b"PK") else _read_tar)(path, here)
             except InputError:
@@ -149,7 +150,7 @@ def _list_tar(path: Path, start: bytes, texts: tuple[str, ...]) -> list[Member]:
     return found
 
 
-def _read_zip(path: Path, wanted: list[tuple[int, Member]]) -> Generator[Item, None, None]:
+def _read_zip(path: Path, wanted: Iterable[tuple[int, Member]]) -> Generator[Item, None, None]:
     with zipfile.ZipFile(path) as archive:
         for i, member in wanted:
             try:
@@ -161,7 +162,7 @@ def _read_zip(path: Path, wanted: list[tuple[int, Member]]) -> Generator[Item, N
                 yield i, content
 
 
-def _read_tar(path: Path, wanted: list[tuple[int, Member]]) -> Generator[Item, None, None]:
+def _read_tar(path: Path, wanted: Iterable[tuple[int, Member]]) -> Generator[Item, None, None]:
     with _open_tar(path, _first_bytes(path)) as stream:
         for i, member in wanted:
             stream.seek(member.offset)  # forward only: the members come in their order

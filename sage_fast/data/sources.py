@@ -163,7 +163,8 @@ def _open_dataset(data: LabelledDataset, min_categories: int) -> ImageFolder:
     found = sorted((categories[label], f"{categories[label]}/{i:08d}", i) for i, label in enumerate(labels))
     names = sorted(set(categories.values()))
     check_count(where, names, min_categories)
-    files, numbers = [file for _, file, _ in found], [names.index(category) for category, _, _ in found]
+    number = {name: i for i, name in enumerate(names)}
+    files, numbers = [file for _, file, _ in found], [number[category] for category, _, _ in found]
     reader = _dataset_reader(data, {file: i for _, file, i in found})
     return ImageFolder(Path(version or type(data).__name__), names, files, numbers, reader, (), version)
 
@@ -172,7 +173,7 @@ def _labels_of(data: LabelledDataset, where: str) -> list[str]:
     """The labels, as a column where the data set has columns: a row would decode its image."""
     try:
         labels = list(data["label"])  # type: ignore[index, call-overload]
-    except (TypeError, KeyError, IndexError, ValueError):
+    except Exception:  # how an object says that it has no columns is its own affair
         labels = [row.get("label") if isinstance(row := data[i], Mapping) else None for i in range(len(data))]
     wrong = [i for i, label in enumerate(labels) if isinstance(label, bool) or not isinstance(label, Integral | str)]
     if wrong or len(labels) != len(data):
