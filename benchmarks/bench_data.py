@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sage_fast.data.batches import float_batch
 from sage_fast.data.folders import ImageFolder, scan_image_folder
 from sage_fast.data.images import to_float
 from sage_fast.data.pixel_cache import cached_images
 from sage_fast.data.sampling import EpochSampler
+from sage_fast.training.batches import deal, to_pixels
 
 SIDE, CATEGORIES, WORKERS = 64, 100, 2
 ROUNDS, SECONDS = 7, 0.5
@@ -72,8 +72,9 @@ def write_images(root: Path, n: int) -> ImageFolder:
 
 def ours(images: Tensor, batch: int) -> Iterator[Tensor]:
     sampler, rng = EpochSampler(len(images), batch, seed=0), torch.Generator().manual_seed(0)
+    like, share = torch.empty(0), torch.arange(batch)
     while True:
-        yield float_batch(images, sampler.next(), torch.rand(batch, generator=rng) < 0.5)
+        yield to_pixels(images, *deal(sampler, share, True, rng), like)
 
 
 def theirs(dataset: Dataset, batch: int) -> Iterator[Tensor]:

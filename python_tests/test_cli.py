@@ -317,6 +317,14 @@ def test_many_images_are_mapped_from_the_cache_of_their_run(run, seen, tmp_path,
     assert (out / "cache" / "sage_fast_cache.pixels").stat().st_mtime_ns == before, "it is used again"
 
 
+def test_a_training_that_torchrun_started_again_goes_on_unasked(run, seen, monkeypatch):
+    before = bundle_files(run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert cli.main(["train", f"--data={seen}", f"--out={run}", "--resolution=8", *TINY]) == 0
+    assert cli.main(["train-gan", f"--data={seen}", f"--out={run}", "--resolution=8", *TINY_GAN]) == 0
+    assert bundle_files(run) == before
+
+
 def test_no_cache_is_left_where_a_run_is_refused(seen, tmp_path, monkeypatch, capsys):
     from sage_fast.data import pixel_cache
 

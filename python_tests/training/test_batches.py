@@ -36,3 +36,12 @@ def test_pixels():
     torch.testing.assert_close((plain + 1) * 127.5, images[index].double())
     mirrored = to_pixels(images, index, torch.tensor([True, False]), torch.zeros(1))
     torch.testing.assert_close(mirrored, torch.stack([plain[0].flip(2), plain[1]]).float())
+
+
+def test_pixels_are_what_they_have_always_been_and_the_stored_stay_as_they_are():
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    before = values.clone()
+    assert torch.equal(to_pixels(values, torch.tensor([0]), None, torch.zeros(1)), values.float() / 127.5 - 1)
+    mirrored = to_pixels(values, torch.tensor([0, 0]), torch.tensor([True, False]), torch.zeros(1))
+    assert torch.equal(mirrored[0], mirrored[1].flip(2)) and torch.equal(values, before)
+    assert to_pixels(values, torch.tensor([], dtype=torch.int64), None, torch.zeros(1)).shape == (0, 1, 16, 16)

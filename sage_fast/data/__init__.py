@@ -2,7 +2,7 @@
 
 Import from the file that owns the name: ``images`` (one file to pixels), ``folders`` (a folder to an ``ImageSet``),
 ``sources`` (archives, shards and data set objects, opened like a folder), ``pixel_cache`` (decoded images mapped from a
-file), ``sampling`` and ``batches`` (which images a training step sees, and as what), ``splits`` (seen and unseen
+file), ``sampling`` (which images a training step sees), ``splits`` (seen and unseen
 categories, shots), ``latent_table`` (W+ codes of a data set), ``writers`` (files that are whole or absent). Importing this
 package imports none of them.
 """
