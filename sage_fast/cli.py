@@ -28,9 +28,7 @@ __all__ = ["COMMANDS", "main"]
 class Data:
     """Where a training command reads and writes."""
 
-    data: (
-        Path  # seen categories: a folder <category>/<image>.png, a .zip or .tar of one, or shards ('s-{000..099}.tar')
-    )
+    data: Path  # seen categories: a folder <category>/<image>.png, a .zip or .tar of one, or WebDataset shards
     out: Path  # run folder
     resume: bool = False  # go on where an earlier run stopped
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
