@@ -109,7 +109,7 @@ class CollapseConfig:
 
     start_kimg: float = 20.0
     half_life_kimg: float = 5.0
-    sign: float = 0.9
+    sign: float = 0.85
     gap: float = 0.3
     diversity: float = 0.5
 
