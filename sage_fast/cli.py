@@ -166,6 +166,16 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class QualityPaths:
+    """What ``quality`` compares."""
+
+    real: Path  # images the generator was not trained on: <category>/<image>.png, ..., or one flat folder
+    features: str  # a weights file (SqueezeNet 1.1, VGG), discriminator (the model's), lpips-..., or oracle (flora's)
+    model: Path | None = None  # bundle or a generator's file; None: the model that comes with the package
+    device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
+
+
+@dataclass(frozen=True)
 class CurvesRun:
     """What ``curves`` draws."""
 
@@ -390,6 +400,17 @@ def _convert(argv: Sequence[str]) -> None:
     print(f"The networks are in {convert(paths.source, paths.out, options.to)}.")
 
 
+def _quality(argv: Sequence[str]) -> None:
+    from sage_fast.evaluation.quality import QualityConfig, measure_folder
+
+    argv = ["--n-images" if word == "-n" else word for word in argv]
+    paths, config = _parse("quality", argv, QualityPaths, QualityConfig())
+    with _bar("reading") as progress:
+        device = _device(paths.device)
+        scores = measure_folder(paths.model, paths.real, paths.features, config, device, progress)
+    print("\n".join(f"{name:<28}{value:.5g}" for name, value in scores.items()))
+
+
 def _curves(argv: Sequence[str]) -> None:
     paths, options = _parse("curves", argv, CurvesRun, CurvesOptions())
     from sage_fast.evaluation.curves import write_curves
@@ -491,6 +512,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "evaluate": (_evaluate, "how well generated images keep their category, and how much they differ"),
     "inspect": (_inspect, "what a file of networks holds, and what can be done with it"),
     "convert": (_convert, "the networks of a file in another format"),
+    "quality": (_quality, "how near a generator is to images that it was not trained on"),
     "curves": (_curves, "the losses and scores of a training run as pictures"),
     "runs": (_runs, "the training runs below a folder: stages, steps, losses, scores, time, size"),
     "export": (_export, "the networks as ONNX files or torch.export programs, checked"),

@@ -9,13 +9,15 @@ from safetensors.torch import save_file
 from scipy.linalg import sqrtm
 from tiny_model import RESOLUTION, STYLE_DIM, tiny_networks
 
+from sage_fast.cli import main
 from sage_fast.data.flora import render
+from sage_fast.data.writers import save_png
 from sage_fast.errors import InputError
 from sage_fast.evaluation.fid import kernel_distance
 from sage_fast.evaluation.oracle import Oracle
 from sage_fast.evaluation.precision_recall import precision_recall
 from sage_fast.evaluation.protocol import as_written
-from sage_fast.evaluation.quality import Quality, QualityConfig, image_features, load_features
+from sage_fast.evaluation.quality import Quality, QualityConfig, image_features, load_features, measure_folder
 from sage_fast.models.perceptual import DiscriminatorFeatures, SqueezeFeatures
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
@@ -194,3 +196,30 @@ def test_the_network_is_named_by_a_word_or_a_file(tmp_path):
         load_features("none")
     with pytest.raises(InputError, match="which is not a file"):
         load_features(tmp_path / "absent.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(reals, tmp_path_factory):
+    """The reals as two categories of an ImageFolder."""
+    root = tmp_path_factory.mktemp("real")
+    for i, image in enumerate(reals):
+        (root / f"c{i % 2}").mkdir(exist_ok=True)
+        save_png(root / f"c{i % 2}" / f"{i:03d}.png", image)
+    return root
+
+
+def test_the_command_measures_a_model_against_a_folder(tiny_bundle, folder, network, reals, capsys):
+    words = ["quality", "--model", str(tiny_bundle), "--real", str(folder), "--features", "discriminator"]
+    assert main([*words, "-n", "40"]) == 0
+    said = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    order = torch.cat([torch.arange(0, 80, 2), torch.arange(1, 80, 2)])
+    wanted = Quality(QualityConfig(n_images=40), reals[order], network)(GENERATOR)
+    assert list(said) == list(wanted)
+    assert [float(value) for value in said.values()] == pytest.approx(list(wanted.values()), rel=1e-3)
+
+
+def test_a_conditional_model_needs_its_categories(folder, monkeypatch):
+    generator = Generator(RESOLUTION, STYLE_DIM, n_mapping=1, channel_base=64, channel_max=8, c_dim=3)
+    monkeypatch.setattr("sage_fast.evaluation.quality.load_generator", lambda path, device: generator)
+    with pytest.raises(InputError, match="must have the 3 categories of the model, got 2"):
+        measure_folder(None, folder, "oracle")

@@ -7,7 +7,7 @@ number of images and one set of held-out images only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sage_fast.data.folders import read_images, scan_image_folder
 from sage_fast.errors import InputError
 from sage_fast.evaluation.fid import feature_statistics, frechet_distance_of_statistics, kernel_distance
 from sage_fast.evaluation.oracle import Oracle, load_oracle
@@ -23,9 +24,10 @@ from sage_fast.evaluation.protocol import as_written
 from sage_fast.models.inference import counter_noise
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
 from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.models.weights import load_discriminator, load_generator
 from sage_fast.ops.counter_normal import counter_normal
 
-__all__ = ["Quality", "QualityConfig", "image_features", "load_features"]
+__all__ = ["Quality", "QualityConfig", "image_features", "load_features", "measure_folder"]
 
 _LATENTS = 2**32 - 1  # the stream of the latents; noise maps take 0, 1, 2, ...
 
@@ -151,6 +153,37 @@ class Quality:
             "recall": float(generated.covers(self._real).double().mean()),
         }
         return {f"{score}_{self.name}": value for score, value in scores.items()}
+
+
+def measure_folder(
+    model: str | Path | None,
+    real: str | Path,
+    features: str | Path,
+    config: QualityConfig = QualityConfig(),
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Scores of the generator of a bundle or file against the images of a folder, which it should not have been trained on.
+
+    Args:
+        model: bundle, or file of any published format; None: the model that comes with the package.
+        real: <category>/<image>.png, ..., or one flat folder; the categories of a class-conditional model in their order.
+        features: see :func:`load_features`; "discriminator" is the model's own.
+        progress: called with (real images read, in all).
+
+    Raises:
+        InputError: a file that cannot be used, or another number of categories than the model's classes.
+    """
+    generator = load_generator(model, device)
+    images = read_images(
+        scan_image_folder(real, flat_ok=True), generator.resolution, generator.n_channels, progress=progress
+    )
+    if generator.c_dim and len(images.categories) != generator.c_dim:
+        raise InputError(
+            f"{str(real)!r} must have the {generator.c_dim} categories of the model, got {len(images.categories)}."
+        )
+    network = load_features(features, load_discriminator(model) if str(features) == "discriminator" else None)
+    return Quality(config, images.images, network, images.labels if generator.c_dim else None)(generator)
 
 
 def load_features(spec: str | Path, discriminator: Discriminator | None = None) -> FeatureNetwork | Oracle:
