@@ -28,16 +28,21 @@ def test_it_yields_the_steps_that_are_left():
 
 
 def test_speed_is_seconds_for_a_thousand_images_since_the_last_time(monkeypatch):
-    clock(monkeypatch, 100.0, 110.0, 140.0)
-    stage = StageProgress("gan", 20, 100, images_per_step=16, console=console(False))
-    assert stage.measure(70)["s_per_kimg"] == pytest.approx(10 / 50 / 16 * 1000)
-    assert stage.measure(80)["s_per_kimg"] == pytest.approx(30 / 10 / 16 * 1000)
-    assert "s_per_kimg" not in stage.measure(80)  # no step since
+    clock(monkeypatch, 100.0, 110.0, 110.0, 140.0, 140.0, 150.0)
+    stage = StageProgress("gan", 20, 100, console=console(False))
+    stage.show(70, {"kimg": 70 * 0.016})  # at 110 s
+    assert stage.values["s_per_kimg"] == pytest.approx(10 / 50 / 16 * 1000)
+    stage.show(80, {"kimg": 80 * 0.016})  # at 140 s
+    assert stage.values["s_per_kimg"] == pytest.approx(30 / 10 / 16 * 1000)
+    stage.show(80, {"fd_oracle": 5.0})  # no step since
+    assert stage.values["s_per_kimg"] == pytest.approx(30 / 10 / 16 * 1000)
 
 
 def test_without_images_speed_is_counted_in_steps(monkeypatch):
     clock(monkeypatch, 0.0, 5.0)
-    assert StageProgress("encoder", 0, 100, console=console(False)).measure(10)["s_per_step"] == pytest.approx(0.5)
+    stage = StageProgress("encoder", 0, 100, console=console(False))
+    stage.show(10, {"loss": 1.0})
+    assert stage.values["s_per_step"] == pytest.approx(0.5)
 
 
 def test_memory_is_what_the_process_holds():
@@ -56,16 +61,16 @@ def test_a_line_has_speed_and_memory_first_and_four_digits():
 
 
 def test_off_a_terminal_a_line_comes_now_and_then_and_at_the_end(monkeypatch):
-    clock(monkeypatch, 0.0, 100.0, 130.0, 170.0, 171.0)
+    clock(monkeypatch, 0.0, 100.0, 100.0, 130.0, 130.0, 170.0, 170.0, 171.0)
+    monkeypatch.setattr(progress, "memory", lambda device: {"rss_gb": 1.5})
     to = console(False)
-    stage = StageProgress("gan", 0, 40, images_per_step=25, console=to)
+    stage = StageProgress("gan", 0, 40, console=to)
     for step in (10, 20, 30, 40):  # at 100, 130, 170 and 171 s
-        stage.show(step, {"g_loss": step / 10, "s_per_kimg": 100.0})
-    lines = to.file.getvalue().splitlines()
-    assert lines == [
-        "gan 10/40  ETA 0:01:15  100 s/kimg  g_loss 1",
-        "gan 30/40  ETA 0:00:25  100 s/kimg  g_loss 3",
-        "gan 40/40  ETA 0:00:00  100 s/kimg  g_loss 4",
+        stage.show(step, {"kimg": step / 40, "g_loss": step / 10})
+    assert to.file.getvalue().splitlines() == [
+        "gan 10/40  ETA 0:05:00  400 s/kimg  1.50 GB  kimg 0.25  g_loss 1",
+        "gan 30/40  ETA 0:00:40  160 s/kimg  1.50 GB  kimg 0.75  g_loss 3",
+        "gan 40/40  ETA 0:00:00  4 s/kimg  1.50 GB  kimg 1  g_loss 4",
     ]
 
 

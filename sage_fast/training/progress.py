@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,7 +27,6 @@ class StageProgress:
     Args:
         stage: name in front of the bar.
         start, total: first step and number of steps.
-        images_per_step: real images a step shows; 0: speed is counted in steps.
         device: whose memory is shown.
         quiet: show nothing, as the helpers of a run on several devices.
         console: where to; None: standard error.
@@ -38,19 +37,18 @@ class StageProgress:
         stage: str,
         start: int,
         total: int,
-        images_per_step: int = 0,
         device: str | torch.device = "cpu",
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
-        self.stage, self.start, self.total, self.images_per_step = stage, start, total, images_per_step
+        self.stage, self.start, self.total = stage, start, total
         self.device, self.quiet = torch.device(device), quiet
         self.console = console or Console(stderr=True)
         self.values: dict[str, float] = {}
         self._status, self._said = "", 0.0
-        self._mark = (start, time.monotonic())
+        self._mark, self._s_per_step = (start, time.monotonic()), 0.0
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Generator[int, None, None]:
         """``start, ..., total - 1``."""
         columns = (
             TextColumn(f"{self.stage:>10}"),
@@ -67,39 +65,28 @@ class StageProgress:
                 yield step
                 bar.update(task, completed=step + 1, description=self._status)
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Speed since the last call and memory now, for the log and for :meth:`show`.
-
-        Returns:
-            ``s_per_kimg`` (or ``s_per_step`` without images) after ``step`` steps, and :func:`memory`.
-        """
-        now = time.monotonic()
-        done, seconds = step - self._mark[0], now - self._mark[1]
-        self._mark = (step, now)
-        values = memory(self.device)
-        if done > 0 and self.images_per_step:
-            values["s_per_kimg"] = seconds / done / self.images_per_step * 1000
-        elif done > 0:
-            values["s_per_step"] = seconds / done
-        return values
-
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Put ``values`` beside what was shown before, each name with its last value."""
-        self.values |= values
+        """Put ``values`` and speed and memory beside what was shown before, each name with its last value.
+
+        Speed is in seconds for a thousand images where ``values`` have ``kimg``, else for a step, since the last call.
+        """
+        self.values |= {**values, **self._speed(step, values.get("kimg", 0.0)), **memory(self.device)}
         self._status = progress_line(self.values)
         now = time.monotonic()
         if self.quiet or self.console.is_terminal or (now - self._said < _EVERY_S and step < self.total):
             return
         self._said = now
-        text = f"{self.stage} {step}/{self.total}  {self._remaining(step)}{self._status}"
+        left = timedelta(seconds=round((self.total - step) * self._s_per_step))
+        text = f"{self.stage} {step}/{self.total}  ETA {left}  {self._status}"
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _remaining(self, step: int) -> str:
-        """``ETA h:mm:ss`` at the last speed, where it is known."""
-        per_kimg, per_step = self.values.get("s_per_kimg"), self.values.get("s_per_step")
-        if per_kimg is not None:
-            per_step = per_kimg * self.images_per_step / 1000
-        return "" if per_step is None else f"ETA {timedelta(seconds=round((self.total - step) * per_step))}  "
+    def _speed(self, step: int, kimg: float) -> dict[str, float]:
+        now = time.monotonic()
+        done, seconds = step - self._mark[0], now - self._mark[1]
+        if done <= 0:  # something else was logged after the same step
+            return {}
+        self._mark, self._s_per_step = (step, now), seconds / done
+        return {"s_per_kimg": self._s_per_step * step / kimg} if kimg else {"s_per_step": self._s_per_step}
 
 
 def progress_line(values: Mapping[str, float]) -> str:

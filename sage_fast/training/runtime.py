@@ -16,6 +16,7 @@ import math
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Run:
         if self.ranks.is_first:
             values = self._log.write(step, values)
         if self._progress is not None:
-            self._progress.show(step, self._progress.measure(step) | values)
+            self._progress.show(step, values)
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
             raise InputError(
@@ -174,17 +175,14 @@ class Run:
                 sheet.save(file, format="png")
 
     def track(self, start: int, total: int) -> Iterator[int]:
-        """Yield ``start, ..., total - 1`` and show where it is: speed, ETA, memory and the last logged values.
+        """Yield ``start, ..., total - 1`` under a progress bar with ETA, speed, memory and the last logged values.
 
         Raises:
             Stopped: SIGTERM or SIGINT came; at the end of the step, and on all ranks after the same one.
         """
-        per_step = getattr(self.config, "batch", 0)
-        self._progress = StageProgress(
-            self.stage, start, total, per_step, self.ranks.device, quiet=not self.ranks.is_first
-        )
-        with self._wish:
-            for step in self._progress:
+        self._progress = StageProgress(self.stage, start, total, self.ranks.device, quiet=not self.ranks.is_first)
+        with self._wish, closing(iter(self._progress)) as steps:
+            for step in steps:
                 self._asked = False
                 yield step
                 if self._stopping or (self._wish.signal and not self._asked):
