@@ -134,6 +134,14 @@ def test_a_discriminator_as_sure_of_held_out_images_is_healthy():
     assert warned(CollapseDetector(REALS), *[(kimg, 0.4, -1.0, 0.35) for kimg in range(1, 200)]) == []
 
 
+def test_losses_that_run_away_are_said_at_once():
+    told = warned(CollapseDetector(REALS), (1, 0.5, -1.0, 0.5), (2, 30.0, -333.0, 29.0), (3, -1e9, -1e12, None))
+    assert len(told) == 1 and told[0].startswith(
+        "after 2 kimg the discriminator's logits are 30 for training images and -333"
+    )
+    assert "lower lr or a larger r1_gamma" in told[0]
+
+
 def test_a_short_excursion_is_no_stretch():
     rounds = [(k, 0.3, -1.0, 0.2) for k in range(1, 50)] + [(50, 3.0, -3.0, -3.0)] + [(51, 0.3, -1.0, 0.2)]
     assert warned(CollapseDetector(REALS), *rounds) == []

@@ -102,15 +102,17 @@ class Watch:
 class CollapseConfig:
     """When :class:`CollapseDetector` speaks. docs/quality.md has the runs that the thresholds come from.
 
-    ``start_kimg``: silent before. ``half_life_kimg``: of the averages that the thresholds are for.
+    ``start_kimg``: silent before, but for logits. ``half_life_kimg``: of the averages that the thresholds are for.
     ``sign``: the average of sign D(real), which StyleGAN2-ADA calls r_t. ``gap``: the same paper's r_v, the share of the
-    discriminator's margin that training images have over held-out ones. ``diversity``: of the grid, as a share of the reals'.
+    discriminator's margin that training images have over held-out ones. ``logit``: mean size of logits, from the first step
+    on. ``diversity``: of the grid, as a share of the reals'.
     """
 
     start_kimg: float = 20.0
     half_life_kimg: float = 5.0
     sign: float = 0.85
     gap: float = 0.3
+    logit: float = 50.0
     diversity: float = 0.5
 
     def __post_init__(self) -> None:
@@ -121,7 +123,8 @@ class CollapseConfig:
 
 
 class CollapseDetector:
-    """Warns, once each, of a discriminator that knows its training images by heart and of a generator that repeats itself.
+    """Warns, once each, of a discriminator that knows its training images by heart, of losses that run away, and of a
+    generator that repeats itself.
 
     Args:
         reals: images of the data, uint8 [M, C, R, R], M at least 2 (some hundreds do): the diversity to compare with.
@@ -150,21 +153,29 @@ class CollapseDetector:
         Returns:
             The averages for the log: ``real_sign_mean`` and, with held-out images, ``held_out_gap``.
         """
-        values = {"real_sign_mean": float(real.detach().float().sign().mean())}
-        if held_out is not None:
-            ours, others, fakes = (float(x.detach().float().mean()) for x in (real, held_out, fake))
-            if ours > fakes:  # a discriminator that is still wrong has learnt nothing by heart
-                values["held_out_gap"] = max(-1.0, min(1.0, (ours - others) / (ours - fakes)))
+        ours, fakes = _mean(real), _mean(fake)
+        values = {"real_sign_mean": _mean(real.sign())}
+        if held_out is not None and ours > fakes:  # a discriminator that is still wrong has learnt nothing by heart
+            values["held_out_gap"] = max(-1.0, min(1.0, (ours - _mean(held_out)) / (ours - fakes)))
         averages = {name: self._average(name, kimg, value) for name, value in values.items()}
-        sign, gap = averages["real_sign_mean"], averages.get("held_out_gap", -1.0)
-        if sign > self.config.sign or gap > self.config.gap:
-            told = f"r_t {sign:.2f}" + (f", {gap:.0%} of its margin" if held_out is not None else "")
+        if max(abs(ours), abs(fakes)) > self.config.logit:
+            self._warn(
+                "divergence", kimg,
+                f"the discriminator's logits are {ours:.3g} for training images and {fakes:.3g} for generated ones: the losses run "
+                "away; go back to an earlier checkpoint with a lower lr or a larger r1_gamma.",
+            )  # fmt: skip
+        elif kimg >= self.config.start_kimg:
+            self._judge_overfitting(kimg, averages["real_sign_mean"], averages.get("held_out_gap"))
+        return averages
+
+    def _judge_overfitting(self, kimg: float, sign: float, gap: float | None) -> None:
+        if sign > self.config.sign or (gap is not None and gap > self.config.gap):
+            told = f"r_t {sign:.2f}" + ("" if gap is None else f", {gap:.0%} of its margin")
             self._warn(
                 "overfitting", kimg,
                 f"the discriminator tells the training images from others ({told}) and has less and less to teach; use more "
                 "images, augmentation (ADA) or a larger r1_gamma, and keep the checkpoint of the best score.",
             )  # fmt: skip
-        return averages
 
     def grid(self, kimg: float, images: Tensor) -> dict[str, float]:
         """Take note of generated images of fixed latents, float [N, C, R, R] in [-1, 1].
@@ -173,7 +184,7 @@ class CollapseDetector:
             ``diversity``: their mean distance from each other at 8 x 8 pixels, as a share of the reals'.
         """
         share = _diversity(images) / self.real_diversity
-        if share < self.config.diversity:
+        if kimg >= self.config.start_kimg and share < self.config.diversity:
             self._warn(
                 "collapse", kimg,
                 f"the generated images differ by {share:.0%} of what real ones do: the generator repeats itself; go back to an "
@@ -197,9 +208,9 @@ class CollapseDetector:
         return self.averages[name]
 
     def _warn(self, kind: str, kimg: float, message: str) -> None:
-        if kimg >= self.config.start_kimg and kind not in self._said:
+        if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(f"after {kimg:.0f} kimg {message}", SageFastWarning, stacklevel=3)
+            warnings.warn(f"after {kimg:.0f} kimg {message}", SageFastWarning, stacklevel=2)
 
 
 def _diversity(images: Tensor) -> float:
@@ -207,6 +218,10 @@ def _diversity(images: Tensor) -> float:
     x = images.detach().float().clamp(-1, 1)
     x = F.adaptive_avg_pool2d(x, min(_SIDE, *x.shape[2:])).flatten(1)
     return float(torch.pdist(x).mean())
+
+
+def _mean(x: Tensor) -> float:
+    return float(x.detach().float().mean())
 
 
 def _multiples(kimg: float, every: float) -> int:
