@@ -22,7 +22,7 @@ from sage_fast.errors import InputError
 
 MARKER = ".sage_fast.json"
 CACHE = "cache"  # folder of decoded images in a run's: no result, and checked whenever it is opened
-LOCK = ".sage_fast.lock"
+LOCK, SETUP_LOCK = ".sage_fast.lock", ".sage_fast.setup.lock"
 TEMPORARY = ".sage_fast.tmp"
 _OWN_SUFFIXES = (
     ".png",
@@ -41,7 +41,7 @@ _OWN_SUFFIXES = (
 # kinds that people keep too, so by their names: rose/rose_00012.jpg, shard-000003.tar, what a run needs while it works
 _OWN_NAMES = re.compile(
     r"(.*/)?(([^/]+)/\3_\d{5,}\.(jpg|webp)|shard-\d{6,}\.tar|manifest\.parquet"
-    r"|\.sage_fast/.*|\.sage_fast\.lock)",
+    r"|\.sage_fast/.*|\.sage_fast(\.setup)?\.lock)",
     re.DOTALL,
 )
 _SHELL_FILES = (".ds_store", "thumbs.db", "desktop.ini")  # dropped by desktops into any folder

@@ -40,7 +40,7 @@ class GenerateConfig:
     n_components: int | None = None  # t_B; None: the preset's, or all that the model has
     n_similar: int | None = None  # t_C; None: the preset's
     n_directions: int | None = None  # t_A; None: the preset's
-    batch: int | None = None  # images the generator draws at a time; None: 64, fewer above 256 px
+    batch: int | None = None  # images the generator draws at a time; None: 64, fewer of large ones
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
     resume: bool = False  # go on where an earlier run stopped
     overwrite: bool = False  # empty the output folder first; only one that sage-fast made

@@ -44,11 +44,11 @@ def joined(
         return
     with _opened(file) as shared:
         _enter(shared, output, world_size, when_alone)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _opened(folder / f"rank-{rank}.lock") as own:
-            if not _taken(own, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                raise _at_work(output)
+        own = _take_own(folder, f"rank-{rank}.lock", output)
+        try:
             yield
+        finally:
+            os.close(own)
 
 
 @contextmanager
@@ -74,6 +74,26 @@ def _enter(shared: int, output: str, world_size: int, when_alone: Callable[[], N
         raise _at_work(output)
 
 
+def _take_own(folder: Path, name: str, output: str) -> int:
+    """A descriptor that holds a rank's lock; another rank may delete the folder at its end, so look whether it is there."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            if folder.parent.is_dir():
+                continue
+            raise _cannot_make(folder / name, "its folder is gone") from None
+        except OSError as error:
+            raise _cannot_make(folder / name, error.strerror) from error
+        if not _taken(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            os.close(descriptor)
+            raise _at_work(output)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)
+
+
 def _taken(descriptor: int, how: int) -> bool:
     try:
         fcntl.flock(descriptor, how)
@@ -91,8 +111,12 @@ def _opened(file: Path) -> Iterator[int]:
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise InputError(f"Lock {str(file)!r} cannot be made ({error.strerror}); choose another place.") from error
+        raise _cannot_make(file, error.strerror) from error
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _cannot_make(file: Path, reason: str | None) -> InputError:
+    return InputError(f"Lock {str(file)!r} cannot be made ({reason}); choose another place.")

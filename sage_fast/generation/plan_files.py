@@ -40,7 +40,6 @@ __all__ = ["PLAN_SUFFIXES", "read_plan"]
 
 PLAN_SUFFIXES = (".yaml", ".yml", ".json", ".csv")
 _SHARD = {"folder": 512, "webdataset": 4096, "safetensors": 512}
-_BATCH_VALUES = 64 * 3 * 256**2  # colour values that are drawn at a time: 50 MB in float32
 _NUMBERS = {
     "n": int,
     "seed": int,
@@ -90,8 +89,7 @@ def read_plan(
     lines = _chosen(lines, config.categories)
     check_categories([line.category for line in lines])
     parts = _parts(root, lines, resolution, n_channels)
-    batch = config.batch or min(64, max(1, _BATCH_VALUES // (n_channels * resolution**2)))
-    return Plan(root, tuple(parts), batch, config.shard or _SHARD[config.format])
+    return Plan(root, tuple(parts), config.batch or 1, config.shard or _SHARD[config.format])
 
 
 def _lines_of_folder(folder: Path, config: GenerateConfig) -> list[_Line]:

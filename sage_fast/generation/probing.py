@@ -14,8 +14,7 @@ from sage_fast.generation.committing import line_of
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, draw_shard
 from sage_fast.generation.formats import choose_format
-from sage_fast.generation.plan_files import read_plan
-from sage_fast.generation.run import choose_config_encoder, load_pipeline, ranks
+from sage_fast.generation.run import choose_config_encoder, load_pipeline, plan_of, ranks
 from sage_fast.generation.stores import open_store
 from sage_fast.pipeline import FewShotPipeline
 
@@ -65,7 +64,7 @@ def estimate(
     """What :func:`generate` would make of the same arguments; draws one micro-batch twice and writes nothing."""
     pipeline = load_pipeline(model, config)
     size, n_channels = pipeline.generator.resolution, pipeline.generator.n_channels
-    made = read_plan(plan, shots_dir, config, n_channels, size)
+    made = plan_of(pipeline, shots_dir, config, plan)
     prepared = Prepared(pipeline, made)
     encoder = choose_config_encoder(config, n_channels)
     format = choose_format("webdataset", open_store("."), made, encoder, (n_channels, size, size))  # stores in memory
@@ -93,12 +92,13 @@ def preview(
 ) -> Path:
     """A contact sheet of the first images of the first parts of a plan, as :func:`generate` would draw them."""
     pipeline = load_pipeline(model, config)
-    size, n_channels = pipeline.generator.resolution, pipeline.generator.n_channels
-    made = read_plan(plan, shots_dir, config, n_channels, size)
+    made = plan_of(pipeline, shots_dir, config, plan)
     parts = tuple(replace(part, n=min(part.n, _EACH)) for part in made.parts[:_CATEGORIES])
     shown = replace(made, parts=parts, shard=_CATEGORIES * _EACH)
     labels = [f"{part.category}: {part.method}, fusion {part.fusion}" for part in parts for _ in range(part.n)]
-    sheet = contact_sheet(draw_shard(pipeline, shown, 0), _EACH, labels, scale=max(1, 64 // size))
+    sheet = contact_sheet(
+        draw_shard(pipeline, shown, 0), _EACH, labels, scale=max(1, 64 // pipeline.generator.resolution)
+    )
     with atomic_write(file) as target:
         sheet.save(target, format="PNG")
     return Path(file)

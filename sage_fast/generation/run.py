@@ -40,15 +40,28 @@ from sage_fast.generation.formats import Format, Stored, choose_format
 from sage_fast.generation.locks import alone, joined
 from sage_fast.generation.plan import Plan, check_grown
 from sage_fast.generation.plan_files import read_plan
-from sage_fast.generation.stores import STATE, Store, open_store
+from sage_fast.generation.stores import STATE, Store, make_state, open_store
 from sage_fast.generation.watching import Meter
 from sage_fast.generation.writing import write_shards
 from sage_fast.pipeline import FewShotPipeline
 
-__all__ = ["Summary", "choose_config_encoder", "generate", "load_pipeline", "ranks", "read_settings"]
+__all__ = [
+    "Summary",
+    "choose_config_encoder",
+    "first_images",
+    "generate",
+    "load_pipeline",
+    "plan_of",
+    "ranks",
+    "read_settings",
+]
 
 _FREE = ("version", "device", "shots_dir", "n_images", "plan")  # may differ between a run and its continuation
 _CONFIG = "config.json"
+_BATCH_PIXELS = {
+    "cpu": 1 << 18,
+    "cuda": 1 << 22,
+}  # of a micro-batch; a CPU gains nothing from more, but needs the memory
 _MB = 1_000_000
 
 
@@ -100,26 +113,33 @@ def generate(
     """
     rank, world_size = ranks()
     pipeline = load_pipeline(model, config)
-    made = read_plan(plan, shots_dir, config, *_shape(pipeline)[:2])
+    made = plan_of(pipeline, shots_dir, config, plan)
     _check(out, None if plan else shots_dir, made, model, config, world_size)
     _check_settings(pipeline, made)
     store = open_store(out)
     encoder = choose_config_encoder(config, pipeline.generator.n_channels)
     _prepare(store, config, rank, world_size)
     meter = Meter() if meter is None else meter
-    file, folder = store.locks
-    try:
-        with joined(str(store), file, folder, rank, world_size, store.empty if config.overwrite else None):
-            with alone(folder / "setup.lock"):
+    file, folder, setup = store.locks
+    with joined(str(store), file, folder, rank, world_size, store.empty if config.overwrite else None):
+        try:
+            with alone(setup):
                 format = _agree(store, pipeline, made, encoder, config)
                 _take_back_missing(format, rank, world_size)
             _write(format, pipeline, config, meter, progress, rank, world_size)
-            with alone(folder / "setup.lock"):
+            with alone(setup):
                 missing = _finish(format, pipeline, config)
-    finally:
-        if is_complete(store):
-            store.remove(STATE)
+        finally:
+            _clear(store, setup)
     return Summary(str(store), format.plan.categories, meter.done - meter.kept, meter.kept, missing)
+
+
+def _clear(store: Store, setup: Path) -> None:
+    """Delete what a complete output does not need."""
+    if is_complete(store):
+        with alone(setup):
+            if is_complete(store):  # unless another rank has just found an image gone
+                store.remove(STATE)
 
 
 def ranks() -> tuple[int, int]:
@@ -154,6 +174,19 @@ def load_pipeline(model: FewShotPipeline | str | os.PathLike[str] | None, config
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     return FewShotPipeline.from_bundle(model, "cpu" if device == "auto" else device, config.preset)
+
+
+def plan_of(
+    pipeline: FewShotPipeline,
+    shots_dir: str | os.PathLike[str] | None,
+    config: GenerateConfig,
+    file: str | os.PathLike[str] | None = None,
+) -> Plan:
+    """:func:`read_plan` for a pipeline, in micro-batches that suit its device unless the settings say otherwise."""
+    plan = read_plan(file, shots_dir, config, *_shape(pipeline)[:2])
+    pixels = _BATCH_PIXELS["cpu" if pipeline.device.type == "cpu" else "cuda"]
+    batch = min(64, max(1, pixels // pipeline.generator.resolution**2))
+    return plan if config.batch is not None else replace(plan, batch=batch)
 
 
 def _check(
@@ -222,13 +255,14 @@ def _agree(
 ) -> Format:
     """Write down the plan of a new output; or raise InputError unless the plan is that of the output, or more of it."""
     old = read_settings(store)
+    if config.batch is None and old is not None:
+        plan = replace(plan, batch=int(old["batch"]))
     if config.shard_mb is not None:
         same = old is not None and old.get("shard_mb") == config.shard_mb
         plan = replace(plan, shard=int(old["shard"]) if old and same else _shard_of(pipeline, plan, encoder, config))
     settings = _resolve(pipeline, plan, encoder, config)
     format = choose_format(config.format, store, plan, encoder, _shape(pipeline))
-    for folder in ("", "/tmp", "/parts", "/pieces"):
-        store.make_folder(f"{STATE}{folder}")
+    make_state(store)
     if old is None:
         store.write(_CONFIG, _json(settings))
         return format
@@ -334,7 +368,7 @@ def _write(
     todo = [shard for shard in mine if shard not in done]
     total, left = (sum(len(plan.positions(shard)) for shard in shards) for shards in (mine, todo))
     workers = config.workers or torch.get_num_threads()
-    meter.start(total, total - left, workers)
+    meter.start(total, total - left)
 
     def written(n: int) -> None:
         if progress is not None:

@@ -16,10 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from sage_fast.data.writers import LOCK, MARKER, atomic_write, cannot_write, prepare_output
+from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK, atomic_write, cannot_write, prepare_output
 from sage_fast.errors import InputError
 
-__all__ = ["STATE", "FsspecStore", "LocalStore", "Store", "open_store"]
+__all__ = ["STATE", "FsspecStore", "LocalStore", "Store", "make_state", "open_store"]
 
 STATE = ".sage_fast"
 """Folder in the output of what is only needed until it is complete."""
@@ -40,9 +40,9 @@ class LocalStore:
         return str(self.root)
 
     @property
-    def locks(self) -> tuple[Path, Path]:
-        """The output's lock and the folder of the ranks' own."""
-        return self.root / LOCK, self.root / STATE
+    def locks(self) -> tuple[Path, Path, Path]:
+        """The output's lock, the folder of the ranks' own, and the lock for what one rank does at a time."""
+        return self.root / LOCK, self.root / STATE, self.root / SETUP_LOCK
 
     def prepare(self, resume: bool) -> None:
         """Make the folder ready; see :func:`sage_fast.data.writers.prepare_output`."""
@@ -158,12 +158,12 @@ class FsspecStore:
         return self.url
 
     @property
-    def locks(self) -> tuple[Path, Path]:
+    def locks(self) -> tuple[Path, Path, Path]:
         """Files of this machine: runs of another are not told apart, and write the same bytes."""
         user = os.getuid() if hasattr(os, "getuid") else 0
         folder = Path(tempfile.gettempdir()) / f"sage_fast-{user}" / hashlib.sha256(self.url.encode()).hexdigest()[:24]
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / LOCK, folder
+        return folder / LOCK, folder, folder / SETUP_LOCK
 
     def prepare(self, resume: bool) -> None:
         """Refuse a folder with files, unless a run is to go on in it."""
@@ -315,6 +315,12 @@ def open_store(out: str | os.PathLike[str]) -> Store:
         ) from error
     kinds = [system.protocol] if isinstance(system.protocol, str) else system.protocol
     return LocalStore(root) if "file" in kinds else FsspecStore(text, system, root)
+
+
+def make_state(store: Store) -> None:
+    """Make the folders of what is needed until the output is complete."""
+    for folder in ("", "/tmp", "/parts", "/pieces"):
+        store.make_folder(f"{STATE}{folder}")
 
 
 @cache

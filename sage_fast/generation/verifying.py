@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sage_fast.data.writers import LOCK, MARKER, atomic_write
+from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK, atomic_write
 from sage_fast.errors import InputError
 from sage_fast.generation.committing import committed, is_complete, lines_of, part_lines, reopen
 from sage_fast.generation.config import GenerateConfig
@@ -25,13 +25,13 @@ from sage_fast.generation.formats import Format, ImageFolders, choose_format, re
 from sage_fast.generation.locks import alone, joined
 from sage_fast.generation.plan import Part, Plan
 from sage_fast.generation.run import load_pipeline, read_settings
-from sage_fast.generation.stores import STATE, Store, open_store
+from sage_fast.generation.stores import STATE, Store, make_state, open_store
 from sage_fast.pipeline import FewShotPipeline
 
 __all__ = ["Regenerated", "Verification", "regenerate", "verify"]
 
 _OTHER = {
-    "README.md", "config.json", "manifest.jsonl", "manifest.parquet", "contact_sheet.png", MARKER, LOCK, STATE,
+    "README.md", "config.json", "manifest.jsonl", "manifest.parquet", "contact_sheet.png", MARKER, LOCK, SETUP_LOCK, STATE,
     "report.md", "report.json",
 }  # fmt: skip
 _WHOLE = re.compile(r"_(\d{5,})\Z")
@@ -82,10 +82,9 @@ def verify(out: str | os.PathLike[str], repair: bool = False, workers: int = 4) 
             problems += found
             damaged += [shard] if found else []
     if repair and damaged:
-        file, folder = store.locks
-        with joined(str(store), file, folder, 0, 1), alone(folder / "setup.lock"):
-            for name in ("/tmp", "/parts"):
-                store.make_folder(f"{STATE}{name}")
+        file, folder, setup = store.locks
+        with joined(str(store), file, folder, 0, 1), alone(setup):
+            make_state(store)
             reopen(format, damaged)
     return Verification(sum(len(plan.positions(shard)) for shard in done), len(plan.categories), problems, damaged)
 

@@ -27,16 +27,19 @@ class Meter:
     def __init__(self) -> None:
         self.total = self.done = self.kept = 0
         self.threads = dict.fromkeys(STAGES, 1)
-        self.queued = {"latents": 0.0, "images": 0.0}  # share of the room that is taken
+        self.queued = {"latents": 0.0, "drawings": 0.0, "files": 0.0}  # share of the room that waits or is worked on
         self._busy = dict.fromkeys(STAGES, 0.0)
         self._lock = Lock()
         self._start = time.monotonic()
 
-    def start(self, total: int, kept: int, encoders: int) -> None:
+    def start(self, total: int, kept: int) -> None:
         """The clock runs from now."""
         self.total, self.done, self.kept = total, kept, kept
-        self.threads["encoding"] = encoders
         self._start = time.monotonic()
+
+    def start_stages(self, **threads: int) -> None:
+        """How many threads stages have."""
+        self.threads |= threads
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

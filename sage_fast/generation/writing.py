@@ -16,13 +16,17 @@ from torch import Tensor
 from sage_fast.generation.committing import commit
 from sage_fast.generation.drawing import Latents, Prepared, draw_images, draw_latents
 from sage_fast.generation.formats import Format, OpenShard, Stored
+from sage_fast.generation.plan import Plan
 from sage_fast.generation.watching import Meter
+from sage_fast.pipeline import FewShotPipeline
 
 __all__ = ["write_shard", "write_shards"]
 
 A = TypeVar("A")
 B = TypeVar("B")
-_AHEAD = 2  # micro-batches of latents, and of images, that wait for the next stage; and shards to be committed
+_AHEAD = 2  # micro-batches that wait to be encoded, and shards to be committed
+_PIXEL_BYTES = 512  # that a synthesis takes for a pixel of its result, about
+_DRAWN_BYTES = 768 << 20  # that all syntheses at the same time may take
 
 
 def write_shard(format: Format, shard: int, images: np.ndarray, about: Iterable[dict[str, Any]]) -> None:
@@ -41,7 +45,7 @@ def write_shards(
     written: Callable[[int], None] | None = None,
     committed: Callable[[], None] | None = None,
 ) -> None:
-    """Draw, store and commit shards: latents on one thread, networks on this one, files on ``workers``, commits on one.
+    """Draw, store and commit shards: latents, networks, files (on ``workers`` threads) and commits on threads of their own.
 
     Queues are short, so memory does not grow with the plan, and a stage that is behind holds up those before it.
 
@@ -49,27 +53,49 @@ def write_shards(
         written: called with the number of images of each stretch that is stored.
         committed: called when a shard is committed.
     """
-    plan = format.plan
+    plan, pipeline = format.plan, prepared.pipeline
     size = max(1, min(16, plan.batch // workers))
+    n_drawers, threads = _drawers(pipeline, plan)
+    meter.start_stages(drawing=n_drawers, encoding=workers)
 
     def sample(positions: range) -> Latents:
         with meter.timed("sampling"):
             return draw_latents(prepared, positions)
 
+    def draw(latents: Latents) -> _Task:
+        with meter.timed("drawing"):
+            images, copied = _on_host(draw_images(pipeline, latents))
+            return _Task(latents.positions, images, list(latents.about()), copied)
+
     def store(task: _Task) -> list[Stored]:
         with meter.timed("encoding"):
             return task.store(format)
 
-    with _pools(1, workers, 1) as (sampler, encoders, committer):
+    with _pools((1, 1), (n_drawers, threads), (workers, 1), (1, 1)) as (sampler, drawers, encoders, committer):
         ranges = (positions for shard in shards for positions in plan.batches(shard))
-        latents = _ahead(sampler, sample, ranges, _AHEAD, meter, "latents")
-        tasks = _draw(prepared, latents, size, meter)
-        stored = _ahead(encoders, store, tasks, _AHEAD * -(-plan.batch // size), meter, "images")
+        latents = _ahead(sampler, sample, ranges, n_drawers + 1, meter, "latents")
+        drawn = _ahead(drawers, draw, latents, n_drawers, meter, "drawings")
+        tasks = (task for whole in drawn for task in whole.cut(size))
+        stored = _ahead(encoders, store, tasks, _AHEAD * -(-plan.batch // size), meter, "files")
         commits: deque[Future[None]] = deque()
         for shard, open_shard, images in _whole_shards(format, stored, meter, written):
             commits.append(committer.submit(_commit, format, shard, open_shard, images, meter))
             _reap(commits, _AHEAD, committed)
         _reap(commits, 0, committed)
+
+
+def _drawers(pipeline: FewShotPipeline, plan: Plan) -> tuple[int, int]:
+    """How many threads draw, and on how many threads of torch each.
+
+    A GPU has one. On a CPU micro-batches side by side wait less for one another than threads within one do, above all
+    beside threads that encode; as many as there is memory for.
+    """
+    n_threads = torch.get_num_threads()
+    if pipeline.device.type != "cpu":
+        return 1, n_threads
+    own = plan.batch * pipeline.generator.resolution**2 * _PIXEL_BYTES
+    n_drawers = max(1, min(n_threads, _DRAWN_BYTES // own))
+    return n_drawers, max(1, n_threads // n_drawers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,22 +107,18 @@ class _Task:
     about: list[dict[str, Any]]
     copied: torch.cuda.Event | None = None
 
+    def cut(self, size: int) -> Iterator[_Task]:
+        """The same in tasks of ``size`` images."""
+        for start in range(0, len(self.about), size):
+            part = slice(start, start + size)
+            yield _Task(self.positions[part], self.images[part], self.about[part], self.copied)
+
     def store(self, format: Format) -> list[Stored]:
+        """Encode and store the images."""
         if self.copied is not None:
             self.copied.synchronize()
         pixels = format.pixels(self.images.numpy())
         return [format.store(*one) for one in zip(self.positions, pixels, self.about, strict=True)]
-
-
-def _draw(prepared: Prepared, latents: Iterable[Latents], size: int, meter: Meter) -> Iterator[_Task]:
-    """Images of micro-batches, cut into tasks of ``size``."""
-    for batch in latents:
-        with meter.timed("drawing"):
-            images, copied = _on_host(draw_images(prepared.pipeline, batch))
-            about = list(batch.about())
-        for start in range(0, len(about), size):
-            part = slice(start, start + size)
-            yield _Task(batch.positions[part], images[part], about[part], copied)
 
 
 def _on_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -106,7 +128,7 @@ def _on_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
     host.copy_(images, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(images.device))
     return host, event
 
 
@@ -164,12 +186,15 @@ def _ahead(
 
 
 @contextmanager
-def _pools(*sizes: int) -> Iterator[list[ThreadPoolExecutor]]:
-    """Pools of threads; after an error the tasks that wait are dropped, but for those of the last pool."""
-    pools = [ThreadPoolExecutor(size, thread_name_prefix="sage_fast-generate") for size in sizes]
+def _pools(*sizes: tuple[int, int]) -> Iterator[list[ThreadPoolExecutor]]:
+    """Pools of so many threads with so many of torch's own each; after an error waiting tasks are dropped, but commits."""
+    before = torch.get_num_threads()
+    name = "sage_fast-generate"
+    pools = [ThreadPoolExecutor(size, name, torch.set_num_threads, (threads,)) for size, threads in sizes]
     try:
         yield pools
     finally:
         for pool in pools[:-1]:
             pool.shutdown(cancel_futures=True)
         pools[-1].shutdown()
+        torch.set_num_threads(before)
