@@ -87,13 +87,13 @@ def read_plan(
     else:
         raise InputError("generate needs --shots, the folder of the given images, or --plan, a file that names them.")
     lines = _chosen(lines, config.categories)
-    check_categories([line.category for line in lines])
     parts = _parts(root, lines, resolution, n_channels)
     return Plan(root, tuple(parts), config.batch or 1, config.shard or _SHARD[config.format])
 
 
 def _lines_of_folder(folder: Path, config: GenerateConfig) -> list[_Line]:
     listing = scan_image_folder(folder, flat_ok=True)
+    check_categories(listing.categories)
     files: list[list[str]] = [[] for _ in listing.categories]
     for file, label in zip(listing.files, listing.labels):
         files[label].append(file)
@@ -128,6 +128,7 @@ def _lines_of_file(
         values = {key: value for key, value in line.items() if key not in ("category", "shots")}
         listing = _shots_of(root, line["category"], line.get("shots"), where)
         lines.append(_line(line["category"], listing, _with(config, values, where)))
+    check_categories([line["category"] for line in listed])
     return root, lines
 
 

@@ -1,0 +1,105 @@
+"""A shard to pixels, whatever else is drawn and in whatever batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sage_fast.data.images import load_image
+from sage_fast.data.writers import to_uint8
+from sage_fast.errors import InputError
+from sage_fast.generation import GenerateConfig, Prepared, draw_shard, generate, write_shard
+from sage_fast.generation.committing import committed
+from sage_fast.generation.drawing import draw_latents
+from sage_fast.generation.encoding import choose_encoder
+from sage_fast.generation.formats import choose_format
+from sage_fast.generation.plan_files import read_plan
+from sage_fast.generation.stores import make_state, open_store
+from sage_fast.pipeline import FewShotPipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle):
+    return FewShotPipeline.from_bundle(tiny_bundle)
+
+
+def plan_of(shots, **settings):
+    return read_plan(None, shots, GenerateConfig(**{"n": 11, "batch": 4, "shard": 9, **settings}), 3, 8)
+
+
+def shots_of(folder, category):
+    return torch.stack([load_image(path, 8) for path in sorted((folder / category).iterdir())])
+
+
+@pytest.mark.parametrize("method", ["sage", "age", "sage-q", "inversion"])
+@pytest.mark.parametrize("batch", [1, 4, 7, 22])
+def test_latents_are_those_of_the_pipeline_to_the_last_bit(pipeline, tiny_shots, method, batch):
+    prepared = Prepared(pipeline, plan_of(tiny_shots, method=method, batch=batch, shard=22, seed=5))
+    drawn = torch.cat([draw_latents(prepared, positions).w_plus for positions in prepared.plan.batches(0)])
+    expected = [
+        pipeline(shots_of(tiny_shots, c), 11, method=method, seed=5, category=c).w_plus for c in ("lily", "rose")
+    ]
+    assert torch.equal(drawn, torch.cat(expected))
+
+
+def test_categories_of_unlike_settings_share_a_micro_batch(pipeline, tiny_shots):
+    plan = plan_of(tiny_shots, batch=22, shard=22)
+    parts = (replace(plan.parts[0], alpha=0.5, fusion="pixel"), replace(plan.parts[1], method="age", fusion="both"))
+    images = draw_shard(pipeline, replace(plan, parts=parts), 0)
+    for part, own in zip(parts, (images[:11], images[11:])):
+        result = pipeline(
+            shots_of(tiny_shots, part.category), 11, part.alpha, part.method, part.fusion, category=part.category
+        )
+        np.testing.assert_array_equal(own, to_uint8(result.fused[part.fusion]).numpy())
+
+
+def test_images_depend_on_the_batch_by_a_level_at_most(pipeline, tiny_shots):
+    one, other = (draw_shard(pipeline, plan_of(tiny_shots, batch=b, shard=22), 0) for b in (1, 22))
+    apart = np.abs(one.astype(int) - other)
+    assert apart.max() <= 1 and (apart > 0).mean() <= 0.001
+
+
+def test_shards_are_the_pieces_of_one(pipeline, tiny_shots):
+    plan = plan_of(tiny_shots)
+    whole = draw_shard(pipeline, replace(plan, shard=22), 0)
+    pieces = [draw_shard(pipeline, plan, shard) for shard in (2, 0, 1)]
+    np.testing.assert_array_equal(np.concatenate([pieces[1], pieces[2], pieces[0]]), whole)
+    assert pieces[0].dtype == np.uint8 and pieces[0].shape == (4, 3, 8, 8)
+
+
+def test_prepared_categories_are_dropped_above_a_size_and_come_back(pipeline, tiny_shots, monkeypatch):
+    prepared = Prepared(pipeline, plan_of(tiny_shots))
+    first = prepared[0]
+    assert prepared[0] is first
+    monkeypatch.setattr("sage_fast.generation.drawing._KEPT_BYTES", 1)
+    assert prepared[1] is not None and prepared[0] is not first
+    torch.testing.assert_close(prepared[0].novel.w_plus, first.novel.w_plus, rtol=0, atol=0)
+
+
+def test_a_shot_that_changed_since_the_plan_was_made(pipeline, tiny_shots):
+    plan = plan_of(tiny_shots)
+    other = replace(plan, parts=(replace(plan.parts[0], hashes=("0" * 64, *plan.parts[0].hashes[1:])),))
+    with pytest.raises(InputError, match="is not the file that the plan was made with"):
+        draw_shard(pipeline, other, 0)
+
+
+@pytest.mark.parametrize("format", ["folder", "webdataset", "safetensors"])
+def test_shards_written_one_by_one_are_those_of_a_run(pipeline, tiny_shots, tmp_path, format):
+    config = GenerateConfig(n=11, batch=4, shard=9, format=format)
+    generate(pipeline, tiny_shots, tmp_path / "run", config)
+    plan, store = plan_of(tiny_shots), open_store(tmp_path / "own")
+    store.prepare(resume=False)
+    make_state(store)
+    encoder = None if format == "safetensors" else choose_encoder("auto", "png", None, 3)
+    target, prepared = choose_format(format, store, plan, encoder, (3, 8, 8)), Prepared(pipeline, plan)
+    for shard in (2, 0, 1):
+        about = [line for positions in plan.batches(shard) for line in draw_latents(prepared, positions).about()]
+        write_shard(target, shard, draw_shard(pipeline, plan, shard, prepared), about)
+    assert committed(store, plan) == {0, 1, 2}
+    target.finish()
+    for file in target.files():
+        for path in (tmp_path / "run" / file).rglob("*") if format == "folder" else [tmp_path / "run" / file]:
+            assert path.read_bytes() == (tmp_path / "own" / path.relative_to(tmp_path / "run")).read_bytes()
