@@ -1,0 +1,87 @@
+"""Who may write into an output; a dead process holds nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+
+from sage_fast.errors import InputError
+from sage_fast.generation.locks import alone, joined
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sage_fast.generation.locks import joined
+folder = Path(sys.argv[1])
+with joined("out", folder / "lock", folder / "own", int(sys.argv[2]), int(sys.argv[3])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder, rank, world_size):
+    """A process that has entered as a rank."""
+    words = [sys.executable, "-c", HOLD, str(folder), str(rank), str(world_size)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def enter(folder, rank=0, world_size=1, when_alone=None):
+    return joined("out", folder / "lock", folder / "own", rank, world_size, when_alone)
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
+    first = hold(tmp_path, 0, 1)
+    try:
+        for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+            with pytest.raises(InputError, match="is being written by another run"), enter(tmp_path, rank, world_size):
+                pass
+        with (
+            pytest.raises(InputError, match="another run"),
+            enter(tmp_path, when_alone=lambda: pytest.fail("not alone")),
+        ):
+            pass
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    with enter(tmp_path, 1, 2):
+        pass
+
+
+def test_ranks_of_one_run_enter_together_and_each_once(tmp_path):
+    with ExitStack() as stack:
+        for rank in (2, 0, 1):
+            stack.enter_context(enter(tmp_path, rank, 3))
+        with pytest.raises(InputError, match="another run"), enter(tmp_path, 1, 3):
+            pass
+        with pytest.raises(InputError, match="another run"), enter(tmp_path, 1, 2):
+            pass
+    with enter(tmp_path, 0, 1):
+        pass
+
+
+def test_when_alone_is_called_before_anybody_else_can_enter(tmp_path):
+    called = []
+    with enter(tmp_path, when_alone=lambda: called.append((tmp_path / "own").exists())):
+        assert called == [False]
+
+
+def test_a_ranks_lock_survives_that_its_folder_is_deleted(tmp_path):
+    with enter(tmp_path, 0, 2):
+        (tmp_path / "own" / "rank-0.lock").unlink()
+        (tmp_path / "own").rmdir()
+        with enter(tmp_path, 1, 2):
+            assert (tmp_path / "own" / "rank-1.lock").exists()
+
+
+def test_one_after_another(tmp_path):
+    with alone(tmp_path / "lock"):
+        pass
+    with pytest.raises(InputError, match="cannot be made"), alone(tmp_path / "none" / "lock"):
+        pass
