@@ -10,10 +10,10 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
@@ -173,7 +173,9 @@ class TarFiles:
     def open(self, shard: int) -> OpenShard:
         """Begin a tar file."""
         stack = ExitStack()
-        file = stack.enter_context(self.target.writer(self.file(shard)))
+        return self._begin(stack.enter_context(self.target.writer(self.file(shard))), stack)
+
+    def _begin(self, file: BinaryIO, stack: ExitStack) -> OpenShard:
         tar = stack.enter_context(tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT))
 
         def add(image: Stored) -> None:
@@ -185,6 +187,18 @@ class TarFiles:
                 tar.addfile(member, io.BytesIO(data))
 
         return OpenShard(add, stack)
+
+    def holds(self, shard: int, images: Iterable[Stored]) -> bool:
+        """Whether the file is what these images make, between them too."""
+        wanted, found = _Hash(), _Hash()
+        open_shard = self._begin(cast(BinaryIO, wanted), ExitStack())
+        for image in images:
+            open_shard.add(image)
+        open_shard.close()
+        with self.target.reader(self.file(shard)) as file:
+            while block := file.read(_BLOCK):
+                found.write(block)
+        return wanted.sha256.digest() == found.sha256.digest()
 
     def is_missing(self, shard: int) -> bool:
         """Whether the file is gone or empty."""
@@ -205,6 +219,17 @@ class TarFiles:
     def files(self) -> Iterator[str]:
         """Every name in the output that belongs to an image: the tar files."""
         return (self.file(shard) for shard in range(self.plan.n_shards))
+
+
+class _Hash:
+    """A file that is not kept."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return len(data)
 
 
 class ArrayFile:

@@ -21,7 +21,7 @@ from sage_fast.generation.committing import committed, is_complete, lines_of, pa
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
 from sage_fast.generation.encoding import choose_encoder
-from sage_fast.generation.formats import Format, ImageFolders, choose_format, read_only
+from sage_fast.generation.formats import Format, ImageFolders, Stored, TarFiles, choose_format, read_only
 from sage_fast.generation.locks import alone, joined
 from sage_fast.generation.plan import Part, Plan
 from sage_fast.generation.run import load_pipeline, read_settings
@@ -109,6 +109,8 @@ def _check_shard(
         return shard, [f"Shard {shard} has {len(lines)} lines in the manifest and {len(positions)} images in the plan."]
     listed = iter(zip(lines, positions, format.plan.images(positions)))
     try:
+        if isinstance(format, TarFiles) and not format.holds(shard, _recorded(format, shard, lines)):
+            return shard, [f"{format.file(shard)!r} is not the file that was recorded."]
         read = 0
         for position, data in format.read(shard):
             line, wanted, (part, index) = next(listed)
@@ -127,6 +129,13 @@ def _check_shard(
     except Exception as error:  # decoders and tar readers meet damaged files with almost any exception type
         return shard, [f"Shard {shard} is damaged ({' '.join(str(error).split()) or type(error).__name__})."]
     return shard, []
+
+
+def _recorded(format: TarFiles, shard: int, lines: list[dict[str, Any]]) -> Iterator[Stored]:
+    """The images of a tar file with what the manifest says of them."""
+    for (position, data), line in zip(format.read(shard), lines, strict=True):
+        about = {key: value for key, value in line.items() if key not in ("file", "bytes", "sha256")}
+        yield Stored(position, line["file"], line["bytes"], line["sha256"], data, about)
 
 
 def _strays(format: Format) -> Iterator[str]:
