@@ -1,7 +1,8 @@
 """Generation to disk, end to end: against its own stages alone, against the released scripts' way, on two ranks, and started
 on ten million images.
 
-Every stage alone gets the threads that it has in the pipeline: synthesis (with fusion and 8 bits) ``--threads``, encoding and
+Beside images a second stand milliseconds of processor time an image, which other programs on the machine hardly change. Every
+stage alone gets the threads that it has in the pipeline: synthesis (with fusion and 8 bits) ``--threads``, encoding and
 writing ``--workers``. Without ``--threads`` both share all cores. ``generate`` is timed as a whole: reading the shots,
 commits, manifest, card and sheet are in it. The runs of a row are interleaved; medians.
 
@@ -63,7 +64,9 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--skip", nargs="*", default=[], choices=["stages", "rival", "ranks", "start"])
-    parser.add_argument("--out", type=Path, default=None, help="folder on the disk to be measured; None: a temporary one")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder on the disk to be measured; None: a temporary one"
+    )
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.threads = options.threads or len(os.sched_getaffinity(0))
@@ -101,7 +104,9 @@ def make_pipeline(size: int) -> FewShotPipeline:
         generator = Generator(size, dim, n_mapping=2, channel_base=base, channel_max=most).eval().requires_grad_(False)
         encoder = PyramidEncoder(size, generator.n_latent, dim, channel_base=base, channel_max=most).eval()
     labels = torch.arange(N_SEEN).repeat_interleave(N_EACH)
-    codes = LatentTable(torch.randn(len(labels), generator.n_latent, dim, generator=rng), labels, [f"s{i:02d}" for i in range(N_SEEN)])
+    codes = LatentTable(
+        torch.randn(len(labels), generator.n_latent, dim, generator=rng), labels, [f"s{i:02d}" for i in range(N_SEEN)]
+    )
     directions = torch.linalg.qr(torch.randn(generator.n_latent, dim, N_DIRECTIONS, generator=rng))[0]
     relevant = CategoryRelevantDictionary(N_SEEN).fit(codes.w_plus, codes.labels)
     groups = [[layer] for layer in range(generator.n_latent)]
@@ -122,10 +127,14 @@ def make_shots(folder: Path, size: int, categories: int = 4, each: int = 3) -> P
 
 def config_of(size: int, options: argparse.Namespace, **settings) -> GenerateConfig:
     n = max(2, round(IMAGES[size] * options.scale / 4))
-    return GenerateConfig(**{"n": n, "fusion": options.fusion, "image": options.image, "workers": options.workers, **settings})
+    return GenerateConfig(
+        **{"n": n, "fusion": options.fusion, "image": options.image, "workers": options.workers, **settings}
+    )
 
 
-def against_stages(size: int, pipeline: FewShotPipeline, shots: Path, folder: Path, options: argparse.Namespace) -> dict:
+def against_stages(
+    size: int, pipeline: FewShotPipeline, shots: Path, folder: Path, options: argparse.Namespace
+) -> dict:
     """Images per second of the whole, and of synthesis and encoding by themselves."""
     config = config_of(size, options)
     plan = plan_of(pipeline, shots, config)
@@ -157,14 +166,18 @@ def against_stages(size: int, pipeline: FewShotPipeline, shots: Path, folder: Pa
     def whole(out: Path) -> None:
         generate(pipeline, shots, out, config, meter=meter)
 
-    speeds = {name: len(plan) / seconds for name, seconds in medians(
-        {"whole": whole, "synthesis": synthesis, "encoding": encoding}, folder, options.rounds
-    ).items()}  # fmt: skip
+    times = medians({"whole": whole, "synthesis": synthesis, "encoding": encoding}, folder, options.rounds)
+    speeds = {name: len(plan) / seconds for name, (seconds, _) in times.items()}
+    cpu = {name: 1e3 * seconds / len(plan) for name, (_, seconds) in times.items()}
     share = speeds["whole"] / min(speeds["synthesis"], speeds["encoding"])
     row = {"case": f"{size} px, {len(plan)} images", **{f"{k}_per_s": round(v, 1) for k, v in speeds.items()}}
+    row |= {f"{name}_cpu_ms": round(value, 3) for name, value in cpu.items()}
     row |= {"whole_of_slower": round(share, 3), "encoder": encoder.name, "busy": meter.line()["busy"]}
-    print(f"{row['case']:<24} {row['whole_per_s']:9.1f} images/s to disk; synthesis alone {row['synthesis_per_s']:.1f}, "
-          f"encoding and writing alone {row['encoding_per_s']:.1f}: {share:.0%} of the slower")  # fmt: skip
+    print(
+        f"{row['case']:<24} {speeds['whole']:9.1f} images/s to disk; synthesis alone {speeds['synthesis']:.1f}, encoding and "
+        f"writing alone {speeds['encoding']:.1f}: {share:.0%} of the slower; processor {cpu['whole']:.3f}, "
+        f"{cpu['synthesis']:.3f}, {cpu['encoding']:.3f} ms"
+    )
     return row
 
 
@@ -177,17 +190,18 @@ def side_by_side(function: Callable, items, threads: int) -> None:
     torch.set_num_threads(before)
 
 
-def medians(calls: dict[str, Callable[[Path], None]], folder: Path, rounds: int) -> dict[str, float]:
-    """Seconds of each, interleaved, into a new folder each time."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def medians(calls: dict[str, Callable[[Path], None]], folder: Path, rounds: int) -> dict[str, tuple[float, float]]:
+    """Seconds, and processor seconds, of each, interleaved, into a new folder each time."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name in list(calls)[:: 1 if number % 2 else -1]:
             out = folder / "measured"
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             calls[name](out)
-            seconds[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start, time.process_time() - cpu))
             shutil.rmtree(out, ignore_errors=True)
-    return {name: median(values[1:]) for name, values in seconds.items()}  # the first round warms up
+    # the first round warms up
+    return {name: (median(t for t, _ in own[1:]), median(c for _, c in own[1:])) for name, own in times.items()}
 
 
 def against_rival(size: int, pipeline: FewShotPipeline, shots: Path, folder: Path, options: argparse.Namespace) -> dict:
@@ -209,12 +223,17 @@ def against_rival(size: int, pipeline: FewShotPipeline, shots: Path, folder: Pat
         folder,
         options.rounds,
     )
-    mine = 4 * config.n / seconds["whole"]
-    row = {"case": f"{size} px against the released way", "whole_per_s": round(mine, 1)}
-    for name in ("rival", "plain"):
-        row |= {f"{name}_per_s": round(n / seconds[name], 2), f"times_{name}": round(mine * seconds[name] / n, 1)}
-    print(f"{row['case']:<36} {row['whole_per_s']:9.1f} images/s; {row['rival_per_s']} with our kernels ({row['times_rival']}x), "
-          f"{row['plain_per_s']} with plain PyTorch ({row['times_plain']}x)")  # fmt: skip
+    counts = {"whole": 4 * config.n, "rival": n, "plain": n}
+    speed = {name: counts[name] / wall for name, (wall, _) in seconds.items()}
+    cpu = {name: 1e3 * cpu / counts[name] for name, (_, cpu) in seconds.items()}
+    row = {"case": f"{size} px against the released way", **{f"{k}_per_s": round(v, 2) for k, v in speed.items()}}
+    row |= {f"{name}_cpu_ms": round(value, 3) for name, value in cpu.items()}
+    row |= {f"times_{name}": round(speed["whole"] / speed[name], 1) for name in ("rival", "plain")}
+    print(
+        f"{row['case']:<36} {speed['whole']:9.1f} images/s; {speed['rival']:.2f} with our kernels ({row['times_rival']}x), "
+        f"{speed['plain']:.2f} with plain PyTorch ({row['times_plain']}x); processor {cpu['whole']:.2f}, {cpu['rival']:.2f}, "
+        f"{cpu['plain']:.2f} ms"
+    )
     return row
 
 
@@ -243,7 +262,13 @@ def two_ranks(size: int, shots: Path, folder: Path, options: argparse.Namespace)
     """Two processes of one thread against one of two threads; each says when it began and ended to draw."""
 
     def run(world_size: int, threads: int, out: Path) -> float:
-        words = [sys.executable, __file__, f"--threads={threads}", f"--workers={threads}", f"--scale={options.scale * 2}"]
+        words = [
+            sys.executable,
+            __file__,
+            f"--threads={threads}",
+            f"--workers={threads}",
+            f"--scale={options.scale * 2}",
+        ]
         words += [f"--image={options.image}", "--child", "rank", str(size), str(shots), str(out)]
         environments = [os.environ | {"RANK": str(r), "WORLD_SIZE": str(world_size)} for r in range(world_size)]
         ranks = [subprocess.Popen(words, env=e, stdout=subprocess.PIPE, text=True) for e in environments]
@@ -264,8 +289,17 @@ def two_ranks(size: int, shots: Path, folder: Path, options: argparse.Namespace)
 def start_of_ten_million(folder: Path, options: argparse.Namespace) -> dict:
     """Seconds and memory from the call, and from the start of the process, until the first image is stored."""
     shots = make_shots(folder / "shots_start", 32, categories=100)
-    words = [sys.executable, __file__, f"--threads={options.threads}", f"--workers={options.workers}", "--child", "start"]
-    done = subprocess.run([*words, "32", str(shots), str(folder / "start")], stdout=subprocess.PIPE, text=True, check=True)
+    words = [
+        sys.executable,
+        __file__,
+        f"--threads={options.threads}",
+        f"--workers={options.workers}",
+        "--child",
+        "start",
+    ]
+    done = subprocess.run(
+        [*words, "32", str(shots), str(folder / "start")], stdout=subprocess.PIPE, text=True, check=True
+    )
     row = {"case": "10,000,000 images of 100 categories", **json.loads(done.stdout.splitlines()[-1])}
     print(f"{row['case']:<40} first image {row['call_s']} s after the call, {row['process_s']} s after the start of the "
           f"process, {row['peak_mib']} MiB at most in the first {row['seconds']} s")  # fmt: skip
