@@ -14,6 +14,7 @@ constexpr int64_t kMaxImageChannels = 4;
 struct StyledLayer {
   int64_t c_in, c_out, size;  // size: of the output, in pixels
   bool up;                    // the input is half as large
+  bool bf16;                  // products of bfloat16 instead of float32, where the processor has them
   const void* packed;         // weights in the transform's domain, by synthesis_pack
   const float* squares;       // [c_out, c_in] sum over the taps of the squared weights
   const float* affine;        // [c_in, style_dim] from w to the style

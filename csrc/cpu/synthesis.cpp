@@ -40,10 +40,10 @@ const float* floats(const Tensor& x, std::vector<int64_t> shape, const char* mes
 
 constexpr int64_t kPerLayer = 6, kPerImage = 4;
 
-// layers: for each styled layer packed, squares, affine, affine bias, bias, noise (empty: none).
-// images: for each size weight, affine, affine bias, bias.
+// layers: for each styled layer packed (bfloat16 where its products are), squares, affine, affine bias, bias, noise
+// (empty: none). images: for each size weight, affine, affine bias, bias.
 Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
-            std::vector<double> strengths, double slope, double gain, double clamp, bool bf16, double* seconds) {
+            std::vector<double> strengths, double slope, double gain, double clamp, double* seconds) {
   const int64_t n_layers = int64_t(layers.size()) / kPerLayer, n_images = int64_t(images.size()) / kPerImage;
   require(n_layers >= 1 && n_layers * kPerLayer == int64_t(layers.size()),
           "synthesis: layers must hold 6 tensors each");
@@ -51,7 +51,6 @@ Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector
           "synthesis: images must hold 4 tensors for each of (layers + 1) / 2 sizes");
   require(int64_t(strengths.size()) == n_layers, "synthesis: strengths must hold one number a layer");
   require(slope >= 0 && slope <= 1 && gain > 0, "synthesis: slope must be 0 to 1 and gain positive");
-  require(!bf16 || has_bf16(), "synthesis: this processor has no bfloat16 products");
   require(input.dim() == 4, "synthesis: input must be [1, C, 4, 4]");
   require(w_plus.dim() == 3 && w_plus.size(1) >= n_layers + 1, "synthesis: w_plus must be [N, L, D]");
   w_plus = torch::stable::contiguous(w_plus);
@@ -60,21 +59,25 @@ Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector
   std::vector<StyledLayer> styled(n_layers);
   std::vector<ImageLayer> to_image(n_images);
   int64_t c_in = input.size(1);
+  bool any_bf16 = false;
   for (int64_t i = 0; i < n_layers; ++i) {
     const Tensor* t = &layers[i * kPerLayer];
-    const bool up = i % 2 == 1;
+    const bool up = i % 2 == 1, bf16 = t[0].scalar_type() == ScalarType::BFloat16;
     const int64_t c_out = t[1].size(0), size = int64_t{4} << ((i + 1) / 2);
     const PackShape shape{c_out, c_in, up};
     require(c_in >= 1 && c_in <= 4096 && c_out >= 1, "synthesis: layers must have 1 to 4096 channels");
-    require(t[0].scalar_type() == ScalarType::Byte && t[0].is_contiguous() &&
+    require(!bf16 || has_bf16(), "synthesis: this processor has no bfloat16 products");
+    require((bf16 || t[0].scalar_type() == ScalarType::Float) && t[0].is_contiguous() &&
                 t[0].numel() == SAGE_CALL_BF16(bf16, synthesis_packed_size)(shape),
             "synthesis: packed weights of another layer, precision or processor; pack them again");
+    any_bf16 = any_bf16 || bf16;
     const Tensor& noise = t[5];
     const bool has_noise = noise.numel() > 0, per_sample = has_noise && noise.size(0) != 1;
     styled[i] = {c_in,
                  c_out,
                  size,
                  up,
+                 bf16,
                  t[0].const_data_ptr(),
                  floats(t[1], {c_out, c_in}, bad),
                  floats(t[2], {c_in, dim}, bad),
@@ -112,21 +115,21 @@ Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector
                              mutable_data<float>(out),
                              seconds};
   Lease workspace;
-  SAGE_CALL_BF16(bf16, synthesis)(net, *workspace);
+  SAGE_CALL_BF16(any_bf16, synthesis)(net, *workspace);
   return out;
 }
 
 Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
-                 std::vector<double> strengths, double slope, double gain, double clamp, bool bf16) {
-  return draw(w_plus, input, layers, images, strengths, slope, gain, clamp, bf16, nullptr);
+                 std::vector<double> strengths, double slope, double gain, double clamp) {
+  return draw(w_plus, input, layers, images, strengths, slope, gain, clamp, nullptr);
 }
 
 // Seconds that each styled layer, then each layer to the image takes: float64 [layers + images].
 Tensor synthesis_times(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
-                       std::vector<double> strengths, double slope, double gain, double clamp, bool bf16) {
+                       std::vector<double> strengths, double slope, double gain, double clamp) {
   const int64_t count = int64_t(layers.size()) / kPerLayer + int64_t(images.size()) / kPerImage;
   Tensor seconds = torch::stable::new_zeros(w_plus, {count}, ScalarType::Double);
-  draw(w_plus, input, layers, images, strengths, slope, gain, clamp, bf16, mutable_data<double>(seconds));
+  draw(w_plus, input, layers, images, strengths, slope, gain, clamp, mutable_data<double>(seconds));
   return seconds;
 }
 
@@ -136,7 +139,8 @@ Tensor synthesis_pack(Tensor weight, bool up, bool bf16) {
   require(!bf16 || has_bf16(), "synthesis_pack: this processor has no bfloat16 products");
   weight = torch::stable::contiguous(weight);
   const PackShape shape{weight.size(0), weight.size(1), up};
-  Tensor out = torch::stable::new_empty(weight, {SAGE_CALL_BF16(bf16, synthesis_packed_size)(shape)}, ScalarType::Byte);
+  Tensor out = torch::stable::new_empty(weight, {SAGE_CALL_BF16(bf16, synthesis_packed_size)(shape)},
+                                        bf16 ? ScalarType::BFloat16 : ScalarType::Float);
   SAGE_CALL_BF16(bf16, synthesis_pack)(data<float>(weight), shape, out.mutable_data_ptr());
   return out;
 }

@@ -144,7 +144,13 @@ void image_layer(const SynthesisNetwork& net, int64_t index, int64_t latent, int
   if (skip != nullptr) add_upsampled(skip, n * channels, size, images);
 }
 
-template <class P, int M>
+void styled_layer(const SynthesisNetwork& net, int64_t index, const float* x, Workspace& workspace, float* y) {
+#ifdef SAGE_BF16
+  if (net.layers[index].bf16) return styled_layer<Bf16Products, 2>(net, index, x, workspace, y);
+#endif
+  styled_layer<Fp32Products, 4>(net, index, x, workspace, y);
+}
+
 void run(const SynthesisNetwork& net, Workspace& workspace) {
   // the learned input, the same for all
   const int64_t c = net.layers[0].c_in, pitch = pitch_of(c);
@@ -166,7 +172,7 @@ void run(const SynthesisNetwork& net, Workspace& workspace) {
   const auto advance = [&](int64_t index) {
     const StyledLayer& layer = net.layers[index];
     float* y = workspace.get(next, net.n * layer.size * layer.size * pitch_of(layer.c_out));
-    styled_layer<P, M>(net, index, x, workspace, y);
+    styled_layer(net, index, x, workspace, y);
     x = y;
     next = next == Workspace::activations_a ? Workspace::activations_b : Workspace::activations_a;
     note(index);
@@ -210,11 +216,11 @@ void pack(const float* weight, const PackShape& shape, typename P::type* out) {
   });
 }
 
-template <class P, int M>
+// numbers in what pack writes
+template <int M>
 int64_t packed_size(const PackShape& shape) {
   const int64_t matrices = shape.up ? Transform<M, true>::matrices : Transform<M, false>::matrices;
-  return matrices * matrices * panels_of(shape.c_out) * kPanel * pitch_of(shape.c_in) *
-         int64_t(sizeof(typename P::type));
+  return matrices * matrices * panels_of(shape.c_out) * kPanel * pitch_of(shape.c_in);
 }
 
 template <class P, int M>
@@ -226,15 +232,14 @@ void pack(const float* weight, const PackShape& shape, void* out) {
 
 }  // namespace
 
+void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run(net, workspace); }
 #ifdef SAGE_BF16
-void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run<Bf16Products, 2>(net, workspace); }
-int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Bf16Products, 2>(shape); }
+int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<2>(shape); }
 void synthesis_pack(const float* weight, const PackShape& shape, void* out) {
   pack<Bf16Products, 2>(weight, shape, out);
 }
 #else
-void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run<Fp32Products, 4>(net, workspace); }
-int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Fp32Products, 4>(shape); }
+int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<4>(shape); }
 void synthesis_pack(const float* weight, const PackShape& shape, void* out) {
   pack<Fp32Products, 4>(weight, shape, out);
 }

@@ -299,10 +299,10 @@ def test_fake_kernel(device):
         pytest.skip("one op on the CPU alone")
     G = generator(CHANNELS["8 px"]).to(device)
     network, w_plus = fused_network(G), latents(G, 2).to(device)
-    packed, empty = network.packed(False), w_plus.new_empty(0)
+    packed, empty = network.packed(torch.float32), w_plus.new_empty(0)
     layers = [t for i in range(3) for t in (*packed[5 * i : 5 * i + 5], empty)]
     images = [t for m in network.images for t in (m.weight, m.affine, m.affine_bias, m.bias)]
-    args = (w_plus, network.input, layers, images, [0.0] * 3, 0.2, 1.0, -1.0, False)
+    args = (w_plus, network.input, layers, images, [0.0] * 3, 0.2, 1.0, -1.0)
     torch.library.opcheck(torch.ops.sage_fast.synthesis, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -324,10 +324,10 @@ def test_bad_input(device):
         return
     layers = [w_plus.new_empty(0)] * 6
     with pytest.raises(ValueError, match="layers must hold 6"):
-        torch.ops.sage_fast.synthesis(w_plus, network.input, layers[:5], layers[:4], [0.0], 0.2, 1.0, -1.0, False)
+        torch.ops.sage_fast.synthesis(w_plus, network.input, layers[:5], layers[:4], [0.0], 0.2, 1.0, -1.0)
     with pytest.raises(ValueError, match="pack them again"):
-        wrong = [w_plus.new_empty(8, dtype=torch.uint8), *network.packed(False)[1:5], w_plus.new_empty(0)]
+        wrong = [w_plus.new_empty(8, dtype=torch.uint8), *network.packed(torch.float32)[1:5], w_plus.new_empty(0)]
         images = list(vars(network.images[0]).values())
-        torch.ops.sage_fast.synthesis(w_plus, network.input, wrong, images, [0.0], 0.2, 1.0, -1.0, False)
+        torch.ops.sage_fast.synthesis(w_plus, network.input, wrong, images, [0.0], 0.2, 1.0, -1.0)
     with pytest.raises(ValueError, match=r"float32 \[C_out, C_in, 3, 3\]"):
         torch.ops.sage_fast.synthesis_pack(w_plus, False, False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from sage_fast.models.stylegan2_layers import (
     check_positive,
     check_resolution,
     exact,
+    sparing,
     wide,
 )
 
@@ -106,6 +107,10 @@ class Discriminator(nn.Module):
         usual |= {"mapping_width": None, "mapping_lr_mul": 0.01}
         special = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         return {name: getattr(self, name) for name in names} | special
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Discriminator:
+        """``to`` and its like: 16 bits are for large 3 x 3 kernels alone."""
+        return super()._apply(sparing(fn), recurse)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps [N, C_r, r, r] for r = resolution, resolution / 2, ..., 4."""

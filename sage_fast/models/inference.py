@@ -60,7 +60,7 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", f"more than {most} channels"
     if not _are_binomial(generator, filters):
         return "differentiable", "the fused kernels have the resampling filter [1, 3, 3, 1]"
-    return "fused", f"no gradients, {str(generator.input.input.dtype).removeprefix('torch.')}"
+    return "fused", f"no gradients, {str(generator.conv1.conv.weight.dtype).removeprefix('torch.')}"
 
 
 def wanted_dtype(device: torch.device, weights: torch.dtype = torch.float32) -> torch.dtype:
@@ -96,14 +96,16 @@ def _build(generator: Generator) -> SynthesisNetwork:
     for layer in chain([generator.conv1], generator.convs):
         conv = layer.conv
         strength, bias = float(layer.noise.weight), layer.activate.bias.float().clone()
-        layers.append(StyledLayer(conv.weight[0].float() * conv.scale, *_affine(conv), bias, strength))
+        weight, rounded = conv.weight[0].float() * conv.scale, conv.weight.dtype != torch.float32
+        layers.append(StyledLayer(weight, *_affine(conv), bias, strength, rounded))
     for to_rgb in _to_rgbs(generator):
         conv = to_rgb.conv
         weight = conv.weight[0, :, :, 0, 0].float() * conv.scale
         images.append(ImageLayer(weight, *_affine(conv), to_rgb.bias.float().flatten().clone()))
     # without skip connections the smaller sizes add nothing to the image
     nothing = [_zeros(images[-1], channels) for channels in generator.channels[: -len(images)]]
-    return SynthesisNetwork(generator.input.input.float().clone(), layers, nothing + images, clamp=generator.clamp)
+    input, skips = generator.input.input.float().clone(), not nothing
+    return SynthesisNetwork(input, layers, nothing + images, clamp=generator.clamp, skips=skips)
 
 
 def _to_rgbs(generator: Generator) -> list[Any]:

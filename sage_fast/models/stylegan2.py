@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -33,6 +33,7 @@ from sage_fast.models.stylegan2_layers import (
     check_resolution,
     exact,
     normal,
+    sparing,
     wide,
 )
 from sage_fast.ops.synthesis import synthesis as fused_synthesis
@@ -133,6 +134,10 @@ class Generator(nn.Module):
         special = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         return {name: getattr(self, name) for name in names} | special
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Generator:
+        """``to`` and its like: 16 bits are for large 3 x 3 kernels alone."""
+        return super()._apply(sparing(fn), recurse)
+
     def mapping(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         """Map prior samples ``z`` [N, D or ``z_dim``] (and labels ``c`` [N, c_dim]) to absolute latents ``w`` [N, D]."""
         return self.style(z, c)
@@ -166,7 +171,7 @@ class Generator(nn.Module):
         self._check_w_plus(w_plus)
         maps = self._noise_maps(noise, w_plus, rng)
         if choose_road(self, w_plus, maps)[0] == "fused":
-            dtype = wanted_dtype(w_plus.device, self.input.input.dtype)
+            dtype = wanted_dtype(w_plus.device, self.conv1.conv.weight.dtype)
             return fused_synthesis(fused_network(self), w_plus.float(), maps, dtype=dtype).to(w_plus.dtype)
         with exact(w_plus.device.type):
             images = self._layer_by_layer(wide(w_plus).unbind(1), maps)
@@ -178,7 +183,9 @@ class Generator(nn.Module):
 
     def _layer_by_layer(self, w: Sequence[Tensor], maps: Sequence[Tensor | None]) -> Tensor:
         """The synthesis by differentiable layers; w: L latents [N, D]."""
-        x = self.conv1(wide(self.input(len(w[0]))), w[0], maps[0])
+        x = wide(self.input(len(w[0])))
+        x = x.to(w[0].dtype) if w[0].dtype == self.conv1.conv.weight.dtype else x
+        x = self.conv1(x, w[0], maps[0])
         image = None if self.to_rgb1 is None else self.to_rgb1(x, w[1])
         for i in range(len(self.channels) - 1):
             before = x

@@ -6,7 +6,7 @@ Weights are stored at unit variance and scaled at run time (equalised learning r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,11 +20,13 @@ from sage_fast.ops.conv3x3 import conv3x3
 __all__ = [
     "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
     "StyledConv", "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive",
-    "check_resolution", "exact", "normal", "wide",
+    "check_resolution", "exact", "normal", "sparing", "wide",
 ]  # fmt: skip
 
 CONNECTIONS = ("skip", "resnet", "orig")  # [StyleGAN2], Fig. 7: what joins the resolutions
 _FIR = (1.0, 3.0, 3.0, 1.0)  # the resampling filter of [StyleGAN2], appendix B
+_LARGE = 1 << 18  # numbers in a kernel: 256 x 128 x 3 x 3 has more
+_HALVES = (torch.bfloat16, torch.float16)
 _MIN_RESOLUTION, _MAX_RESOLUTION = 4, 1024
 
 
@@ -65,12 +67,13 @@ class MappingNetwork(nn.Sequential):
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise InputError(f"z must have shape [N, {self.z_dim}], got {list(z.shape)}.")
         check_label(c, self.c_dim, len(z))
-        x = self[0](wide(z))
-        if self.embed is not None:
-            assert c is not None
-            x = torch.cat([x, self[0](self.embed(c.to(x.dtype)))], dim=1)
-        for i in range(1, self.n_layers + 1):
-            x = self[i](x)
+        with exact(z.device.type):
+            x = self[0](wide(z))
+            if self.embed is not None:
+                assert c is not None
+                x = torch.cat([x, self[0](self.embed(c.to(x.dtype)))], dim=1)
+            for i in range(1, self.n_layers + 1):
+                x = self[i](x)
         return x.to(z.dtype) if x.dtype == torch.float32 else x
 
 
@@ -263,7 +266,22 @@ def normal(*shape: int, divisor: float = 1.0) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """``x``, in float32 where it has 16 bits and no gradients are recorded: activations between layers keep their bits."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled() else x
+    return x.float() if x.dtype in _HALVES and not torch.is_grad_enabled() else x
+
+
+def sparing(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` as ``nn.Module._apply`` gets it, a move or another dtype; to 16 bits it takes the large 3 x 3 kernels alone.
+
+    They are nearly all bytes of a network of full width. The rest (mapping, styles, noise, biases, small kernels) stays float32:
+    in 16 bits it would cost images more than the large kernels do.
+    """
+
+    def applied(tensor: Tensor) -> Tensor:
+        made = fn(tensor)
+        is_large = tensor.ndim >= 4 and tensor.shape[-1] == 3 and tensor.numel() >= _LARGE
+        return made if is_large or made.dtype not in _HALVES else tensor.to(made.device, torch.float32)
+
+    return applied
 
 
 def exact(device_type: str) -> AbstractContextManager[object]:

@@ -25,12 +25,15 @@ __all__ = [
 ]
 
 
+_NARROW, _WIDE = 32, 256  # channels
+
+
 @dataclass(frozen=True)
 class StyledLayer:
     """Modulated 3 x 3 convolution, noise, bias and leaky ReLU times sqrt(2); every second layer doubles the size first.
 
     ``weight`` [C_out, C_in, 3, 3], ``affine`` [C_in, D] and ``affine_bias`` [C_in] from w to the style, ``bias`` [C_out],
-    ``strength`` of the noise. Weights as they act: run-time scales are multiplied in.
+    ``strength`` of the noise. Weights as they act: run-time scales are multiplied in. ``rounded``: the weight had 16 bits before.
     """
 
     weight: Tensor
@@ -38,6 +41,7 @@ class StyledLayer:
     affine_bias: Tensor
     bias: Tensor
     strength: float
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class SynthesisNetwork:
 
     ``input`` [1, C, 4, 4]; ``layers``: one at 4 px, then two for each doubling; ``images``: one for each size. The resampling
     filter is [1, 3, 3, 1]. ``clamp`` bounds each activation, and what each size adds to the image; None: nothing does.
-    Packed weights are made once for each precision and kept.
+    ``skips``: every size adds to the image, not the last alone.
+    Packed weights are made once for each dtype and kept.
     """
 
     input: Tensor
@@ -65,20 +70,32 @@ class SynthesisNetwork:
     slope: float = 0.2
     gain: float = math.sqrt(2)
     clamp: float | None = None
-    _packed: dict[bool, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    skips: bool = True
+    _packed: dict[torch.dtype, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
     _prepared: dict[torch.dtype, synthesis_cuda.Prepared] = field(default_factory=dict, repr=False, compare=False)
 
-    def packed(self, bf16: bool) -> list[Tensor]:
+    def bears_bf16(self, i: int) -> bool:
+        """Whether styled layer ``i`` may be multiplied in bfloat16 on the CPU: images are to keep 2e-2 of their largest value.
+
+        The error of an early layer grows on its way to the image, least in wide layers; the last two sizes take half of the time.
+        Narrow layers gain none. Weights that had 16 bits are not rounded a second time, and without skip connections one path
+        carries every error.
+        """
+        width, late = self.layers[i].weight.shape[1], i >= max(3, len(self.layers) - 4)
+        return self.skips and not self.layers[i].rounded and width >= (_NARROW if late else _WIDE)
+
+    def packed(self, dtype: torch.dtype) -> list[Tensor]:
         """The CPU op's form: for each layer the transformed weights, their squares, affine map and biases."""
-        if bf16 not in self._packed:
+        if dtype not in self._packed:
             tensors = []
             for i, layer in enumerate(self.layers):
+                bf16 = dtype == torch.bfloat16 and self.bears_bf16(i)
                 u = torch.ops.sage_fast.synthesis_pack(layer.weight, i % 2 == 1, bf16)
                 squares = layer.weight.square().sum((2, 3))
                 rows = (u, squares, layer.affine, layer.affine_bias, layer.bias)
                 tensors += [row.contiguous() for row in rows]
-            self._packed[bf16] = tensors
-        return self._packed[bf16]
+            self._packed[dtype] = tensors
+        return self._packed[dtype]
 
     def prepared(self, dtype: torch.dtype) -> synthesis_cuda.Prepared:
         """The form of :mod:`sage_fast.ops.synthesis_cuda`."""
@@ -102,7 +119,8 @@ def synthesis(
         network: weights, on the device of ``w_plus``.
         w_plus: [N, L, D] float32, L = 2 x the number of sizes.
         noise: one map [1 or N, 1, h, w] a styled layer, or None.
-        dtype: of the products, whose sums are float32, where :func:`has_products`.
+        dtype: of the products, whose sums are float32, where :func:`has_products`; bfloat16 on the CPU in the layers that
+            bear it (:meth:`SynthesisNetwork.bears_bf16`).
     Returns:
         [N, C, R, R] float32. On the CPU the same bits for every batch size and number of threads.
     Raises:
@@ -114,7 +132,7 @@ def synthesis(
     _check_dtype(dtype, w_plus.device)
     if w_plus.device.type == "cuda":
         return synthesis_cuda.draw(network, w_plus, noise, dtype)
-    return torch.ops.sage_fast.synthesis(*_arguments(network, w_plus, noise, dtype == torch.bfloat16))
+    return torch.ops.sage_fast.synthesis(*_arguments(network, w_plus, noise, dtype))
 
 
 def synthesis_times(
@@ -127,7 +145,7 @@ def synthesis_times(
     _check(network, w_plus, noise)
     _check_dtype(dtype, w_plus.device)
     if w_plus.device.type != "cuda":
-        return torch.ops.sage_fast.synthesis_times(*_arguments(network, w_plus, noise, dtype == torch.bfloat16))
+        return torch.ops.sage_fast.synthesis_times(*_arguments(network, w_plus, noise, dtype))
     events: list[torch.cuda.Event] = []
 
     def mark() -> None:
@@ -142,17 +160,17 @@ def synthesis_times(
     return torch.tensor([*layers, *[0.0] * len(network.images)], dtype=torch.float64)
 
 
-def _arguments(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], bf16: bool) -> tuple:
+def _arguments(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], dtype: torch.dtype) -> tuple:
     empty = w_plus.new_empty(0)
     layers: list[Tensor] = []
-    packed = network.packed(bf16)
+    packed = network.packed(dtype)
     for i, map_ in enumerate(noise):
         layers += packed[5 * i : 5 * i + 5]
         layers.append(empty if map_ is None else map_.to(w_plus).contiguous())
     images = [t for image in network.images for t in (image.weight, image.affine, image.affine_bias, image.bias)]
     strengths = [layer.strength for layer in network.layers]
     clamp = -1.0 if network.clamp is None else network.clamp
-    return w_plus, network.input, layers, images, strengths, network.slope, network.gain, clamp, bf16
+    return w_plus, network.input, layers, images, strengths, network.slope, network.gain, clamp
 
 
 def has_products(dtype: torch.dtype, device: torch.device) -> bool:
