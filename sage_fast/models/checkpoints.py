@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,12 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], choose: Callable[[Any], Any] = lambda content: content) -> Checkpoint:
     """The content of a file of weights; its kind follows from its first bytes, and no code in it runs.
 
+    Args:
+        choose: of the content of a pickle or torch file, with tensors that have no elements yet, what is wanted: the elements
+            of the rest are not read.
     Raises:
         InputError: it is missing, truncated, no file of weights, or holds what no such file needs.
     """
@@ -59,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refusal("is a directory" if path.is_dir() else "is no regular file")
         with open(path, "rb", buffering=0) as raw:
-            return Checkpoint(path, *read_container(raw, path, os.fstat(raw.fileno()).st_size))
+            return Checkpoint(path, *read_container(raw, path, os.fstat(raw.fileno()).st_size, choose))
     except Refusal as error:
         raise InputError(f"File {str(path)!r} {error}; give a published file of weights.") from error
     except OSError as error:

@@ -8,6 +8,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sage_fast.models.pickled_values import ARRAY_LEAVES, ARRAYS, LEAVES, array_from
-from sage_fast.models.plain_trees import check_plain
+from sage_fast.models.plain_trees import check_plain, tensors_in
 from sage_fast.models.spans import Budget, Refusal, Span, open_span
 from sage_fast.models.torch_files import (
     MAGIC,
@@ -49,9 +50,13 @@ MAX_HEADER = 16 << 20  # bytes of a safetensors header
 EXPANSION = 16  # of compressed arrays; a zip bomb has 1000
 
 
-def read_container(raw: BinaryIO, path: Path, size: int) -> tuple[str, Any, dict[str, str]]:
+def read_container(
+    raw: BinaryIO, path: Path, size: int, choose: Callable[[Any], Any] = lambda tree: tree
+) -> tuple[str, Any, dict[str, str]]:
     """Kind, tree and metadata (of safetensors, else empty) of the open file of that path and size in bytes.
 
+    Args:
+        choose: from the tree of a pickle or torch file, whose tensors have no elements yet, what of it is wanted.
     Raises:
         Refusal: it is no file of weights, or holds what no such file needs.
     """
@@ -62,20 +67,26 @@ def read_container(raw: BinaryIO, path: Path, size: int) -> tuple[str, Any, dict
         archive = open_archive(span)
         if archive.namelist() and all(name.endswith(".npy") for name in archive.namelist()):
             return "npz", _read_npz(archive, size), {}
-        return "torch-zip", _checked(read_torch_archive(span, budget)), {}
+        return "torch-zip", _with_elements(read_torch_archive(span, budget), budget, choose), {}
     if head.startswith(MAGIC):
-        return "torch-legacy", _checked(read_stream(span, budget)), {}
+        return "torch-legacy", _with_elements(read_stream(span, budget), budget, choose), {}
     if head.startswith(NPY_MAGIC):
         return "npy", _read_npy(span), {}
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "pickle", _checked(read_pickle(span, budget)), {}
+        return "pickle", _with_elements(read_pickle(span, budget), budget, choose), {}
     if head[8:9] == b"{":
         return "safetensors", *_read_safetensors(span, path)
     raise Refusal("is empty" if not size else "is no pickle, torch, safetensors or NumPy file")
 
 
-def _checked(tree: Any) -> Any:
+def _with_elements(tree: Any, budget: Budget, choose: Callable[[Any], Any]) -> Any:
+    """What ``choose`` takes of a tree, the elements of its tensors read."""
     check_plain(tree, LEAVES)
+    tree = choose(tree)
+    wanted = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(tree)}
+    for address, read in budget.unread.items():  # in the order of the file
+        if address in wanted:
+            read()
     return tree
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from sage_fast.models.spans import Refusal
 
-__all__ = ["Global", "Stub", "check_plain", "kind_of"]
+__all__ = ["Global", "Stub", "check_plain", "kind_of", "tensors_in"]
 
 MAX_NODES = 2_000_000  # values of the tree, each counted as often as it is reached
 MAX_HEIGHT = 256
@@ -82,6 +85,20 @@ def check_plain(root: Any, leaves: tuple[type, ...]) -> None:
             raise Refusal(f"nests values more than {MAX_HEIGHT} deep")
 
 
+def tensors_in(root: Any) -> Iterator[Tensor]:
+    """Every tensor of a tree that :func:`check_plain` has passed, as often as it is reached."""
+    if isinstance(root, Tensor):
+        yield root
+    elif isinstance(root, _CONTAINERS):
+        for child in _children(root):
+            yield from tensors_in(child)
+
+
+def _children(container: Any) -> Iterator[Any]:
+    children = (container.args, container.state) if type(container) is Stub else container
+    return iter(children.values() if isinstance(children, dict) else children)
+
+
 _CONTAINERS = (dict, OrderedDict, list, tuple, set, frozenset, Stub)
 
 
@@ -89,9 +106,7 @@ class _Open:
     """A container whose children are being counted."""
 
     def __init__(self, value: Any) -> None:
-        children = (value.args, value.state) if type(value) is Stub else value
-        self.value = value
-        self.children = iter(children.values() if isinstance(children, dict) else children)
+        self.value, self.children = value, _children(value)
         self.size = self.height = 1
 
     def add(self, size: int, height: int) -> None:

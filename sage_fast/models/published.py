@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from sage_fast.errors import InputError
-from sage_fast.models.checkpoints import read_checkpoint
+from sage_fast.models.checkpoints import Stub, read_checkpoint
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.published_encoders import encoder_from_state, from_absolute
 from sage_fast.models.published_nvlabs import read_nvlabs
@@ -30,16 +31,20 @@ __all__ = [
 ]  # fmt: skip
 
 StrPath = str | os.PathLike[str]
+_ENTRIES = {"generator": ("G_ema", "G", "g_ema", "g"), "discriminator": ("D", "d")}  # the preferred one first
+_LARGE = {"G_ema", "G", "D", "g_ema", "g", "d", "g_optim", "d_optim"}
 _READERS = (read_nvlabs, read_tensorflow, read_encoders, read_rosinality, read_statistics)
 
 
-def read_published(path: StrPath) -> PublishedFile:
+def read_published(path: StrPath, part: str | None = None) -> PublishedFile:
     """What a file of a published format holds.
 
+    Args:
+        part: "generator" or "discriminator": of a file that has it, other networks are not read; None reads all.
     Raises:
         InputError: it is missing, truncated, holds what no such file needs, or no network that is known.
     """
-    checkpoint, where = read_checkpoint(path), f"File {str(path)!r}"
+    checkpoint, where = read_checkpoint(path, partial(_needed, part)), f"File {str(path)!r}"
     if checkpoint.container == "safetensors":
         found = read_safetensors(checkpoint.content, checkpoint.metadata, where)
     else:
@@ -52,6 +57,20 @@ def read_published(path: StrPath) -> PublishedFile:
     return found
 
 
+def _needed(part: str | None, content: Any) -> Any:
+    """The content without other networks and optimizers, where it has the network that is wanted."""
+    if part is None or not isinstance(content, Mapping):
+        return content
+    state = content.get("state_dict")
+    decoder = (
+        {name: value for name, value in state.items() if "decoder." in str(name)} if isinstance(state, Mapping) else {}
+    )
+    if decoder and part == "generator":
+        return {**content, "state_dict": decoder}
+    found = next((name for name in _ENTRIES[part] if isinstance(content.get(name), Mapping | Stub)), None)
+    return content if found is None else {key: v for key, v in content.items() if key == found or key not in _LARGE}
+
+
 def published_generator(path: StrPath) -> Generator:
     """The averaged generator of a published file (else the plain one), float32 on the CPU.
 
@@ -60,7 +79,7 @@ def published_generator(path: StrPath) -> Generator:
     Raises:
         InputError: the file is missing, truncated, foreign, or holds no generator.
     """
-    found = read_published(path)
+    found = read_published(path, "generator")
     if found.generator is None:
         raise _lacks(path, found, "generator")
     return found.generator().build()
@@ -68,7 +87,7 @@ def published_generator(path: StrPath) -> Generator:
 
 def published_discriminator(path: StrPath) -> Discriminator:
     """The discriminator of a published file, float32 on the CPU. Raises as :func:`published_generator`."""
-    found = read_published(path)
+    found = read_published(path, "discriminator")
     if found.discriminator is None:
         raise _lacks(path, found, "discriminator")
     return found.discriminator().build()

@@ -7,13 +7,15 @@ open file, so that nothing is copied before it reaches the memory of its tensor.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-__all__ = ["Budget", "Refusal", "Span", "Window", "open_span", "read_into"]
+__all__ = ["Budget", "Refusal", "Span", "Window", "fill_from", "open_span", "read_into"]
 
 
 class Refusal(Exception):
@@ -33,18 +35,30 @@ class Span:
 
 
 class Budget:
-    """What one file may still cost: instructions, bytes of new values, bytes that its tensors address."""
+    """What one file may still cost: instructions, bytes of new values, bytes that its tensors address.
+
+    Attributes:
+        unread: what reads the elements of a tensor's memory, by its address; memory that nobody asks for is never touched.
+    """
 
     def __init__(self, file_size: int) -> None:
         self.steps = min(500_000 + file_size // 8, 10_000_000)  # a tensor of any use has 8 bytes an instruction
         self.bytes = file_size + (1 << 20)
         self.addressed = 4 * file_size + (64 << 20)
+        self.unread: dict[int, Callable[[], None]] = {}
 
     def allocate(self, n_bytes: int) -> None:
         """Raises Refusal: values take more memory than the file has bytes."""
         self.bytes -= n_bytes
         if self.bytes < 0:
             raise Refusal("claims more data than it has bytes")
+
+    def reserve(self, n_bytes: int, read: Callable[[Tensor], None]) -> Tensor:
+        """Memory [n_bytes] uint8 that ``read`` will fill once a tensor in it is needed."""
+        raw = torch.empty(n_bytes, dtype=torch.uint8)
+        if n_bytes:
+            self.unread[raw.data_ptr()] = partial(read, raw)
+        return raw
 
     def address(self, n_bytes: int) -> None:
         """Raises Refusal: tensors that share memory are together far larger than the file."""
@@ -94,6 +108,11 @@ def read_into(span: Span) -> Tensor:
         Refusal: the file is shorter.
     """
     raw = torch.empty(len(span), dtype=torch.uint8)
+    fill_from(span, raw)
+    return raw
+
+
+def fill_from(span: Span, raw: Tensor) -> None:
+    """The bytes of a span, read into memory uint8 of that size. Raises as :func:`read_into`."""
     if len(span) and open_span(span).readinto(raw.numpy().data) != len(span):
         raise Refusal("ends in the middle of its data")
-    return raw

@@ -1,7 +1,7 @@
 """Files of ``torch.save``: zip archives (from torch 1.6) and the older stream, also within a pickle.
 
 The pickle in them is read by :class:`~sage_fast.models.unpickling.PickleReader`; the elements of a tensor are read once,
-straight into its memory.
+straight into its memory, by what :attr:`~sage_fast.models.spans.Budget.unread` keeps for it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sage_fast.models.pickled_values import CHECKPOINTS, STORAGE_DTYPES, Storage
 from sage_fast.models.plain_trees import Global
-from sage_fast.models.spans import Budget, Refusal, Span, Window, open_span
+from sage_fast.models.spans import Budget, Refusal, Span, Window, fill_from, open_span
 from sage_fast.models.unpickling import PickleReader, Vocabulary
 
 __all__ = ["MAGIC", "ZIP_MAGIC", "open_archive", "read_entry", "read_pickle", "read_stream", "read_torch_archive"]
@@ -73,13 +74,13 @@ def read_stream(span: Span, budget: Budget) -> Any:
     _, at = _next_pickle(at, budget)
     system, at = _next_pickle(at, budget)
     if type(system) is not dict or system.get("little_endian") is not True:
-        raise Refusal("was written on a big-endian machine")
+        raise Refusal("was written on a big-endian machine, whose numbers are not read; save it again on another")
     body = PickleReader(at, budget, CHECKPOINTS, persistent)
     content = body.load()
     keys, at = _next_pickle(Span(span.raw, body.end, span.stop), budget)
     if type(keys) is not list or {type(key) for key in keys} - {str} or sorted(keys) != sorted(storages):
         raise Refusal("holds other storages than its tensors need")
-    _fill([storages[key] for key in keys], at)
+    _locate([storages[key] for key in keys], at, budget)
     return content
 
 
@@ -89,15 +90,21 @@ def _next_pickle(span: Span, budget: Budget) -> tuple[Any, Span]:
     return reader.load(), Span(span.raw, reader.end, span.stop)
 
 
-def _fill(storages: list[Storage], span: Span) -> None:
-    """Reads the storages, one behind the other."""
-    file = open_span(span)
+def _locate(storages: list[Storage], span: Span, budget: Budget) -> None:
+    """Finds the elements of the storages, one behind the other, each behind their number."""
+    start = span.start
     for storage in storages:
-        count, size = file.read(8), len(storage.raw)
+        size = len(storage.raw)
+        span.raw.seek(start)
+        count = span.raw.read(max(0, min(8, span.stop - start)))
         if len(count) == 8 and int.from_bytes(count, "little") * storage.dtype.itemsize != size:
             raise Refusal("holds a storage of another size than its tensors need")
-        if len(count) != 8 or (size and file.readinto(storage.raw.numpy().data) != size):
+        at = Span(span.raw, start + 8, start + 8 + size)
+        if len(count) != 8 or at.stop > span.stop:
             raise Refusal("ends in the middle of its data")
+        if size:
+            budget.unread[storage.raw.data_ptr()] = partial(fill_from, at, storage.raw)
+        start = at.stop
 
 
 def _storage_identity(identifier: Any) -> tuple[str, torch.dtype, int]:
@@ -143,7 +150,7 @@ def read_torch_archive(span: Span, budget: Budget) -> Any:
         raise Refusal("is a compressed zip file, which torch does not write")
     order = entries.get(f"{root}byteorder")
     if order is not None and read_entry(archive, order).numpy().tobytes() != b"little":
-        raise Refusal("was written on a big-endian machine")
+        raise Refusal("was written on a big-endian machine, whose numbers are not read; save it again on another")
     storages: dict[str, Tensor] = {}
 
     def persistent(identifier: Any) -> Storage:
@@ -153,7 +160,7 @@ def read_torch_archive(span: Span, budget: Budget) -> Any:
             raise Refusal(f"lacks the {n_elements} elements of its storage {key[:20]!r}")
         if key not in storages:
             budget.allocate(entry.file_size)
-            storages[key] = read_entry(archive, entry)
+            storages[key] = budget.reserve(entry.file_size, partial(_fill_entry, archive, entry))
         return Storage(dtype, storages[key])
 
     data = read_entry(archive, entries[f"{root}data.pkl"]).numpy().data
@@ -199,6 +206,11 @@ def open_archive(span: Span) -> zipfile.ZipFile:
 def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
     """The bytes of an entry, uint8; its checksum is compared."""
     raw = torch.empty(entry.file_size, dtype=torch.uint8)
+    _fill_entry(archive, entry, raw)
+    return raw
+
+
+def _fill_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, raw: Tensor) -> None:
     view, done = raw.numpy().data, 0
     with archive.open(entry) as file:
         while chunk := file.read(CHUNK):
@@ -206,4 +218,3 @@ def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
             done += len(chunk)
     if done != len(view):
         raise Refusal("ends in the middle of its data")
-    return raw
