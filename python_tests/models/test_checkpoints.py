@@ -119,7 +119,7 @@ def test_torch_files(read, tmp_path, archive, protocol):
         assert same(read(content, "torch-zip" if archive else "torch-legacy"), plain_checkpoint())
 
 
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_with_tensors_and_arrays(read, protocol):
     assert same(read(pickle.dumps(CHECKPOINT, protocol=protocol), "pickle"), plain_checkpoint())
 
@@ -139,10 +139,25 @@ def test_values_of_command_lines(read):
     assert content == {"args": plain, "counts": {"a": [1]}, "dtype": Global("torch", "float16"), "sets": {1, 2}}
 
 
-def test_easy_dict_is_a_dict(read):
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [
+        (b"(lp0\nI01\naI00\naI-7\naL123456789012345678901234567890L\naF-1.5e-3\naFinf\na.",
+         [True, False, -7, 123456789012345678901234567890, -1.5e-3, float("inf")]),
+        (b"(dp0\nS'a\\n\\x41\\''\np1\nVb\\u00e9\np2\nsg2\ng1\ns.", {"a\nA'": "b\xe9", "b\xe9": "a\nA'"}),
+        (b"}q\x00(U\x01ak\x00U\x01bK\x07u.".replace(b"k\x00", b"N"), {"a": None, "b": 7}),
+    ],
+    ids=["numbers", "texts", "protocol 1"],
+)  # fmt: skip
+def test_lines_as_python_2_wrote_them(read, content, value):
+    assert read(content, "pickle") == value
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_easy_dict_is_a_dict(read, protocol):
     EasyDict = type("EasyDict", (dict,), {})
     with importable(dnnlib__util={"EasyDict": EasyDict}):
-        content = pickle.dumps(EasyDict(a=1, b=EasyDict(c=2)))
+        content = pickle.dumps(EasyDict(a=1, b=EasyDict(c=2)), protocol=protocol)
     assert read(content, "pickle") == {"a": 1, "b": {"c": 2}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,11 @@ def test_only_the_network_asked_for_is_read(tmp_path, monkeypatch):
 
     class Watched(dict):
         def items(self):
-            return [(address, lambda step=step: (read.append(address), step())) for address, step in super().items()]
+            return [(address, partial(self.run, step)) for address, step in super().items()]
+
+        def run(self, step):
+            read.append(step)
+            step()
 
     monkeypatch.setattr(spans.Budget, "__init__", watched)
     G, D = Generator(8, 8, n_mapping=1, channels=[4, 6]), Discriminator(8, channels=[4, 6])

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from sage_fast.models.pickled_values import ARRAY_LEAVES, ARRAYS, LEAVES, array_from
 from sage_fast.models.plain_trees import check_plain, tensors_in
 from sage_fast.models.spans import Budget, Refusal, Span, open_span
+from sage_fast.models.text_pickles import begins_text_pickle
 from sage_fast.models.torch_files import (
     MAGIC,
     ZIP_MAGIC,
@@ -74,9 +75,19 @@ def read_container(
         return "npy", _read_npy(span), {}
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle", _with_elements(read_pickle(span, budget), budget, choose), {}
+    if begins_text_pickle(*_edges(raw, size)):
+        return "pickle", _with_elements(read_pickle(span, budget), budget, choose), {}
     if head[8:9] == b"{":
         return "safetensors", *_read_safetensors(span, path)
     raise Refusal("is empty" if not size else "is no pickle, torch, safetensors or NumPy file")
+
+
+def _edges(raw: BinaryIO, size: int) -> tuple[bytes, bytes]:
+    """The first 300 bytes of a file, and its last one."""
+    raw.seek(0)
+    head = raw.read(300)
+    raw.seek(max(0, size - 1))
+    return head, raw.read(1)
 
 
 def _with_elements(tree: Any, budget: Budget, choose: Callable[[Any], Any]) -> Any:

@@ -183,8 +183,13 @@ def _no_bytes(reader: PickleReader, args: tuple[Any, ...]) -> bytes:
     return b""
 
 
+_DICTS = (Global("dnnlib", "EasyDict"), Global("dnnlib.util", "EasyDict"))
+
+
 def _reconstructor(reader: PickleReader, args: tuple[Any, ...]) -> Any:
     cls, base, state = args
+    if base == Global("builtins", "dict") and type(state) is dict and cls in _DICTS:  # up to protocol 1
+        return reader.call(cls, (list(state.items()),))
     if base != Global("builtins", "object") or state is not None:
         raise Refusal("makes an instance of a class that is no plain one")
     return reader.instance(cls, ())

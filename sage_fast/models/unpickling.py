@@ -17,12 +17,13 @@ from typing import Any
 
 from sage_fast.models.plain_trees import Global, Stub, kind_of
 from sage_fast.models.spans import Budget, Refusal, Span, open_span
+from sage_fast.models.text_pickles import TEXT_STEPS
 
 __all__ = ["PickleReader", "Vocabulary", "checked_key"]
 
 MAX_STACK = 200_000  # values that no container holds yet; picklers write containers in pieces of 1000
 MAX_MARKS = 10_000
-MAX_TEXT = 16 << 20  # bytes of one string
+MAX_TEXT = 64 << 20  # bytes of one string; protocols up to 2 write the bytes of a tensor as text
 MAX_INLINE = 64 << 10  # bytes of one bytes object; longer ones stay in the file as a Span
 MAX_INTEGER = 128  # bytes of one integer
 MAX_NAME = 256
@@ -68,7 +69,7 @@ class PickleReader:
         persistent: Callable[[Any], Any] | None = None,
     ) -> None:
         self.span, self.budget, self.vocabulary, self.persistent = span, budget, vocabulary, persistent
-        self.file = open_span(span)
+        self.file, self.max_text = open_span(span), MAX_TEXT
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -277,9 +278,12 @@ class PickleReader:
             raise Refusal(f"sets a state of {stub.module}.{stub.name} that does not fit") from error
 
     def persistent_id(self) -> None:
+        self.refer(self.pop())
+
+    def refer(self, identifier: Any) -> None:
+        """Push what an identifier stands for."""
         if self.persistent is None:
             raise Refusal("refers to data outside the pickle")
-        identifier = self.pop()
         try:
             self.push(self.persistent(identifier))
         except MISFIT as error:
@@ -336,6 +340,7 @@ _STEPS: dict[bytes, Callable[[PickleReader], Any]] = {
     pickle.NEWOBJ_EX: PickleReader.new_object_with_keywords,
     pickle.BUILD: PickleReader.build,
     pickle.BINPERSID: PickleReader.persistent_id,
+    **TEXT_STEPS,
 }
 
 _OPCODE_NAMES = {
