@@ -124,6 +124,12 @@ def test_pickles_with_tensors_and_arrays(read, protocol):
     assert same(read(pickle.dumps(CHECKPOINT, protocol=protocol), "pickle"), plain_checkpoint())
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_of_large_tensors(read, protocol):
+    content = {"weights": torch.randn(1 << 20), "zeros": torch.zeros(1 << 18), "array": np.ones(1 << 18, np.float32)}
+    assert same(read(pickle.dumps(content, protocol=protocol), "pickle"), content)
+
+
 def test_tensors_that_share_memory_still_do(read):
     base = torch.randn(10)
     content = read(torch_file({"all": base, "part": base[2:5]}), "torch-zip")

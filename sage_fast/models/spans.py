@@ -43,7 +43,7 @@ class Budget:
 
     def __init__(self, file_size: int) -> None:
         self.steps = min(500_000 + file_size // 8, 10_000_000)  # a tensor of any use has 8 bytes an instruction
-        self.bytes = file_size + (1 << 20)
+        self.bytes = 2 * file_size + (1 << 20)  # up to protocol 2 a tensor is bytes made of text, then a storage
         self.addressed = 4 * file_size + (64 << 20)
         self.unread: dict[int, Callable[[], None]] = {}
 
