@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -191,6 +192,27 @@ def test_options_reach_the_config_of_their_stage(monkeypatch):
     assert config.encoder == EncoderConfig(flip=False)
     assert config.dictionary == DictionaryConfig.preset("paper", lambda1=0.25)
     assert given["rest"] == (Path("in"), Path("out"), True, False, "cpu", Path("c"), True)
+
+
+def test_a_preset_of_the_generator_gives_the_defaults_of_its_options(monkeypatch, seen, tmp_path):
+    from sage_fast.training import presets
+
+    given = []
+    monkeypatch.setattr(stages, "gan_stage", lambda config, *rest: given.append(config))
+    words = ["train-gan", f"--data={seen}", "--device=cpu"]
+    for number, more in enumerate((["--preset-gan=small"], ["--preset-gan", "auto", "--batch=4"])):
+        assert cli.main([*words, f"--out={tmp_path / str(number)}", "--resolution=8", *more]) == 0
+    assert given == [presets.small(8), dataclasses.replace(presets.auto(8, 24, 0), batch=4)]
+
+
+def test_a_preset_of_the_generator_for_the_whole_road(monkeypatch):
+    from sage_fast.training import presets
+
+    given = []
+    monkeypatch.setattr(stages, "train_all", lambda config, *rest: given.append(config.resolved_gan) or Path("out"))
+    words = ["train", "--data=in", "--out=out", "--preset-gan=config_f", "--gan.lr=0.5"]
+    assert cli.main([*words, "--resolution=64"]) == 0 and cli.main(words) == 0
+    assert given == [dataclasses.replace(presets.config_f(size), lr=0.5) for size in (64, 1024)]
 
 
 # --- the road of training ---------------------------------------------------------------------------------------------

@@ -71,6 +71,13 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class GanPreset:
+    """Which settings of the generator's training the settings below start from."""
+
+    preset_gan: Literal["flora", "small", "low_shot", "paper256", "config_f", "auto"] | None = None  # docs/training.md
+
+
+@dataclass(frozen=True)
 class GeneratePaths:
     """Where ``generate`` reads and writes."""
 
@@ -246,8 +253,8 @@ def _train(argv: Sequence[str]) -> None:
     from sage_fast.training.ranks import join_ranks
     from sage_fast.training.stages import TrainConfig, train_all
 
-    start = TrainConfig(dictionary=DictionaryConfig.preset(_preset_of(argv)))
-    paths, _, config = _parse("train", argv, NewData, Preset, start)
+    start = TrainConfig(gan=_gan_start(argv), dictionary=DictionaryConfig.preset(_preset_of(argv)))
+    paths, _, _, config = _parse("train", argv, NewData, Preset, GanPreset, start)
     device = _device(paths.device)
     options = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
@@ -257,19 +264,18 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _train_gan(argv: Sequence[str]) -> None:
-    from sage_fast.training.gan import GANConfig
     from sage_fast.training.ranks import first_then_all, join_ranks
     from sage_fast.training.runtime import check_run_folder, open_run_folder
     from sage_fast.training.stages import gan_stage, read_seen
 
-    paths, config = _parse("train-gan", argv, NewData, GANConfig())
+    paths, _, config = _parse("train-gan", argv, NewData, GanPreset, _gan_start(argv))
     device = _device(paths.device)
     seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
         check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
         images = first_then_all(ranks, lambda: read_seen(*seen))
         folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
-        gan_stage(config, images.images, folder, paths.resume, device)
+        gan_stage(config, images, folder, paths.resume, device)
 
 
 def _train_encoder(argv: Sequence[str]) -> None:
@@ -605,9 +611,32 @@ def _cause(error: BaseException | None) -> InputError | None:
 
 def _preset_of(argv: Sequence[str]) -> str:
     """The value of ``--preset``: it decides the defaults, so it is needed before the rest is parsed."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--preset=") else [word])]
-    value = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "default"
+    value = _value_of(argv, "--preset")
     return value if value in ("paper", "released") else "default"
+
+
+def _gan_start(argv: Sequence[str]) -> Any:
+    """The ``GANConfig`` that ``--preset-gan`` names, for the resolution, images and devices that are given with it."""
+    from sage_fast.training import presets
+    from sage_fast.training.gan import GANConfig
+
+    name = _value_of(argv, "--preset-gan", "--preset_gan")
+    if name not in presets.NAMES:
+        return GANConfig()
+    size, data = _value_of(argv, "--resolution", "--gan.resolution"), _value_of(argv, "--data")
+    n_images = n_devices = 0
+    if name == "auto" and data is not None:
+        from sage_fast.data.sources import open_source
+
+        on_gpu = _device(_value_of(argv, "--device") or "auto") != "cpu"
+        n_images, n_devices = len(open_source(data)), int(os.environ.get("WORLD_SIZE", "1")) if on_gpu else 0
+    return presets.preset(name, int(size) if size and size.isdigit() else None, n_images, n_devices)
+
+
+def _value_of(argv: Sequence[str], *options: str) -> str | None:
+    """The word behind one of ``options`` (``--name word`` or ``--name=word``), or None."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return next((words[i + 1] for i, word in enumerate(words[:-1]) if word in options), None)
 
 
 def _device(name: str) -> str:

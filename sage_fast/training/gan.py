@@ -1,25 +1,43 @@
 """Train a StyleGAN2 generator and discriminator (Karras et al. 2020).
 
-Non-saturating logistic loss, lazy R1 and lazy path-length regularisation, style mixing, and an exponential moving
-average of the generator with ramp-up. One function, read from top to bottom.
+Non-saturating logistic or hinge loss, lazy R1 and lazy path-length regularisation, style mixing, classes, and an
+exponential moving average of the generator with ramp-up. One function, read from top to bottom; docs/training.md says
+what the settings and the logged values mean.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sage_fast.data.folders import ImageSet
+from sage_fast.data.resuming import data_fingerprint
+from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
-from sage_fast.models.stylegan2 import Discriminator, Generator
-from sage_fast.training.losses import logistic_d, nonsaturating_g, path_length_penalty, r1_penalty
-from sage_fast.training.runtime import PRECISIONS, Run, autocast, draw_batch, ema_update
+from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
+from sage_fast.training.augment import Augment, AugmentConfig
+from sage_fast.training.grids import grid_latents
+from sage_fast.training.losses import hinge_d, hinge_g, logistic_d, nonsaturating_g, path_length_penalty, r1_penalty
+from sage_fast.training.prior import draw_pixels, draw_prior, mixed_w_plus
+from sage_fast.training.ranks import join_ranks
+from sage_fast.training.reals import as_reals
+from sage_fast.training.runtime import PRECISIONS, Run, autocast, ema_update
+from sage_fast.training.shares import path_share, share_out
+from sage_fast.training.transfer import transfer
+from sage_fast.training.updates import Guard, Update
+from sage_fast.training.watching import CollapseDetector, Measure, Watch
 
 __all__ = ["GANConfig", "train_gan"]
+
+_LOSSES = {"logistic": (nonsaturating_g, logistic_d), "hinge": (hinge_g, hinge_d)}
 
 
 @dataclass(frozen=True)
@@ -32,8 +50,13 @@ class GANConfig:
     n_mapping: int = 4
     channel_base: int = 1024
     channel_max: int = 128
+    mbstd_group: int = 4  # images that share a minibatch standard deviation
+    balance: bool = False  # show every category equally often
+    conditional: bool = False  # one class a category: in the mapping, and projected in the discriminator
     total_kimg: float = 400.0
     batch: int = 16
+    accumulate: int = 1  # micro-batches a batch is computed in, to save memory; the result is the same
+    loss: Literal["logistic", "hinge"] = "logistic"
     lr: float = 0.0025
     r1_gamma: float | None = None  # None: 0.0002 resolution^2 / batch, the rule of StyleGAN2-ADA
     r1_every: int = 16
@@ -45,22 +68,50 @@ class GANConfig:
     ema_rampup: float | None = 0.05
     latent_avg_decay: float = 0.998
     flip: bool = True
-    precision: str = "float32"  # or "bfloat16": see sage_fast.training.runtime.autocast
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # of what the discriminator sees
+    transfer_from: str | None = None  # bundle or published file to start from; see sage_fast.training.transfer
+    freeze_d: int = 0  # highest-resolution layers of the discriminator that stay as they are (FreezeD)
+    precision: str = "float32"  # or "bfloat16": see sage_fast.training.runtime.autocast; or "float64"
     seed: int = 0
     log_every: int = 50
     save_every: int = 1000
     grid_every: int = 1000
+    keep: int = 2  # checkpoints that stay; the one with the best measure besides
+    tensorboard: bool = False  # event files beside the log: needs the extra "logs"
+    measure_every_kimg: float = 10.0  # between two measurements, where train_gan is given a measure
+    patience: int = 0  # stop after so many measurements without a new best; 0: never
 
     def __post_init__(self) -> None:
         if self.batch < 2:
             raise InputError(f"batch must be at least 2 for the minibatch standard deviation, got {self.batch}.")
-        for name in ("total_kimg", "lr", "r1_every", "pl_every", "log_every", "save_every", "grid_every", "ema_kimg"):
+        for name in (
+            "total_kimg",
+            "lr",
+            "r1_every",
+            "pl_every",
+            "log_every",
+            "save_every",
+            "grid_every",
+            "ema_kimg",
+            "keep",
+        ):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got '{self.precision}'.")
+        for name in ("accumulate", "mbstd_group"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.precision not in (*PRECISIONS, "float64"):
+            raise InputError(f"precision must be {', '.join(PRECISIONS)} or float64, got '{self.precision}'.")
+        if self.loss not in _LOSSES:
+            raise InputError(f"loss must be {' or '.join(_LOSSES)}, got {self.loss!r}.")
         if not 0 <= self.style_mixing <= 1:
             raise InputError(f"style_mixing is a probability, expected 0 to 1, got {self.style_mixing}.")
+        n_layers = n_latent_of(self.resolution) // 2
+        if not 0 <= self.freeze_d <= n_layers:
+            raise InputError(
+                f"freeze_d must be 0 to {n_layers}, the layers of a {self.resolution} px discriminator, got {self.freeze_d}."
+            )
+        share_out(self.batch, self.mbstd_group, accumulate=self.accumulate)
 
     @property
     def gamma(self) -> float:
@@ -69,112 +120,188 @@ class GANConfig:
 
 
 def train_gan(
-    config: GANConfig, images: Tensor, folder: str | Path, resume: bool = False, device: str | torch.device = "cpu"
+    config: GANConfig,
+    images: Tensor | ImageSet,
+    folder: str | Path,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    measure: Measure | None = None,
 ) -> tuple[Generator, Discriminator]:
-    """Train from uint8 images [M, C, R, R]; returns the averaged generator and the discriminator, in eval mode.
+    """Train from uint8 images [M, C, R, R] (with their labels where the config needs them).
 
     Each step shows ``config.batch`` real images: one generator update, then one discriminator update on the same fakes
-    (which saves a generator pass; StyleGAN2 draws new ones). Checkpoints continue bit for bit with ``resume``.
+    (which saves a generator pass; StyleGAN2 draws new ones), with the labels of the reals. A batch is drawn whole; ranks
+    that torchrun started share it (:func:`sage_fast.training.ranks.join_ranks`), and each computes its part in
+    ``config.accumulate`` micro-batches. Checkpoints continue bit for bit with ``resume``.
 
+    Args:
+        measure: scores a generator now and then, see ``training.watching``; the best one's checkpoint is kept.
+    Returns:
+        The averaged generator and the discriminator, in eval mode.
     Raises:
-        InputError: the images do not fit the config, or a loss is not finite.
+        InputError: the images or the ranks do not fit the config, another network or data set is resumed, or a loss is not
+            finite; then no update was made with it, and ``logs/gan_diagnosis.json`` has what is known.
     """
-    _check_images(images, config)
-    run = Run(folder, "gan", config, resume)
-    torch.manual_seed(config.seed)
-    size: dict[str, Any] = dict(channel_base=config.channel_base, channel_max=config.channel_max)
-    G = Generator(config.resolution, config.style_dim, config.n_mapping, config.n_channels, **size).to(device)
-    D = Discriminator(config.resolution, config.n_channels, **size).to(device)
+    data, ranks = as_reals(images, config), join_ranks(device)
+    shares = share_out(config.batch, config.mbstd_group, ranks.rank, ranks.world, config.accumulate)
+    path_shares = [path_share(share, config.batch, config.mbstd_group) for share in shares]
+    G, D = _networks(config, data.n_classes, ranks.device)
     average = copy.deepcopy(G).eval().requires_grad_(False)
-    g_optim = _lazy_adam(G, config.lr, config.pl_every if config.pl_weight else 0)
-    d_optim = _lazy_adam(D, config.lr, config.r1_every)
-    rng = torch.Generator().manual_seed(config.seed)
-    path_mean, r1, first = torch.zeros([], device=device), torch.zeros([]), 0
-    z_grid = torch.randn(64, config.style_dim, generator=torch.Generator().manual_seed(config.seed)).to(device)
+    facts = {"data": data_fingerprint(images), "G": G.architecture(), "D": D.architecture()}
+    run = Run(folder, "gan", config, resume, ranks, facts)
+    if config.transfer_from is not None and not run.checkpoints.exist():
+        report = transfer(config.transfer_from, G, D, average)
+        if ranks.is_first:
+            print(report, file=sys.stderr)
+    D.convs[: config.freeze_d].requires_grad_(False)
+    d_params = [p for p in D.parameters() if p.requires_grad]
+    g_optim = _lazy_adam(G.parameters(), config.lr, config.pl_every if config.pl_weight else 0)
+    d_optim = _lazy_adam(d_params, config.lr, config.r1_every)
+    diagnosis = run.folder / "logs" / "gan_diagnosis.json"
+    guard = Guard(diagnosis, {"G": G, "D": D}, [g_optim, d_optim], run.checkpoint, ranks.is_first)
+    update = partial(Update, accumulate=config.accumulate, guard=guard, ranks=ranks)
+    g_update, path_update = update("g_loss", g_optim), update("path_penalty", g_optim)
+    d_update, r1_update = update("d_loss", d_optim), update("r1", d_optim)
+    g_loss_of, d_loss_of = _LOSSES[config.loss]
+    augment, watch = Augment(config.augment), Watch(measure, config.measure_every_kimg, config.patience)
+    detector = CollapseDetector(data.pixels[data.spread(1024)])
+    sampler = EpochSampler(len(data), config.batch, config.seed, data.labels, config.balance)
+    rng = torch.Generator().manual_seed(config.seed)  # equal on every rank, as is the next
+    noise_rng = rng if ranks.device.type == "cpu" else torch.Generator(ranks.device).manual_seed(config.seed)
+    zero = torch.zeros_like(G.latent_avg[0])
+    path_mean, r1, first = zero, zero, 0
+    z_grid, c_grid = grid_latents(G, seed=config.seed)
+    parts: dict[str, Any] = dict(G=G, D=D, average=average, g_optim=g_optim, d_optim=d_optim)
+    places: dict[str, Any] = dict(sampler=sampler, augment=augment, watch=watch, detector=detector)
 
     if state := run.load():
-        for name, part in (("G", G), ("D", D), ("average", average), ("g_optim", g_optim), ("d_optim", d_optim)):
-            part.load_state_dict(state[name])
+        for name, part in (parts | places).items():
+            if name in state:  # runs of before had no places, and drew with replacement
+                part.load_state_dict(state[name])
         rng.set_state(state["rng"])
-        torch.set_rng_state(state["torch_rng"])
-        path_mean, first = state["path_mean"].to(device), state["step"]
+        noise_rng.set_state(state.get("noise_rng", noise_rng.get_state()))
+        path_mean, r1 = state["path_mean"].to(zero), state.get("r1", r1).to(zero)
+        first = state["step"]
     else:
-        run.grid("reals", _batch(images, torch.arange(64) % len(images), False, rng, device))
+        run.grid("reals", data.batch(data.spread(64), zero)[0])
 
     total = max(1, round(config.total_kimg * 1000 / config.batch))
-    for step in run.track(first, total):
-        real = _batch(images, draw_batch(len(images), config.batch, rng), config.flip, rng, device)
+    for step in run.track(first, first if watch.stop else total):
+        # everything random is drawn for the whole batch; a share is a micro-batch of it
+        index = sampler.next()
+        flips = torch.rand(config.batch, generator=rng) < (0.5 if config.flip else 0.0)
+        reals, labels = zip(*(data.batch(index[share], zero, flips[share]) for share in shares))
+        prior = draw_prior(G, config.batch, config.style_mixing, rng, noise_rng)
+        guard.begin(step, index)
 
-        # generator: non-saturating logistic loss
-        D.requires_grad_(False)
-        w_plus = _mixed_w_plus(G, config, rng, device)
-        with autocast(config.precision, device):
-            fake = G(w_plus, noise="random", rng=rng if torch.device(device).type == "cpu" else None)
-            g_loss = nonsaturating_g(D(fake))
-        g_optim.zero_grad(set_to_none=True)
-        g_loss.backward()
-        g_optim.step()
+        # generator: adversarial loss
+        _learn(d_params, False)
+        fakes, w_mean, draws = [], torch.zeros_like(G.latent_avg), augment.draw(config.batch, rng)
+        for share, c in zip(shares, labels):
+            part = prior.take(share)
+            w_plus, w = mixed_w_plus(G, part, c)
+            with autocast(config.precision, ranks.device):
+                fake = G(w_plus, noise=part.noise)
+                loss = g_loss_of(D(augment.apply(fake, draws[share]), c))
+            g_update.add(loss)
+            fakes.append(fake.detach())
+            w_mean += w.detach().mean(0) / config.accumulate
+        g_loss = g_update.apply(w_mean)
+        G.latent_avg.lerp_(w_mean, 1 - config.latent_avg_decay)
 
         # generator: path length (lazy)
         if config.pl_weight and step % config.pl_every == 0:
-            w_plus = _mixed_w_plus(G, config, rng, device, batch=max(1, config.batch // 2))
-            with autocast(config.precision, device):
-                penalty, path_mean = path_length_penalty(G(w_plus), w_plus, path_mean, config.pl_decay)
-            g_optim.zero_grad(set_to_none=True)
-            (penalty * config.pl_weight * config.pl_every).backward()
-            g_optim.step()
+            n = len(path_shares[0]) * config.accumulate * ranks.world
+            prior, y, length = draw_prior(G, n, config.style_mixing, rng), draw_pixels(G, n, noise_rng), zero
+            for share, c in zip(path_shares, labels):
+                w_plus, _ = mixed_w_plus(G, prior.take(share), None if c is None else c[: len(share)])
+                with autocast(config.precision, ranks.device):
+                    penalty, mean = path_length_penalty(G(w_plus), w_plus, path_mean, y[share])
+                path_update.add(penalty, config.pl_weight * config.pl_every)
+                length = length + mean / config.accumulate
+            path_update.apply(length)
+            path_mean = path_mean.lerp(length, config.pl_decay)
 
-        # discriminator: logistic loss on the same fakes
-        D.requires_grad_(True)
-        with autocast(config.precision, device):
-            real_logits, fake_logits = D(real), D(fake.detach())
-            d_loss = logistic_d(real_logits, fake_logits)
-        d_optim.zero_grad(set_to_none=True)
-        d_loss.backward()
-        d_optim.step()
+        # discriminator: adversarial loss on the same fakes
+        _learn(d_params, True)
+        real_logits, draws = zero.new_zeros(config.batch), augment.draw(config.batch, rng)
+        fake_draws = augment.draw(config.batch, rng)
+        for share, real, fake, c in zip(shares, reals, fakes, labels):
+            with autocast(config.precision, ranks.device):
+                logits = D(augment.apply(real, draws[share]), c)
+                loss = d_loss_of(logits, D(augment.apply(fake, fake_draws[share]), c))
+            d_update.add(loss)
+            real_logits[share] = logits.detach().flatten().to(real_logits)
+        d_loss = d_update.apply(real_logits)
+        real_logits *= ranks.world  # each rank had zeros for the others' shares
 
-        # discriminator: R1 (lazy)
+        # discriminator: R1 (lazy), with respect to the reals before augmentation, as StyleGAN2-ADA takes it
         if step % config.r1_every == 0:
-            real.requires_grad_(True)
-            with autocast(config.precision, device):
-                r1 = r1_penalty(D(real), real)
-            d_optim.zero_grad(set_to_none=True)
-            (r1 * (config.gamma / 2 * config.r1_every)).backward()
-            d_optim.step()
+            draws = augment.draw(config.batch, rng)
+            for share, real, c in zip(shares, reals, labels):
+                real.requires_grad_(True)
+                with autocast(config.precision, ranks.device):
+                    penalty = r1_penalty(D(augment.apply(real, draws[share]), c), real)
+                r1_update.add(penalty, config.gamma / 2 * config.r1_every)
+            r1 = r1_update.apply()
 
+        augment.observe(real_logits)
         _average(average, G, config, (step + 1) * config.batch)
-        done = step + 1
-        if done % config.log_every == 0 or done == total:
-            kimg = done * config.batch / 1000
-            signs = real_logits.detach().sign().mean()
-            run.log(done, kimg=kimg, g_loss=g_loss, d_loss=d_loss, r1=r1, real_sign=signs)
+
+        done, kimg, scores = step + 1, (step + 1) * config.batch / 1000, dict[str, float]()
         if done % config.grid_every == 0 or done == total:
             with torch.no_grad():
-                run.grid(f"fakes_{done:06d}", average(average.mapping(z_grid)))
-        if done % config.save_every == 0 or done == total:
-            parts: dict[str, Any] = dict(G=G, D=D, average=average, g_optim=g_optim, d_optim=d_optim)
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"rng": rng.get_state(), "torch_rng": torch.get_rng_state()}
-            run.save({**state, "path_mean": path_mean, "step": done})
+                images_now = average(average.mapping(z_grid, c_grid))
+            run.grid(f"fakes_{done:06d}", images_now)
+            scores |= detector.grid(kimg, images_now)
+        if measured := watch.due(kimg, done == total):
+            scores |= watch.score(average, kimg)
+        if done % config.log_every == 0 or done == total or scores:
+            guard.look()
+            scores |= detector.discriminator(kimg, real_logits, real_logits)
+            scores |= {"path_length": path_mean.item()} if config.pl_weight else {}
+            scores |= {"augment_p": augment.p} if config.augment.kind == "ada" else {}
+            signs = real_logits.sign().mean()
+            run.log(done, kimg=kimg, g_loss=g_loss, d_loss=d_loss, r1=r1, real_sign=signs, **scores)
+        if run.save_due(done, total) or (measured and watch.improved) or watch.stop:
+            guard.look()
+            score = next(iter(watch.scores.values())) if measured else None
+            state = {name: part.state_dict() for name, part in (parts | places).items()}
+            state |= {
+                "rng": rng.get_state(),
+                "noise_rng": noise_rng.get_state(),
+                "path_mean": path_mean,
+                "r1": r1,
+                "step": done,
+            }
+            state |= {"architecture": G.architecture(), "architecture_D": D.architecture()}
+            run.save(state | {"stopped_early": watch.stop}, score)
+        if watch.stop:
+            break
     return average.eval(), D.eval().requires_grad_(False)
 
 
-def _lazy_adam(model: torch.nn.Module, lr: float, every: int) -> torch.optim.Adam:
+def _networks(config: GANConfig, n_classes: int, device: str | torch.device) -> tuple[Generator, Discriminator]:
+    """Fresh networks, drawn from ``config.seed`` on the CPU; float32, or float64 throughout."""
+    torch.manual_seed(config.seed)
+    size: dict[str, Any] = dict(channel_base=config.channel_base, channel_max=config.channel_max, c_dim=n_classes)
+    G = Generator(config.resolution, config.style_dim, config.n_mapping, config.n_channels, **size)
+    D = Discriminator(
+        config.resolution, config.n_channels, mbstd_group=config.mbstd_group, n_mapping=config.n_mapping, **size
+    )
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    return G.to(device, dtype), D.to(device, dtype)
+
+
+def _lazy_adam(parameters: Iterable[torch.nn.Parameter], lr: float, every: int) -> torch.optim.Adam:
     """Adam with the rates corrected for a regulariser that adds one update in ``every`` (StyleGAN2, appendix B)."""
     c = every / (every + 1) if every else 1.0
-    return torch.optim.Adam(model.parameters(), lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8)
+    return torch.optim.Adam(parameters, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
 
 
-def _mixed_w_plus(G: Generator, config: GANConfig, rng: torch.Generator, device, batch: int | None = None) -> Tensor:
-    """w_plus [N, L, D] of prior samples; with probability ``style_mixing`` a second w takes over from a random layer."""
-    n = batch or config.batch
-    z = torch.randn(2 * n, config.style_dim, generator=rng).to(device)
-    w, w2 = G.mapping(z).chunk(2)
-    G.latent_avg.lerp_(w.detach().mean(0), 1 - config.latent_avg_decay)
-    cut = torch.randint(1, G.n_latent, (n, 1, 1), generator=rng)
-    cut[torch.rand(n, generator=rng) >= config.style_mixing] = G.n_latent
-    layer = torch.arange(G.n_latent).view(1, -1, 1)
-    return torch.where((layer < cut).to(device), w.unsqueeze(1), w2.unsqueeze(1))
+def _learn(parameters: list[torch.nn.Parameter], learn: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(learn)
 
 
 def _average(average: Generator, G: Generator, config: GANConfig, n_images: int) -> None:
@@ -183,24 +310,3 @@ def _average(average: Generator, G: Generator, config: GANConfig, n_images: int)
     if config.ema_rampup is not None:
         half_life = min(half_life, n_images * config.ema_rampup)
     ema_update(average, G, 0.5 ** (config.batch / max(half_life, 1e-8)))
-
-
-def _batch(images: Tensor, index: Tensor, flip: bool, rng: torch.Generator, device) -> Tensor:
-    """Float images in [-1, 1] of the given indices, each mirrored with probability one half if ``flip``."""
-    x = images[index].to(device).float() / 127.5 - 1
-    if flip:
-        mirrored = (torch.rand(len(x), generator=rng) < 0.5).to(device)
-        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
-    return x
-
-
-def _check_images(images: Tensor, config: GANConfig) -> None:
-    expected = (config.n_channels, config.resolution, config.resolution)
-    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
-        raise InputError(
-            f"images must be uint8 [M, {expected[0]}, {expected[1]}, {expected[2]}], got {images.dtype} {list(images.shape)}."
-        )
-    if len(images) < config.batch:
-        raise InputError(
-            f"training needs at least one batch of {config.batch} images, got {len(images)}; lower --batch."
-        )

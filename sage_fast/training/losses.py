@@ -1,6 +1,7 @@
 """Losses as plain functions of tensors, each returning a scalar.
 
 [StyleGAN2] is Karras et al. 2020; its R1 is Mescheder et al. 2018, its logistic loss Goodfellow et al. 2014.
+[DIP] is "Data Instance Prior for Transfer Learning in GANs"; its Eq. 1 is the hinge loss of Tran et al. 2017.
 [SAGE] losses of the dictionary itself (Eq. 10, 12, 13) live with the dictionary, in ``factorization``.
 """
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["code_norm", "logistic_d", "nonsaturating_g", "path_length_penalty", "pixel_mse", "r1_penalty"]
+__all__ = [
+    "code_norm", "hinge_d", "hinge_g", "logistic_d", "nonsaturating_g", "path_length_penalty", "pixel_mse", "r1_penalty",
+]  # fmt: skip
 
 
 def nonsaturating_g(fake: Tensor) -> Tensor:
@@ -28,6 +31,16 @@ def logistic_d(real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
+def hinge_g(fake: Tensor) -> Tensor:
+    """Hinge loss of the generator: mean of ``-D(G(w))`` over logits ``fake`` [N, 1]: [DIP], Eq. 1."""
+    return -_wide(fake).mean()
+
+
+def hinge_d(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss of the discriminator: mean of ``max(0, 1 - real) + max(0, 1 + fake)``: [DIP], Eq. 1."""
+    return F.relu(1 - _wide(real)).mean() + F.relu(1 + _wide(fake)).mean()
+
+
 def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """Squared norm of the logits' gradient at the real images (or latents), mean over the batch.
 
@@ -41,27 +54,25 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     return gradient.square().sum(list(range(1, gradient.ndim))).mean()
 
 
-def path_length_penalty(
-    images: Tensor, w_plus: Tensor, mean: Tensor, decay: float = 0.01, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def path_length_penalty(images: Tensor, w_plus: Tensor, mean: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance of the path lengths ``|J_w^T y|_2`` from their running mean a: [StyleGAN2], Eq. 4.
+
+    Deviation: a is the mean before these lengths enter it (the caller does that), so that the micro-batches and ranks
+    that share a batch measure from one a; StyleGAN2's own code lets them enter first, with weight 0.01.
 
     Args:
         images: [N, C, H, W] generated from ``w_plus`` with gradients recorded.
         w_plus: [N, L, D] latents.
-        mean: scalar, the running mean a; it enters with weight ``1 - decay``.
-        decay: weight of the new mean, 0 to 1 ([StyleGAN2] uses 0.01).
-        noise: y, [N, C, H, W] standard normal; drawn when absent.
+        mean: scalar, the running mean a.
+        noise: y, [N, C, H, W] standard normal.
     Returns:
-        (penalty, the new running mean, without gradient). A layer's share is averaged over the L layers, so that w_plus with one
-        shared w has the scale of w.
+        (penalty, the mean of these lengths, without gradient). A layer's share is averaged over the L layers, so that w_plus with
+        one shared w has the scale of w.
     """
-    y = torch.randn_like(images) if noise is None else noise
-    y = y / math.sqrt(images.shape[2] * images.shape[3])
+    y = noise / math.sqrt(images.shape[2] * images.shape[3])
     (gradient,) = torch.autograd.grad((images * y).sum(), w_plus, create_graph=True)  # [N, L, D]
     lengths = gradient.square().sum(2).mean(1).sqrt()  # [N]
-    mean = torch.lerp(mean, lengths.mean().detach(), decay)
-    return (lengths - mean).square().mean(), mean
+    return (lengths - mean).square().mean(), lengths.mean().detach()
 
 
 def pixel_mse(images: Tensor, target: Tensor) -> Tensor:
@@ -76,3 +87,8 @@ def code_norm(offsets: Tensor) -> Tensor:
     Deviation: a norm per layer instead of one over all layers, so that its scale does not depend on L.
     """
     return offsets.square().sum(2).add(1e-12).sqrt().mean()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: a mean of bfloat16 logits would be rounded to three digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

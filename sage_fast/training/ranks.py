@@ -31,7 +31,9 @@ __all__ = ["Ranks", "first_then_all", "join_ranks", "restarted", "seed_of_rank"]
 Value = TypeVar("Value")
 
 _POLL = timedelta(seconds=1)
-_LONGEST = timedelta(days=1)  # of one collective, such as the wait for rank 0 to embed a data set; a dead rank is noticed long before
+_LONGEST = timedelta(
+    days=1
+)  # of one collective, such as the wait for rank 0 to embed a data set; a dead rank is noticed long before
 
 _joined: Ranks | None = None
 

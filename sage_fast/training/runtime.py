@@ -235,12 +235,6 @@ def open_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwri
     return Path(out)
 
 
-def check_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse what :func:`open_run_folder` will, before anything is read or written."""
-    again = restarted()
-    ranks.once(lambda: check_output(out, resume or again, overwrite and not again))
-
-
 def _plain(config: Any) -> dict[str, Any]:
     """A config dataclass as what JSON keeps of it."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -141,7 +141,7 @@ def train_all(
     check_run_folder(out, ranks, resume, overwrite)
     images = first_then_all(ranks, lambda: read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale))
     folder = open_run_folder(out, ranks, resume, overwrite)
-    gan_stage(gan, images.images, folder, resume, device)
+    gan_stage(gan, images, folder, resume, device)
     encoder_stage(config.encoder, images, folder, resume, device)
     embed_stage(images, folder, config.embed_batch, resume, device)
     dictionary_stage(config.dictionary, images, folder, resume, device)
@@ -186,9 +186,9 @@ def read_seen_of_run(
 
 
 def gan_stage(
-    config: GANConfig, images: Tensor, folder: Path, resume: bool = False, device: str | torch.device = "cpu"
+    config: GANConfig, images: Tensor | ImageSet, folder: Path, resume: bool = False, device: str | torch.device = "cpu"
 ) -> None:
-    """Train generator and discriminator on uint8 ``images`` [M, C, R, R]: ``checkpoints/gan.pt``."""
+    """Train generator and discriminator on uint8 images [M, C, R, R]: ``checkpoints/gan.pt``."""
     train_gan(config, images, folder, resume, device)
 
 
@@ -391,7 +391,7 @@ def _finished_state(folder: Path, stage: str, wanted_by: str) -> dict[str, Any]:
         raise _missing(folder, stage, wanted_by)
     state = read_state(path)
     total = _total_steps(_config(folder, stage, wanted_by))
-    if state["step"] < total:
+    if state["step"] < total and not state.get("stopped_early"):
         raise InputError(
             f"stage '{stage}' in {folder} is at step {state['step']} of {total}; "
             f"finish it with 'sage-fast {_COMMANDS[stage]} --resume'."

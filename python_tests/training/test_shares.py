@@ -1,0 +1,50 @@
+"""Whatever the number of ranks and micro-batches, a batch is the same batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sage_fast.errors import InputError
+from sage_fast.models.discriminator import Discriminator
+from sage_fast.training.shares import group_size, path_share, share_out
+
+
+@pytest.mark.parametrize(
+    "batch, most, n_ranks, accumulate", [(16, 4, 2, 2), (8, 4, 1, 2), (12, 4, 3, 1), (18, 4, 2, 3)]
+)
+def test_every_sample_is_dealt_once(batch, most, n_ranks, accumulate):
+    dealt = [share for rank in range(n_ranks) for share in share_out(batch, most, rank, n_ranks, accumulate)]
+    assert len({len(share) for share in dealt}) == 1
+    assert torch.cat(dealt).sort().values.tolist() == list(range(batch))
+    halves = torch.cat([path_share(share, batch, most) for share in dealt]).sort().values
+    assert halves.tolist() == list(range(len(halves)))  # the first half of the batch, a third where a group is three
+
+
+@pytest.mark.parametrize("parts", [(1, 2), (2, 1), (2, 2)])
+def test_the_discriminator_groups_a_share_as_it_groups_the_batch(parts):
+    torch.manual_seed(0)
+    D = Discriminator(8, channel_base=64, channel_max=8, mbstd_group=4).double()
+    images = torch.randn(16, 3, 8, 8, dtype=torch.float64)
+    whole = D(images)
+    for rank in range(parts[0]):
+        for share in share_out(16, 4, rank, *parts):
+            torch.testing.assert_close(D(images[share]), whole[share], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(D(images[:8]), whole[:8], rtol=1e-6)  # consecutive samples are other groups
+
+
+def test_a_share_of_everything_is_the_batch_in_order():
+    assert torch.equal(share_out(12, 4)[0], torch.arange(12))
+
+
+def test_what_cannot_be_dealt():
+    with pytest.raises(InputError, match=r"batch must be a multiple of 8 \(1 ranks x 2 micro-batches x groups of 4"):
+        share_out(4, 4, accumulate=2)
+    with pytest.raises(InputError, match="batch must be a multiple of 16 .2 ranks x 2 micro-batches"):
+        share_out(24, 4, n_ranks=2, accumulate=2)
+    with pytest.raises(InputError, match="got 7"):
+        share_out(7, 4, accumulate=7)
+
+
+def test_group_size():
+    assert [group_size(n, 4) for n in (16, 6, 5, 2, 9)] == [4, 3, 1, 2, 3] and group_size(64, 8) == 8

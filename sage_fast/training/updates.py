@@ -1,0 +1,160 @@
+"""One update of an optimizer from the micro-batches of a batch, and the guard that stops before a bad one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sage_fast.data.writers import write_json
+from sage_fast.errors import InputError
+from sage_fast.training.ranks import Ranks
+
+__all__ = ["Guard", "Update", "block_norms"]
+
+_KEPT = 64  # steps whose losses a diagnosis shows; on a GPU the host looks once in as many
+
+
+class Update:
+    """The gradients of one loss over the micro-batches and the ranks, and the step that follows from them.
+
+    Args:
+        name: of the loss, in messages.
+        optim: a fused optimizer, one of those that ``guard`` was given.
+        accumulate: micro-batches of a rank's share of a batch.
+        guard: looks at the loss before the step.
+        ranks: that share a batch.
+    """
+
+    def __init__(self, name: str, optim: torch.optim.Optimizer, accumulate: int, guard: Guard, ranks: Ranks) -> None:
+        self.name, self.optim, self.accumulate, self.guard, self.ranks = name, optim, accumulate, guard, ranks
+        self.parameters = [p for group in optim.param_groups for p in group["params"]]
+        self.loss: Tensor | None = None
+
+    def add(self, loss: Tensor, weight: float = 1.0) -> None:
+        """Backward of ``weight * loss`` of one micro-batch."""
+        if self.loss is None:
+            self.optim.zero_grad(set_to_none=True)
+        (loss * (weight / self.accumulate)).backward()
+        mean = loss.detach() / self.accumulate
+        self.loss = mean if self.loss is None else self.loss + mean
+
+    def apply(self, *shared: Tensor) -> Tensor:
+        """One step of the optimizer, unless the loss is not finite; returns the loss of the whole batch, unweighted.
+
+        Args:
+            shared: tensors that become, in place, their means over the ranks, in the same exchange.
+        """
+        assert self.loss is not None
+        loss, self.loss = self.loss, None
+        self.ranks.average_gradients(self.parameters, [loss, *shared])
+        self.guard.check(self.name, loss)
+        self.optim.step()
+        return loss
+
+
+@dataclass
+class _Step:
+    number: int
+    index: Tensor  # of the batch's images
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Guard:
+    """Stops a run before the update with a loss that is not finite, and writes down what is known about it.
+
+    On a CPU it stops at once. On a GPU the bad update, and every one after it, is skipped on the device (fused
+    optimizers read ``found_inf``) and the host looks at most 64 steps later, so that no step waits for it.
+
+    Args:
+        path: where the diagnosis goes.
+        networks: whose weights and gradients it lists.
+        optims: fused optimizers of the run.
+        checkpoint: the file that a run continues from, for the message.
+        writes: whether this rank writes the diagnosis; all see the same losses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        networks: Mapping[str, nn.Module],
+        optims: Sequence[torch.optim.Optimizer],
+        checkpoint: Path,
+        writes: bool = True,
+    ) -> None:
+        self.path, self.networks, self.checkpoint, self.writes = path, networks, checkpoint, writes
+        self.bad = torch.zeros([], device=next(next(iter(networks.values())).parameters()).device)
+        for optim in optims:
+            optim.found_inf = self.bad  # type: ignore[attr-defined]
+        self.steps: deque[_Step] = deque(maxlen=_KEPT)
+
+    def begin(self, step: int, index: Tensor) -> None:
+        """A step begins, with the images of these indices."""
+        self.steps.append(_Step(step, index))
+        if step % _KEPT == 0:
+            self.look()
+
+    def check(self, name: str, loss: Tensor) -> None:
+        """Call before the update that follows from ``loss``.
+
+        Raises:
+            InputError: it is not finite (on a CPU; elsewhere :meth:`look` raises).
+        """
+        self.steps[-1].losses[name] = loss
+        self.bad.copy_(torch.maximum(self.bad, (~loss.isfinite()).to(self.bad.dtype)))
+        if self.bad.device.type == "cpu":
+            self.look()
+
+    def look(self) -> None:
+        """Wait for the device and see whether a loss was not finite; call before anything is saved.
+
+        Raises:
+            InputError: one was.
+        """
+        if not self.bad.item():
+            return
+        found = ((s, n, v.item()) for s in self.steps for n, v in s.losses.items() if not math.isfinite(v.item()))
+        step, name, value = next(found)
+        if self.writes:
+            self._write(step, name)
+        raise InputError(
+            f"training stopped at step {step.number}: {name} is {value}, and no update was made with it; {self.path} "
+            f"has the norms and the batch; try a lower lr, a larger r1_gamma or float32, and resume from {self.checkpoint}."
+        )
+
+    def _write(self, step: _Step, name: str) -> None:
+        losses = [{"step": s.number} | {n: v.item() for n, v in s.losses.items()} for s in self.steps]
+        report = {
+            "step": step.number,
+            "loss": name,
+            "images": step.index.tolist(),
+            "last_losses": losses,
+            "norms": {name: block_norms(network) for name, network in self.networks.items()},
+        }
+        write_json(self.path, _plain(report))
+
+
+def block_norms(network: nn.Module) -> dict[str, dict[str, float | None]]:
+    """Norms of the weights and of their gradients (None: there are none) by block, ``style``, ``convs.0``, ..."""
+    blocks: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        first, second = (name.split(".") + [""])[:2]
+        blocks.setdefault(f"{first}.{second}" if second.isdigit() else first, []).append(parameter)
+    return {name: {"weights": _norm(ps), "gradients": _norm([p.grad for p in ps])} for name, ps in blocks.items()}
+
+
+def _norm(tensors: list[Any]) -> float | None:
+    there = [t.detach().double().norm() for t in tensors if t is not None]
+    return torch.stack(there).norm().item() if there else None
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: such numbers as words."""
+    return json.loads(json.dumps(value), parse_constant=str)
