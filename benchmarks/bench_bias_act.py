@@ -31,7 +31,14 @@ def shaped(b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 FORMS = [(dtype, layout) for dtype in ("float32", "bfloat16") for layout in ("first", "last")]
-SMOOTH = {"tanh": torch.tanh_, "elu": F.elu_, "selu": F.selu_, "softplus": F.softplus}
+SMOOTH = {
+    "tanh": torch.tanh_,
+    "elu": F.elu_,
+    "selu": F.selu_,
+    "softplus": F.softplus,
+    "sigmoid": torch.sigmoid_,
+    "swish": lambda x: F.silu(x, inplace=True).mul_(GAIN),
+}
 
 
 def values(compare, dtype: str, layout: str, *shape: int) -> torch.Tensor:
@@ -66,6 +73,20 @@ def test_smooth(compare, act, dtype):
         {"in place": lambda: SMOOTH[act](x + shaped(b, x))},
         2 * x.nbytes,
     )
+
+
+@pytest.mark.parametrize("dtype, layout", FORMS)
+@pytest.mark.parametrize("act", ["linear", "sigmoid", "swish"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_with_gain_and_clamp(compare, case, act, dtype, layout):
+    if layout == "last" and len(LAYERS[case]) < 4:
+        pytest.skip("no image")
+    x = values(compare, dtype, layout, *LAYERS[case])
+    b = torch.randn(x.shape[1]).to(x.dtype)
+    steps = {"linear": lambda x: x, "sigmoid": torch.sigmoid_, "swish": lambda x: F.silu(x, inplace=True)}
+    rivals = {"in place": lambda: steps[act](x + shaped(b, x)).mul_(GAIN).clamp_(-0.9, 0.9)}
+    ours = lambda: bias_act(x, b, act=act, gain=GAIN, clamp=0.9)  # noqa: E731
+    compare(f"{act}, gain, clamp, {case}, {dtype}, {layout}", ours, rivals, 2 * x.nbytes)
 
 
 @pytest.mark.parametrize("case", ["32 px, 32 px layer, N 64", "256 px, 64 px layer, N 1"])

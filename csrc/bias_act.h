@@ -7,8 +7,9 @@
 
 namespace sage_fast {
 
-// leaky: slope 1 is linear, 0 is relu. The numbers stand in sage_fast/ops/bias_act.py too.
-enum class Act : int64_t { leaky, tanh, elu, selu, softplus };
+// leaky: slope 1 is linear, 0 is relu. The numbers stand in sage_fast/ops/bias_act.py too. The derivative is read off
+// y, that of swish, which takes most values twice, off x + b.
+enum class Act : int64_t { leaky, tanh, elu, selu, softplus, sigmoid, swish };
 
 struct BiasActParams {
   int64_t outer;              // product of the axes before the bias axis
@@ -29,7 +30,7 @@ struct BiasActParams {
 constexpr double kSeluScale = 1.0507009873554805, kSeluAlpha = 1.6732632423543772;
 
 inline void check(const BiasActParams& p, int64_t bias_size) {
-  require(p.act >= Act::leaky && p.act <= Act::softplus, "bias_act: act must be one of the kernels'");
+  require(p.act >= Act::leaky && p.act <= Act::swish, "bias_act: act must be one of the kernels'");
   require(p.gain > 0 && p.slope >= 0, "bias_act: gain must be positive and slope at least 0");
   require(bias_size < 0 || bias_size == p.channels, "bias_act: b must have the length of x along dim");
 }

@@ -78,7 +78,7 @@ py::array bias_act(const py::array& x_, const std::optional<py::array>& b_, int6
   const Array x(x_, "x");
   const Dtype dtype = x.floating(true);
   BiasActParams p{1, 1, x.numel(), slope, gain, clamp, Act(act)};
-  if (p.act < Act::leaky || p.act > Act::softplus) refuse("act", "be 0 to 4", std::to_string(act));
+  if (p.act < Act::leaky || p.act > Act::swish) refuse("act", "be 0 to 6", std::to_string(act));
   if (p.act != Act::leaky && dtype == Dtype::float64) refuse("x", "be float32 or float16 for this act", "float64");
   std::optional<Array> b;
   if (b_) {
@@ -256,7 +256,7 @@ void define_ops(py::module_& m) {
   m.def("bias_act", &bias_act, "x"_a, "b"_a = py::none(), "dim"_a = 1, "slope"_a = 0.2, "gain"_a = 1.0,
         "clamp"_a = -1.0, "act"_a = 0, out,
         "clamp(gain * act(x + b)) with b along dim; act 0: slope below zero, 1: tanh, 2: elu of scale slope, 3: selu, "
-        "4: softplus; clamp < 0: none. out may be x.");
+        "4: softplus, 5: sigmoid, 6: swish; clamp < 0: none. out may be x.");
   m.def("project_onto_basis", &project_onto_basis, "w_plus"_a, "basis"_a, out,
         "B (B^T w) per layer: w_plus [N, L, D], basis [L, D, R].");
   m.def("edit_latents", &edit_latents, "class_embedding"_a, "codes"_a, "directions"_a, "alpha"_a = 1.0,

@@ -6,8 +6,13 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// value(u): the activation. slope(r): its derivative, r being its value. Both without gain and clamp. By expm1f, not by
-// expf and tanhf, which lose half of their digits under --use_fast_math.
+__device__ inline float sigmoid(float u) {
+  const float e = expf(-fabsf(u)), r = 1 / (1 + e);
+  return u > 0 ? r : e * r;
+}
+
+// value(u): the activation. slope(r): its derivative, r being its value, or u for swish. Both without gain and clamp.
+// Where 1 is subtracted by expm1f, not by expf and tanhf, which lose half of their digits under --use_fast_math.
 template <class A, Act act>
 struct Activation {
   A alpha, floor;
@@ -23,8 +28,12 @@ struct Activation {
       return u > 0 ? u : expm1f(u) * alpha;
     } else if constexpr (act == Act::selu) {
       return float(kSeluScale) * (u > 0 ? u : expm1f(u) * float(kSeluAlpha));
-    } else {
+    } else if constexpr (act == Act::softplus) {
       return (u > 0 ? u : 0.0f) + log1pf(expm1f(-fabsf(u)) + 1);
+    } else if constexpr (act == Act::sigmoid) {
+      return sigmoid(u);
+    } else {
+      return u * sigmoid(u);
     }
   }
 
@@ -37,8 +46,13 @@ struct Activation {
       return r > 0 ? 1.0f : r + alpha;
     } else if constexpr (act == Act::selu) {
       return r > 0 ? float(kSeluScale) : r + float(kSeluScale * kSeluAlpha);
-    } else {
+    } else if constexpr (act == Act::softplus) {
       return -expm1f(-r);
+    } else if constexpr (act == Act::sigmoid) {
+      return r - r * r;
+    } else {
+      const float s = sigmoid(r);
+      return s + r * s * (1 - s);
     }
   }
 };
@@ -71,6 +85,7 @@ __global__ void forward(const T* __restrict__ x, const void* __restrict__ b, boo
   }
 }
 
+// y: the output, or x + b for swish
 template <class T, int N, Act act>
 __global__ void backward(const T* __restrict__ grad, const T* __restrict__ y, int64_t n,
                          Activation<typename Accumulator<T>::type, act> activation, typename Accumulator<T>::type gain,
@@ -82,7 +97,9 @@ __global__ void backward(const T* __restrict__ grad, const T* __restrict__ y, in
     Pack<T, N> result;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const A y = static_cast<A>(r.v[k]), slope = activation.slope(y * over) * gain;
+      const A of = static_cast<A>(r.v[k]), slope = activation.slope(of * over) * gain;
+      A y = of;
+      if constexpr (act == Act::swish) y = activation.value(of) * gain;
       result.v[k] = static_cast<T>(y >= top || y <= bottom ? A(0) : static_cast<A>(g.v[k]) * slope);
     }
     reinterpret_cast<Pack<T, N>*>(out)[i] = result;
@@ -100,6 +117,8 @@ void with_act(Dtype dtype, Act act, F&& f) {
       if (act == Act::elu) f(zero, std::integral_constant<Act, Act::elu>());
       if (act == Act::selu) f(zero, std::integral_constant<Act, Act::selu>());
       if (act == Act::softplus) f(zero, std::integral_constant<Act, Act::softplus>());
+      if (act == Act::sigmoid) f(zero, std::integral_constant<Act, Act::sigmoid>());
+      if (act == Act::swish) f(zero, std::integral_constant<Act, Act::swish>());
     } else {
       require(false, "bias_act: float64 has no smooth kernels");
     }
@@ -153,7 +172,7 @@ Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, doubl
     constexpr Act kAct = decltype(chosen)::value;
     constexpr int kPack = pack_size<T>;
     const Activation<A, kAct> activation{A(p.slope), A(p.floor())};
-    const double over = kAct == Act::leaky ? 1 : 1 / p.gain;
+    const double over = kAct == Act::leaky || kAct == Act::swish ? 1 : 1 / p.gain;
     const int64_t n = y.numel();
     const bool packed = n % kPack == 0 && aligned(grad.const_data_ptr()) && aligned(y.const_data_ptr()) &&
                         aligned(out.const_data_ptr());

@@ -15,6 +15,7 @@ from sage_fast.ops import bias_act, bias_act_reference
 from sage_fast.ops.bias_act import ACTIVATIONS
 
 WITH_KERNELS = ("linear", "relu", "lrelu")  # and a kink: derivatives jump there
+SMOOTH = ("tanh", "elu", "selu", "softplus", "sigmoid", "swish")
 OPTIONS = [dict(), dict(clamp=0.8), dict(gain=0.5), dict(gain=3.0, clamp=1.0), dict(gain=-1.0), dict(clamp=0.0)]
 NUMPY = {
     "linear": lambda x: x,
@@ -136,6 +137,11 @@ def test_opcheck(device):
     last = normal(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(ops.bias_act.default, (last, b, 1, 0.2, 1.4, -1.0, 1))
     torch.library.opcheck(ops.bias_act.default, (last.detach().bfloat16(), b, 1, 0.2, 1.4, -1.0, 2))
+    torch.library.opcheck(ops.bias_act.default, (last, b, 1, 0.2, 1.4, 0.8, 6))
+    torch.library.opcheck(
+        ops.bias_act.default, (x.detach().transpose(0, 2).requires_grad_(), None, 0, 0.0, 1.0, -1.0, 6)
+    )
+    torch.library.opcheck(ops.bias_act_backward.default, (x, y.requires_grad_(), 0.2, 1.4, 0.8, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -155,15 +161,16 @@ def test_low_precision(device, no_worse_than_plain, act, dtype):
         no_worse_than_plain(*case)
 
 
-@pytest.mark.parametrize("act", ["tanh", "elu", "selu", "softplus"])
+@pytest.mark.parametrize("act", SMOOTH)
 def test_smooth_activations_are_exact_to_a_few_units(device, act):
     x = torch.cat([torch.linspace(-110, 110, 40001), torch.logspace(-38, 2, 4001), -torch.logspace(-38, 2, 4001)])
     y, exact = bias_act(x.to(device), act=act).cpu().double(), bias_act_reference(x.double(), act=act)
-    unit = torch.finfo(torch.float32).eps * exact.abs().clamp_min(2.0**-126)
+    smallest = 2.0**-126 if act != "swish" else 2.0**-119  # x times a sigmoid that is subnormal
+    unit = torch.finfo(torch.float32).eps * exact.abs().clamp_min(smallest)
     assert ((y - exact).abs() / unit).max() < 4
 
 
-@pytest.mark.parametrize("act", ["tanh", "elu", "selu", "softplus"])
+@pytest.mark.parametrize("act", SMOOTH)
 def test_second_derivatives_of_smooth_kernels(device, act):
     """float32, since the kernels are: against the composition in float64."""
     x = normal(3, 4, 5, device=device)
@@ -190,6 +197,26 @@ def test_channels_last(device, dtype, c):
         assert y.is_contiguous(memory_format=torch.channels_last)
         (grad,) = torch.autograd.grad(y.sum(), x)
         torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swish_of_images_in_any_layout(device, dtype, laid_out):
+    """Its derivative is read off x + b, whose layout is that of x."""
+    x, b = laid_out(normal(3, 4, 6, 5, device=device).to(dtype)), normal(4, device=device)
+    grad, options = laid_out(normal(3, 4, 6, 5, device=device).to(dtype)), dict(act="swish", clamp=0.9)
+    results = []
+    for op, convert in ((bias_act, torch.clone), (bias_act_reference, torch.Tensor.double)):
+        arguments = [(t if op is bias_act else convert(t)).detach().requires_grad_() for t in (x, b)]
+        results.append(torch.autograd.grad(op(arguments[0], arguments[1], **options), arguments, grad.to(arguments[0])))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for ours, exact in zip(*results):
+        torch.testing.assert_close(ours.double(), exact, atol=5 * tolerance, rtol=tolerance)
+
+
+def test_values_that_are_kept_as_they_are(device):
+    """linear without gain and clamp is x + b, and x itself without b."""
+    x, b = normal(2, 3, device=device), normal(3, device=device)
+    assert torch.equal(bias_act(x, b), x + b) and bias_act(x) is x
 
 
 @pytest.mark.parametrize("op", [bias_act, bias_act_reference])

@@ -27,15 +27,19 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float, float]] =
     "softplus": (lambda x, _: F.softplus(x), 0.0, 1.0),
     "swish": (lambda x, _: F.silu(x), 0.0, math.sqrt(2)),
 }
-#: name -> (number of the kernel, its slope below zero; None: alpha). Not here, since plain PyTorch is as fast or faster:
-#: linear (one op, x + b), sigmoid, swish. In float64 the smooth ones are PyTorch's too: nobody trains in it.
+_SWISH = 6
+#: name -> (number of the kernel, its slope below zero; None: alpha). Without gain and clamp linear is PyTorch's: one op,
+#: x + b. In float64 the smooth ones are, too: nobody trains in it.
 _KERNELS: dict[str, tuple[int, float | None]] = {
+    "linear": (0, 1.0),
     "relu": (0, 0.0),
     "lrelu": (0, None),
     "tanh": (1, 1.0),
     "elu": (2, None),
     "selu": (3, 1.0),
     "softplus": (4, 1.0),
+    "sigmoid": (5, 1.0),
+    "swish": (_SWISH, 1.0),
 }
 #: number -> derivative by y / gain of the slope, which is made of y / gain; composed, since only second derivatives of
 #: smooth activations take it
@@ -44,6 +48,7 @@ _CURVATURE: dict[int, Callable[[Tensor], Tensor]] = {
     2: lambda r: (r <= 0).to(r.dtype),
     3: lambda r: (r <= 0).to(r.dtype),
     4: lambda r: torch.exp(-r),
+    5: lambda r: 1 - 2 * r,
 }
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -75,21 +80,25 @@ def bias_act(
     """
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
     dtype = x.dtype
-    kernel, slope = _kernel(act, alpha, gain, dtype == torch.float64)
+    kernel, slope = _kernel(act, alpha, gain, clamp, dtype == torch.float64)
     if kernel is not None and dtype in _DTYPES:
-        if _native.has_kernel("bias_act", x.device.type):
+        if _native.has_kernel("bias_act", "cpu" if x.is_cpu else x.device.type):
             if b is not None and b.dtype != dtype and not (b.dtype == torch.float32 and dtype in _HALVES):
                 b = b.to(dtype)
-            dim, limit = dim % max(1, x.ndim), -1.0 if clamp is None else clamp
+            if dim < 0:
+                dim %= max(1, x.ndim)
+            limit = -1.0 if clamp is None else clamp
             return _native.call(torch.ops.sage_fast.bias_act.default, (x, b), dim, slope, gain, limit, kernel)
     return bias_act_reference(x, b, dim, act, alpha if act in ("lrelu", "elu") else None, gain, clamp)
 
 
-def _kernel(act: str, alpha: float, gain: float, float64: bool) -> tuple[int | None, float]:
+def _kernel(act: str, alpha: float, gain: float, clamp: float | None, float64: bool) -> tuple[int | None, float]:
     """The number of the kernel, None where plain PyTorch does it, and its slope."""
     kernel, slope = _KERNELS.get(act, (None, None))
     # the kernels' derivative reads the sign of x + b off the output, which needs gain > 0 and alpha >= 0
     if kernel is None or not gain > 0 or not alpha >= 0 or (float64 and kernel != 0):
+        return None, 0.0
+    if act == "linear" and gain == 1 and clamp is None:
         return None, 0.0
     return kernel, alpha if slope is None else slope
 
@@ -98,7 +107,7 @@ def _on_host(host, x, b, dim, act, alpha, gain, clamp):
     if x.dtype.name not in ("float32", "float64", "float16") or (clamp is not None and not clamp >= 0):
         return None
     alpha, gain = _settings(act, alpha, gain)
-    kernel, slope = _kernel(act, alpha, gain, x.dtype.name == "float64")
+    kernel, slope = _kernel(act, alpha, gain, clamp, x.dtype.name == "float64")
     if kernel is None:
         return None
     if b is not None and b.dtype != x.dtype and not (b.dtype.name == "float32" and x.dtype.name == "float16"):
@@ -117,12 +126,16 @@ def bias_act_reference(
 ) -> Tensor:
     """The same in plain PyTorch."""
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
-    if b is not None:
-        x = x + b.to(x.dtype).reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
-    x = ACTIVATIONS[act][0](x, alpha)
+    x = ACTIVATIONS[act][0](_biased(x, b, dim), alpha)
     if gain != 1:
         x = x * gain
     return x if clamp is None else x.clamp(-clamp, clamp)
+
+
+def _biased(x: Tensor, b: Tensor | None, dim: int) -> Tensor:
+    if b is None:
+        return x
+    return x + b.to(x.dtype).reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
 
 
 def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
@@ -153,13 +166,15 @@ def _settings(act: str, alpha: float | None, gain: float | None) -> tuple[float,
 
 
 def _setup_context(ctx, inputs, output):
-    _, b, ctx.dim, *ctx.settings = inputs
+    x, b, ctx.dim, *ctx.settings = inputs
     ctx.bias_dtype, ctx.sum_over = None if b is None else b.dtype, [i for i in range(output.ndim) if i != ctx.dim]
-    ctx.save_for_backward(output)
+    ctx.save_for_backward(*((x, b) if ctx.settings[-1] == _SWISH else (output,)))
 
 
 def _backward(ctx, grad):
-    (y,) = ctx.saved_tensors
+    y, *b = ctx.saved_tensors
+    if ctx.settings[-1] == _SWISH:  # takes most values twice: the derivative is read off x + b
+        y = _biased(y, b[0], ctx.dim)
     grad_x = _native.call(torch.ops.sage_fast.bias_act_backward.default, (grad, y), *ctx.settings)
     if ctx.bias_dtype is None or not ctx.needs_input_grad[1]:
         return grad_x, *[None] * 6
@@ -175,14 +190,22 @@ def _setup_context_backward(ctx, inputs, output):
 
 
 def _backward_backward(ctx, grad):
-    """Linear in the incoming gradient: there it is the same map. In y it is constant where the activation is straight."""
+    """Linear in the incoming gradient: there it is the same map. In y it is constant where the activation is straight.
+
+    y is x + b for swish.
+    """
     incoming, y = ctx.saved_tensors
     _, gain, clamp, kernel = ctx.settings
     grad_incoming = _native.call(torch.ops.sage_fast.bias_act_backward.default, (grad, y), *ctx.settings)
     if kernel == 0 or not ctx.needs_input_grad[1]:
         return grad_incoming, *[None] * 5
-    grad_y = grad * incoming * _CURVATURE[kernel](y / gain)
-    return grad_incoming, grad_y if clamp < 0 else torch.where(y.abs() < clamp, grad_y, 0), *[None] * 4
+    if kernel == _SWISH:
+        s = torch.sigmoid(y)
+        curvature, value = gain * s * (1 - s) * (2 + y * (1 - 2 * s)), gain * y * s
+    else:
+        curvature, value = _CURVATURE[kernel](y / gain), y
+    grad_y = grad * incoming * curvature
+    return grad_incoming, grad_y if clamp < 0 else torch.where(value.abs() < clamp, grad_y, 0), *[None] * 4
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
