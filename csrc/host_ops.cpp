@@ -126,6 +126,29 @@ py::array project_onto_basis(const py::array& w_plus_, const py::array& basis_, 
   return y;
 }
 
+py::array least_squares_codes(const py::array& delta_w_, const py::array& pseudo_inverse_, const Out& out) {
+  const Array delta_w(delta_w_, "delta_w"), pseudo_inverse(pseudo_inverse_, "pseudo_inverse");
+  const Dtype dtype = delta_w.floating();
+  delta_w.need_dim(3, "[N, L, D]");
+  pseudo_inverse.need_dim(3, "[L, K, D]");
+  const int64_t n = delta_w[0], layers = delta_w[1], dim = delta_w[2], k = pseudo_inverse[1];
+  pseudo_inverse.need_shape({layers, k, dim}, "[L, K, D]");
+  pseudo_inverse.need_dtype(dtype, delta_w);
+  const CodesParams p{n, layers, dim, k, layers * dim, dim, k * dim, dim};
+  py::array y = result(out, {n, layers, k}, dtype, {&delta_w, &pseudo_inverse});
+  if (y.size() == 0) return y;
+  void* const to = y.mutable_data();
+  if (dim == 0) {
+    std::memset(to, 0, y.nbytes());
+    return y;
+  }
+  compute(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    SAGE_CALL(least_squares_codes<T>)(delta_w.data<T>(), pseudo_inverse.data<T>(), p, written<T>(to));
+  });
+  return y;
+}
+
 py::array edit_latents(const py::array& class_embedding_, const py::array& codes_, const py::array& directions_,
                        double alpha, const std::optional<py::array>& mask_,
                        const std::optional<py::array>& class_index_, const Out& out) {
@@ -259,6 +282,8 @@ void define_ops(py::module_& m) {
         "4: softplus, 5: sigmoid, 6: swish; clamp < 0: none. out may be x.");
   m.def("project_onto_basis", &project_onto_basis, "w_plus"_a, "basis"_a, out,
         "B (B^T w) per layer: w_plus [N, L, D], basis [L, D, R].");
+  m.def("least_squares_codes", &least_squares_codes, "delta_w"_a, "pseudo_inverse"_a, out,
+        "A+ w per layer: delta_w [N, L, D], pseudo_inverse [L, K, D].");
   m.def("edit_latents", &edit_latents, "class_embedding"_a, "codes"_a, "directions"_a, "alpha"_a = 1.0,
         "mask"_a = py::none(), "class_index"_a = py::none(), out,
         "e + alpha A (mask n) per layer: class_embedding [B, L, D], codes [N, L, K], directions [L, D, K], mask bool "

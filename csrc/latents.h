@@ -1,7 +1,9 @@
-// What the launches of project_onto_basis and edit_latents share on both devices: checks and strides.
+// What the launches of project_onto_basis, least_squares_codes and edit_latents share on both devices: checks and
+// strides.
 #pragma once
 
 #include "edit_latents.h"
+#include "least_squares_codes.h"
 #include "project_onto_basis.h"
 #include "tensor.h"
 
@@ -10,6 +12,12 @@ namespace sage_fast {
 // The kernels take any strides but that of the last axis.
 inline Tensor last_axis_contiguous(const Tensor& x) {
   return x.stride(2) == 1 || x.size(2) <= 1 ? x : torch::stable::contiguous(x);
+}
+
+// [n, layers, last] without values, of like's dtype and device.
+inline Tensor new_latents(const Tensor& like, int64_t n, int64_t layers, int64_t last) {
+  const int64_t sizes[3] = {n, layers, last}, strides[3] = {layers * last, last, 1};
+  return new_strided(like, 3, sizes, strides);
 }
 
 inline void check_projection(const Tensor& w_plus, const Tensor& basis) {
@@ -23,6 +31,20 @@ inline void check_projection(const Tensor& w_plus, const Tensor& basis) {
 inline ProjectParams projection_params(const Tensor& w_plus, const Tensor& basis) {
   return {w_plus.size(0),   w_plus.size(1),   w_plus.size(2),  basis.size(2),
           w_plus.stride(0), w_plus.stride(1), basis.stride(0), basis.stride(1)};
+}
+
+inline void check_codes(const Tensor& delta_w, const Tensor& pseudo_inverse) {
+  require(delta_w.dim() == 3 && pseudo_inverse.dim() == 3,
+          "least_squares_codes: delta_w must be [N, L, D] and pseudo_inverse [L, K, D]");
+  require(pseudo_inverse.size(0) == delta_w.size(1) && pseudo_inverse.size(2) == delta_w.size(2),
+          "least_squares_codes: pseudo_inverse must be [L, K, D] of delta_w");
+  require(pseudo_inverse.scalar_type() == delta_w.scalar_type() && pseudo_inverse.is_cuda() == delta_w.is_cuda(),
+          "least_squares_codes: pseudo_inverse must have the dtype and device of delta_w");
+}
+
+inline CodesParams codes_params(const Tensor& delta_w, const Tensor& pseudo_inverse) {
+  return {delta_w.size(0),   delta_w.size(1),   delta_w.size(2),          pseudo_inverse.size(1),
+          delta_w.stride(0), delta_w.stride(1), pseudo_inverse.stride(0), pseudo_inverse.stride(1)};
 }
 
 inline void check_edit(const Tensor& class_embedding, const Tensor& codes, const Tensor& directions,

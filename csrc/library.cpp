@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
       "upfirdn2d(Tensor x, Tensor f, int up, int down, int left, int right, int top, int bottom, bool flip_filter, "
       "float gain) -> Tensor");
   m.def("project_onto_basis(Tensor w_plus, Tensor basis) -> Tensor");
+  m.def("least_squares_codes(Tensor delta_w, Tensor pseudo_inverse) -> Tensor");
   m.def("gaussian_low_pass(Tensor images, float sigma, bool reflect=False, bool pixels=False) -> Tensor");
   m.def(
       "fuse_frequencies(Tensor real, Tensor inverted, Tensor edited, float gamma1, float gamma2, float sigma) -> "

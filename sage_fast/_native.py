@@ -30,6 +30,7 @@ NATIVE_OPS = (
     "bias_act",
     "upfirdn2d",
     "project_onto_basis",
+    "least_squares_codes",
     "edit_latents",
     "combine_rows",
     "gaussian_low_pass",
@@ -88,7 +89,7 @@ def call(op: Any, tensors: tuple[torch.Tensor | None, ...], *settings: Any) -> t
             if x is not None and x.requires_grad:
                 return op(*tensors, *settings)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*tensors, *settings)
+        return op._op(*tensors, *settings)  # what op's own __call__ does, a frame less
 
 
 def has_kernel(op: str, device_type: str) -> bool:

@@ -16,7 +16,7 @@ Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, dou
   directions = last_axis_contiguous(directions);
   if (mask.has_value()) mask = torch::stable::contiguous(*mask);
   const EditParams p = edit_params(class_embedding, codes, directions, mask, alpha);
-  Tensor out = torch::stable::new_empty(codes, {p.n, p.layers, p.dim});
+  Tensor out = new_latents(codes, p.n, p.layers, p.dim);
   if (class_index.has_value()) class_index = torch::stable::contiguous(*class_index);
   const EditRuns runs(class_index.has_value() ? data<int64_t>(*class_index) : nullptr, p);
   if (p.n * p.layers * p.dim == 0) return out;

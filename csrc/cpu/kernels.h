@@ -6,6 +6,7 @@
 #include "../edit_latents.h"
 #include "../fuse_frequencies.h"
 #include "../fuse_pixels.h"
+#include "../least_squares_codes.h"
 #include "../project_onto_basis.h"
 #include "../upfirdn2d.h"
 #include "isa.h"
@@ -22,5 +23,6 @@ SAGE_DECLARE(template <class T> void fuse_frequencies(const LowPass<T>& plan, co
 SAGE_DECLARE(template <class T> void fuse_pixels(const T* real, const T* inverted, const T* edited, const T* low,
                                                  const FusePixelsParams& p, T* y))
 SAGE_DECLARE(template <class T> void gaussian_low_pass(const LowPass<T>& plan, const T* x, int64_t planes, T* y))
+SAGE_DECLARE(template <class T> void least_squares_codes(const T* w, const T* pinv, const CodesParams& p, T* out))
 SAGE_DECLARE(template <class T> void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* out))
 SAGE_DECLARE(void upfirdn2d(const void* x, const double* filter, const UpfirdnParams& p, Dtype dtype, void* y))

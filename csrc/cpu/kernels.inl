@@ -13,6 +13,7 @@
 #include "fuse_frequencies.inl"
 #include "fuse_pixels.inl"
 #include "gaussian_low_pass.inl"
+#include "least_squares_codes.inl"
 #include "project_onto_basis.inl"
 #include "synthesis.inl"
 #include "upfirdn2d.inl"

@@ -1,5 +1,5 @@
-// Products of a matrix [dim, cols] with many short vectors, for project_onto_basis and edit_latents. Many samples share
-// the matrix packed into panels; for one sample it is read once, as it lies.
+// Products of a matrix [dim, cols] with many short vectors, for project_onto_basis, edit_latents and
+// least_squares_codes. Many samples share the matrix packed into panels; for one sample it is read once, as it lies.
 
 #pragma once
 
@@ -104,9 +104,18 @@ struct Products {
     }
   }
 
-  // sums[s * cols + c] = partial sums of w[s] . column c, for S samples and C columns of the panels.
+  // A matrix whose columns are read `width` values at a time: panel p of column c at data + p * next + c * apart. With
+  // dim % width other than 0 the last panel ends in zeros.
+  struct Columns {
+    const T* data;
+    int64_t cols, apart, next;
+    Columns from(int64_t first, int64_t count) const { return {data + first * apart, count, apart, next}; }
+  };
+  static Columns packed(const T* panels, int64_t cols) { return {panels, cols, width, width * cols}; }
+
+  // sums[s * cols + c] = partial sums of w[s] . column first + c, for S samples and C columns.
   template <int64_t S, int64_t C>
-  static void dots(const T* const* w, const T* const* tails, int64_t dim, const T* panels, int64_t cols, V* sums) {
+  static void dots(const T* const* w, const T* const* tails, int64_t dim, const Columns& m, int64_t first, V* sums) {
     V sum[S][C];
     for (int64_t s = 0; s < S; ++s) {
       for (int64_t c = 0; c < C; ++c) sum[s][c] = V{};
@@ -114,33 +123,39 @@ struct Products {
     for (int64_t d = 0; d < dim; d += width) {
       const T* at[S];
       for (int64_t s = 0; s < S; ++s) at[s] = d + width <= dim ? w[s] + d : tails[s];
-      const T* panel = panels + d * cols;
+      const T* panel = m.data + d / width * m.next + first * m.apart;
       for (int64_t v = 0; v < width; v += lanes) {
         V in[S];
         for (int64_t s = 0; s < S; ++s) in[s] = load(at[s] + v);
         for (int64_t c = 0; c < C; ++c) {
-          const V column = load(panel + c * width + v);
+          const T* at_column = panel + c * m.apart + v;
+          if constexpr (S == 1) __builtin_prefetch(at_column + C * m.apart);  // one sample: the matrix from afar, once
+          const V column = load(at_column);
           for (int64_t s = 0; s < S; ++s) sum[s][c] += in[s] * column;
         }
       }
     }
     for (int64_t s = 0; s < S; ++s) {
-      for (int64_t c = 0; c < C; ++c) sums[s * cols + c] = sum[s][c];
+      for (int64_t c = 0; c < C; ++c) sums[s * m.cols + first + c] = sum[s][c];
     }
   }
 
+  // Pieces of up to `columns`, as equal as can be: a tile of one column would wait for its loads.
   template <int64_t S>
-  static void dots_of_all_columns(const T* const* w, const T* const* tails, int64_t dim, const T* panels, int64_t cols,
-                                  V* sums) {
-    int64_t c = 0;
-    for (; c + columns <= cols; c += columns) dots<S, columns>(w, tails, dim, panels + c * width, cols, sums + c);
-    for (; c + 2 <= cols; c += 2) dots<S, 2>(w, tails, dim, panels + c * width, cols, sums + c);
-    for (; c < cols; ++c) dots<S, 1>(w, tails, dim, panels + c * width, cols, sums + c);
+  static void dots_of_all_columns(const T* const* w, const T* const* tails, int64_t dim, const Columns& m, V* sums) {
+    int64_t pieces = (m.cols + columns - 1) / columns;
+    for (int64_t c = 0, held; c < m.cols; c += held, --pieces) {
+      held = (m.cols - c) / pieces;
+      if (held == 5) dots<S, 5>(w, tails, dim, m, c, sums);
+      if (held == 4) dots<S, 4>(w, tails, dim, m, c, sums);
+      if (held == 3) dots<S, 3>(w, tails, dim, m, c, sums);
+      if (held == 2) dots<S, 2>(w, tails, dim, m, c, sums);
+      if (held == 1) dots<S, 1>(w, tails, dim, m, c, sums);
+    }
   }
 
-  // codes [n, cols] = w [n, dim] times the packed matrix, n up to `group`. codes has room for `lanes` more.
-  static void reduce(const T* const* w, int64_t n, int64_t dim, const T* panels, int64_t cols, const Scratch<T>& sums,
-                     T* codes) {
+  // codes [n, cols] = w [n, dim] times the matrix, n up to `group`. codes has room for `lanes` more.
+  static void reduce(const T* const* w, int64_t n, int64_t dim, const Columns& m, const Scratch<T>& sums, T* codes) {
     const int64_t full = dim / width * width;
     T padded[group][width];  // the last panel of each sample, where it is not full
     const T* tails[group];
@@ -150,9 +165,9 @@ struct Products {
     }
     V* partial = reinterpret_cast<V*>(sums.data());
     int64_t s = 0;
-    for (; s + tile <= n; s += tile) dots_of_all_columns<tile>(w + s, tails + s, dim, panels, cols, partial + s * cols);
-    for (; s < n; ++s) dots_of_all_columns<1>(w + s, tails + s, dim, panels, cols, partial + s * cols);
-    for (int64_t i = 0; i < n * cols; i += lanes) store<T>(sum_of_each(partial + i), codes + i);
+    for (; s + tile <= n; s += tile) dots_of_all_columns<tile>(w + s, tails + s, dim, m, partial + s * m.cols);
+    for (; s < n; ++s) dots_of_all_columns<1>(w + s, tails + s, dim, m, partial + s * m.cols);
+    for (int64_t i = 0; i < n * m.cols; i += lanes) store<T>(sum_of_each(partial + i), codes + i);
   }
   static int64_t sums_size(int64_t cols) { return (group * cols + lanes) * lanes; }
   static int64_t codes_size(int64_t cols) { return group * cols + lanes; }

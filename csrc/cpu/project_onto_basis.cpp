@@ -12,7 +12,7 @@ Tensor project_onto_basis(Tensor w_plus, Tensor basis) {
   w_plus = last_axis_contiguous(w_plus);
   basis = last_axis_contiguous(basis);
   const ProjectParams p = projection_params(w_plus, basis);
-  Tensor out = torch::stable::new_empty(w_plus, {p.n, p.layers, p.dim});
+  Tensor out = new_latents(w_plus, p.n, p.layers, p.dim);
   if (p.rank == 0) return torch::stable::zero_(out);
   if (p.n * p.layers * p.dim == 0) return out;
   dispatch(w_plus, [&](auto zero) {

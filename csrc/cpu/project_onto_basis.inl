@@ -49,7 +49,7 @@ void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* o
         to[s] = out + ((first + s) * p.layers + layer) * p.dim;
       }
       const T* panel = panels + layer * size;
-      P::reduce(in, n, p.dim, panel, p.rank, sums, codes.data());
+      P::reduce(in, n, p.dim, P::packed(panel, p.rank), sums, codes.data());
       P::expand(codes.data(), n, p.rank, kept.data(), panel, p.rank, p.dim, nullptr, T(1), to, ahead, n);
     }
   });

@@ -67,7 +67,7 @@ Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, dou
   const EditParams p = edit_params(class_embedding, codes, directions, mask, alpha);
   const int64_t tiles = (p.dim + kDim - 1) / kDim;
   require(p.layers <= 65535 && tiles <= 65535, "edit_latents: at most 65535 layers and 4194240 dimensions");
-  Tensor out = torch::stable::new_empty(codes, {p.n, p.layers, p.dim});
+  Tensor out = new_latents(codes, p.n, p.layers, p.dim);
   if (p.n * p.layers * p.dim == 0) return out;
   const dim3 grid(static_cast<unsigned>((p.n + kSamples - 1) / kSamples), static_cast<unsigned>(tiles),
                   static_cast<unsigned>(p.layers));

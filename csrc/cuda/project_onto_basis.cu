@@ -50,7 +50,7 @@ Tensor project_onto_basis(Tensor w_plus, Tensor basis) {
   const ProjectParams p = projection_params(w_plus, basis);
   require(p.layers <= 65535 && p.rank <= 512,
           "project_onto_basis: basis must have at most 65535 layers and 512 columns");
-  Tensor out = torch::stable::new_empty(w_plus, {p.n, p.layers, p.dim});
+  Tensor out = new_latents(w_plus, p.n, p.layers, p.dim);
   if (w_plus.numel() == 0) return out;
   const dim3 grid(static_cast<unsigned>((p.n + kSamples - 1) / kSamples), static_cast<unsigned>(p.layers));
   dispatch(w_plus, [&](auto zero) {

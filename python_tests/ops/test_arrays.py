@@ -60,6 +60,7 @@ def calls(dtype: str) -> dict[str, tuple]:
             {"w_plus": w[:, :, :9], "basis": np.repeat(basis[:, :9], 9, 2)},
             {},
         ),
+        "least_squares_codes": (ops.least_squares_codes, {"delta_w": w, "pseudo_inverse": basis.swapaxes(1, 2)}, {}),
         "edit_latents": (ops.edit_latents, {**edit, "mask": mask, "class_index": index}, {"alpha": 0.7}),
         "edit_latents_shared": (ops.edit_latents, {**edit, "class_embedding": w[:1], "mask": mask[0].astype(int)}, {}),
         "edit_latents_small": (ops.edit_latents, {k: v[:1] if k != "directions" else v for k, v in edit.items()}, {}),
@@ -143,7 +144,9 @@ def test_empty_arrays():
     for name, (op, arrays, settings) in calls("float32").items():
         if "class_index" in arrays:
             arrays = {**arrays, "class_index": arrays["class_index"][:0]}
-        none = {k: a[:0] if k in ("x", "w_plus", "codes", "images", "edited") else a for k, a in arrays.items()}
+        none = {
+            k: a[:0] if k in ("x", "w_plus", "delta_w", "codes", "images", "edited") else a for k, a in arrays.items()
+        }
         if "edited" in none:
             none |= {k: a[:1] for k, a in none.items() if k != "edited"}
         got = op(**none, **settings)
@@ -353,6 +356,14 @@ def test_the_host_module_names_the_argument(host):
             r"basis must have shape \[L, D, R\] = \[5, 6, 7\], got \[4, 6, 7\]",
         ),
         (lambda: host.project_onto_basis(w, a.astype("f8")), "basis must be float32, as w_plus is, got float64"),
+        (
+            lambda: host.least_squares_codes(w, a),
+            r"pseudo_inverse must have shape \[L, K, D\] = \[5, 6, 6\], got \[5, 6, 7\]",
+        ),
+        (
+            lambda: host.least_squares_codes(w.astype("f8"), a[..., :6]),
+            "pseudo_inverse must be float64, as delta_w is, got float32",
+        ),
         (lambda: host.edit_latents(w[:2], codes, a), "class_embedding must hold 1 or N = 4 rows .*, got 2"),
         (lambda: host.edit_latents(w, codes, a, class_index=index + 4), "class_index must be 0 to B - 1 = 3, got 4"),
         (
@@ -396,6 +407,7 @@ def test_info_lists_the_functions(host):
         "upfirdn2d",
         "bias_act",
         "project_onto_basis",
+        "least_squares_codes",
         "edit_latents",
         "gaussian_low_pass",
         "fuse_frequencies",

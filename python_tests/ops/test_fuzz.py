@@ -129,6 +129,18 @@ def test_project_onto_basis(data):
     agree(lambda: op(w_plus, basis), lambda: ops.project_onto_basis_reference(w_plus, basis), "w_plus basis", tolerance)
 
 
+@fuzz(80)
+@given(data=st.data())
+def test_least_squares_codes(data):
+    draw, dtype = data.draw, data.draw(st.sampled_from(EXACT))
+    n, n_latent, dim, k = draw(sides(20)), draw(sides(4)), draw(sides(70)), draw(sides(40))
+    delta_w = draw(tensors([n, n_latent, dim], dtype))
+    inverse = draw(tensors([n_latent, k, dim + draw(st.sampled_from([0, 0, 0, 1]))], dtype, specials=()))
+    op, tolerance = torch.ops.sage_fast.least_squares_codes, 10 * DTYPES[dtype]
+    reference = ops.least_squares_codes_reference
+    agree(lambda: op(delta_w, inverse), lambda: reference(delta_w, inverse), "delta_w pseudo_inverse", tolerance)
+
+
 @fuzz(100)
 @given(data=st.data())
 def test_edit_latents(data):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sage_fast.errors import InputError
 from sage_fast.factorization.class_embeddings import check_labels, check_w_plus
 from sage_fast.factorization.singular_vectors import left_singular_vectors
+from sage_fast.ops import least_squares_codes
 
 __all__ = [
     "READINGS",
@@ -28,7 +29,7 @@ READINGS = ("paper", "released", "default")
 """What the paper prints, what its authors' code computes, and what is used here unless asked otherwise."""
 
 
-_BLOCK = 512  # latents to a matrix product
+_BLOCK = 512  # codes whose category's are gathered at once
 
 
 class CategoryIrrelevantDictionary:
@@ -80,13 +81,12 @@ class CategoryIrrelevantDictionary:
             InputError: another L or D.
         """
         check_w_plus(delta_w, *self.directions.shape[:2])
-        codes = delta_w.new_empty(len(delta_w), delta_w.shape[1], self.n_directions)
-        for block in range(0, len(delta_w), _BLOCK):  # its results stay in the cache for the subtraction
+        codes = least_squares_codes(delta_w, self.pseudo_inverse)
+        if class_codes is None or labels is None:
+            return codes
+        for block in range(0, len(codes), _BLOCK):
             rows = slice(block, block + _BLOCK)
-            # a BLAS product a layer, at the processor's peak: a kernel of our own has nothing to win here
-            codes[rows] = torch.einsum("nld,lkd->nlk", delta_w[rows], self.pseudo_inverse)
-            if class_codes is not None and labels is not None:
-                codes[rows] -= class_codes[labels[rows]]
+            codes[rows] -= class_codes[labels[rows]]
         return codes
 
     def inverse_transform(self, codes: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from sage_fast.ops.edit_latents import edit_latents, edit_latents_reference
 from sage_fast.ops.fuse_frequencies import fuse_frequencies, fuse_frequencies_reference
 from sage_fast.ops.fuse_pixels import fuse_pixels, fuse_pixels_reference
 from sage_fast.ops.gaussian_low_pass import gaussian_low_pass, gaussian_low_pass_reference
+from sage_fast.ops.least_squares_codes import least_squares_codes, least_squares_codes_reference
 from sage_fast.ops.modulated_conv2d import modulated_conv2d, modulated_conv2d_reference
 from sage_fast.ops.project_onto_basis import project_onto_basis, project_onto_basis_reference
 from sage_fast.ops.synthesis import synthesis, synthesis_reference
@@ -32,6 +33,8 @@ __all__ = [
     "fuse_pixels_reference",
     "gaussian_low_pass",
     "gaussian_low_pass_reference",
+    "least_squares_codes",
+    "least_squares_codes_reference",
     "modulated_conv2d",
     "modulated_conv2d_reference",
     "project_onto_basis",

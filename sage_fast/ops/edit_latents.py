@@ -44,7 +44,8 @@ def edit_latents(
     _check(class_embedding, codes, directions, mask, class_index)
     _require_classes(class_index, class_embedding)
     mask = _rows_of(mask)
-    if codes.dtype in (torch.float32, torch.float64) and _native.has_kernel("edit_latents", codes.device.type):
+    native = codes.dtype in (torch.float32, torch.float64)
+    if native and _native.has_kernel("edit_latents", "cpu" if codes.is_cpu else codes.device.type):
         op = torch.ops.sage_fast.edit_latents.default
         return _native.call(op, (class_embedding, codes, directions), float(alpha), mask, class_index)
     # [L, N, K] x [L, K, D]: one batched product over the layers
@@ -96,24 +97,26 @@ def _kept(codes: Tensor, mask: Tensor | None, class_index: Tensor | None) -> Ten
 def _check(
     class_embedding: Tensor, codes: Tensor, directions: Tensor, mask: Tensor | None, class_index: Tensor | None
 ) -> None:
-    if directions.ndim != 3:
-        raise InputError(f"directions must have shape [L, D, K], got {list(directions.shape)}.")
-    n_latent, dim, k = directions.shape
-    if codes.ndim != 3 or codes.shape[1:] != (n_latent, k) or not codes.is_floating_point():
+    of_directions, of_codes, of_embedding = directions.shape, codes.shape, class_embedding.shape
+    if len(of_directions) != 3:
+        raise InputError(f"directions must have shape [L, D, K], got {list(of_directions)}.")
+    n_latent, dim, k = of_directions
+    if len(of_codes) != 3 or of_codes[1] != n_latent or of_codes[2] != k or not codes.is_floating_point():
         raise InputError(
-            f"codes must be floating point [N, {n_latent}, {k}], as directions have, got {codes.dtype} {list(codes.shape)}."
+            f"codes must be floating point [N, {n_latent}, {k}], as directions have, got {codes.dtype} {list(of_codes)}."
         )
-    if class_embedding.ndim != 3 or class_embedding.shape[1:] != (n_latent, dim):
+    if len(of_embedding) != 3 or of_embedding[1] != n_latent or of_embedding[2] != dim:
         raise InputError(
-            f"class_embedding must have shape [N, {n_latent}, {dim}], as directions have, got {list(class_embedding.shape)}."
+            f"class_embedding must have shape [N, {n_latent}, {dim}], as directions have, got {list(of_embedding)}."
         )
+    dtype, device = codes.dtype, codes.device
     for name, tensor in (("class_embedding", class_embedding), ("directions", directions)):
-        if tensor.dtype != codes.dtype or tensor.device != codes.device:
+        if tensor.dtype != dtype or tensor.device != device:
             raise InputError(
-                f"{name} must be {codes.dtype} on {codes.device}, as codes are, got {tensor.dtype} on {tensor.device}."
+                f"{name} must be {dtype} on {device}, as codes are, got {tensor.dtype} on {tensor.device}."
             )
-    rows = len(class_embedding)
-    if class_index is None and rows not in (1, len(codes)):
+    rows = of_embedding[0]
+    if class_index is None and rows != 1 and rows != of_codes[0]:
         raise InputError(
             f"class_embedding must hold 1 or {len(codes)} rows, as codes do, got {rows}; name the row of each sample with "
             "class_index."
@@ -128,8 +131,8 @@ def _check(
             f"mask must have shape [{n_latent}, {k}] or [{rows}, {n_latent}, {k}], got {list(mask.shape)}."
         )
     for name, choice in (("mask", mask), ("class_index", class_index)):
-        if choice is not None and choice.device != codes.device:
-            raise InputError(f"{name} must be on {codes.device}, as codes are, got {choice.device}.")
+        if choice is not None and choice.device != device:
+            raise InputError(f"{name} must be on {device}, as codes are, got {choice.device}.")
 
 
 def _setup_context(ctx, inputs, output):

@@ -30,10 +30,11 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
         InputError: shapes or dtypes that do not belong together.
     """
     _check(w_plus, basis)
-    if w_plus.device.type == "cpu" and _products_are_ahead(basis.shape):
+    device_type, shape = "cpu" if w_plus.is_cpu else w_plus.device.type, basis.shape
+    if device_type == "cpu" and _products_are_ahead(shape):
         return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
-    native = w_plus.dtype in (torch.float32, torch.float64) and basis.shape[2] > 0
-    if native and _native.has_kernel("project_onto_basis", w_plus.device.type):
+    native = w_plus.dtype in (torch.float32, torch.float64) and shape[2] > 0
+    if native and _native.has_kernel("project_onto_basis", device_type):
         return _native.call(torch.ops.sage_fast.project_onto_basis.default, (w_plus, basis))
     return project_onto_basis_reference(w_plus, basis)
 
@@ -56,11 +57,12 @@ def project_onto_basis_reference(w_plus: Tensor, basis: Tensor) -> Tensor:
 
 
 def _check(w_plus: Tensor, basis: Tensor) -> None:
-    if w_plus.ndim != 3 or not w_plus.is_floating_point():
-        raise InputError(f"w_plus must be floating point [N, L, D], got {w_plus.dtype} {list(w_plus.shape)}.")
-    if basis.ndim != 3 or basis.shape[:2] != w_plus.shape[1:]:
-        n_latent, dim = w_plus.shape[1:]
-        raise InputError(f"basis must have shape [L, D, R] with L = {n_latent}, D = {dim}, got {list(basis.shape)}.")
+    shape, of_basis = w_plus.shape, basis.shape
+    if len(shape) != 3 or not w_plus.is_floating_point():
+        raise InputError(f"w_plus must be floating point [N, L, D], got {w_plus.dtype} {list(shape)}.")
+    _, n_latent, dim = shape
+    if len(of_basis) != 3 or of_basis[0] != n_latent or of_basis[1] != dim:
+        raise InputError(f"basis must have shape [L, D, R] with L = {n_latent}, D = {dim}, got {list(of_basis)}.")
     if basis.dtype != w_plus.dtype or basis.device != w_plus.device:
         raise InputError(
             f"basis must be {w_plus.dtype} on {w_plus.device}, as w_plus is, got {basis.dtype} on {basis.device}."
