@@ -1,4 +1,5 @@
 #include "../upfirdn2d.h"
+#include "channel_strips.inl"
 
 // Columns first, then rows, some rows at a time: the sums along the columns (`mid`) stay in the first-level cache.
 // Along a column, neighbours are whole rows, whatever the layout; along a row they lie `inner` values apart. So nearly
@@ -385,6 +386,10 @@ void run(const T* x, const double* filter, const UpfirdnParams& p, T* y) {
       }
     });
     return;
+  }
+  if (terms.count == 1 && strips_are_ahead<T>(p)) {
+    return p.down == 1 ? filter_strips<1>(x, p, terms.col, terms.row, y)
+                       : filter_strips<2>(x, p, terms.col, terms.row, y);
   }
   const int64_t band = PlaneFilter<T>(p, terms).band, bands = ceil_div(out_h, band);
   parallel(p.planes * bands, 1 + 16384 / (band * out_size / out_h + 1), [&](int64_t first, int64_t last) {

@@ -75,6 +75,22 @@ def test_channels_last(device, dtype, c, name):
         torch.testing.assert_close(grad, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("c", [16, 35])
+@pytest.mark.parametrize("down", [1, 2])
+@pytest.mark.parametrize("padding", [1, (2, 1, 3, 0), (-3, 5, 4, -2), 0])
+def test_strips_of_channels(device, same_bits_for_all_thread_counts, padding, down, c, dtype):
+    """More rows than a band, columns that do not fill the last strip, edges with pixels beyond the image, a NaN inside."""
+    x = images(2, c, 71, 133, device=device).to(dtype).to(memory_format=torch.channels_last)
+    x[1, 5, 40, 20] = float("nan")
+    compute = lambda: upfirdn2d(x, BINOMIAL, down=down, padding=padding, gain=2.0)  # noqa: E731
+    y, exact = compute(), upfirdn2d_reference(x.double(), BINOMIAL.double(), down=down, padding=padding, gain=2.0)
+    rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(y.double(), exact, atol=2e-6, rtol=rounding, equal_nan=True)
+    assert y.isnan().sum() > 0 and y.is_contiguous(memory_format=torch.channels_last)
+    same_bits_for_all_thread_counts(lambda: compute().nan_to_num())
+
+
 @pytest.mark.parametrize("planes", [1, 5, 16, 37])
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (9, 9), (17, 17), (16, 33), (70, 70)])
 @pytest.mark.parametrize("name", ["blur", "up 2", "down 2", "down 2, uneven", "up 3, down 2"])
