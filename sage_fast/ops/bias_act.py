@@ -89,7 +89,7 @@ def bias_act(
                 dim %= max(1, x.ndim)
             limit = -1.0 if clamp is None else clamp
             return _native.call(torch.ops.sage_fast.bias_act.default, (x, b), dim, slope, gain, limit, kernel)
-    return bias_act_reference(x, b, dim, act, alpha if act in ("lrelu", "elu") else None, gain, clamp)
+    return _composed(x, b, dim, act, alpha, gain, clamp)
 
 
 def _kernel(act: str, alpha: float, gain: float, clamp: float | None, float64: bool) -> tuple[int | None, float]:
@@ -126,6 +126,12 @@ def bias_act_reference(
 ) -> Tensor:
     """The same in plain PyTorch."""
     alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
+    return _composed(x, b, dim, act, alpha, gain, clamp)
+
+
+def _composed(
+    x: Tensor, b: Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float | None
+) -> Tensor:
     x = ACTIVATIONS[act][0](_biased(x, b, dim), alpha)
     if gain != 1:
         x = x * gain
@@ -135,7 +141,9 @@ def bias_act_reference(
 def _biased(x: Tensor, b: Tensor | None, dim: int) -> Tensor:
     if b is None:
         return x
-    return x + b.to(x.dtype).reshape([-1 if i == dim % x.ndim else 1 for i in range(x.ndim)])
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    return x + (b if b.dtype == x.dtype else b.to(x.dtype)).view(shape)
 
 
 def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
