@@ -56,7 +56,7 @@ endif
 BENCH = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 $(PYTHON)
 bench: setup
 	$(BENCH) benchmarks/bench_dictionary.py
-	$(BENCH) -m pytest benchmarks --benchmark-enable $(PEERS)
+	$(BENCH) -m pytest benchmarks --benchmark-enable --bench-compile $(PEERS)
 
 lint: setup
 	$(PYTHON) -m pip install --quiet $(LINTERS)

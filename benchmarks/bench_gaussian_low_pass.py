@@ -50,7 +50,7 @@ def test_pixels(compare, side, sigma):
 
     compare.tolerance = 1e-5
     ours = lambda: gaussian_low_pass(x, sigma, "reflect", "pixels")  # noqa: E731
-    compare(f"{side} px, sigma {sigma} px", ours, {"OpenCV": opencv, "SciPy": scipy}, 8 * x.numel())
+    compare(f"{side} px, sigma {sigma} px", ours, {"OpenCV": opencv, "scipy": scipy}, 8 * x.numel())
 
 
 def fft(x):
@@ -88,7 +88,7 @@ def others(x):
         from scipy.ndimage import correlate1d
 
         blurred = lambda: correlate1d(correlate1d(planes, taps, axis=1, mode="wrap"), taps, axis=2, mode="wrap")  # noqa: E731
-        found["SciPy"] = lambda: torch.from_numpy(blurred()).view(x.shape)
+        found["scipy"] = lambda: torch.from_numpy(blurred()).view(x.shape)
     except ImportError:
         pass
     try:

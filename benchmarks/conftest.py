@@ -26,13 +26,15 @@ from torch import Tensor
 from sage_fast import _native
 
 ROUNDS, ROUND_SECONDS = 11, 0.006
+#: rivals that are programs of others
+NOT_COMPILED = ("OpenCV", "NumPy", "scipy", "kornia", "CuPy", "ada", "sg3", "ros", "stylegan")
 _ROWS: pytest.StashKey[dict[str, list[dict]]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-threads", type=int, default=1, help="threads of torch in benchmarks")
     parser.addoption("--bench-images", type=int, default=20_000, help="images of bench_data")
-    parser.addoption("--bench-compile", action="store_true", help="torch.compile among the rivals (minutes to compile)")
+    parser.addoption("--bench-compile", action="store_true", help="torch.compile of each row's best eager form too")
     parser.addoption("--peer-path", action="append", default=[], help="a clone of other people's StyleGAN2; repeatable")
 
 
@@ -69,6 +71,7 @@ class Comparison:
     rows: list[dict]
     benchmark: object
     one_thread: bool
+    compiled: bool = False
     tolerance: float = 2e-5
     rounds: int = ROUNDS
     clock: Callable[[], float] = field(init=False)
@@ -98,6 +101,8 @@ class Comparison:
         if self.benchmark.disabled:
             return
         seconds = self._medians({"ours": ours, **rivals})
+        if self.compiled:
+            seconds |= self._compiled_medians(ours, rivals, seconds)
         mine = seconds.pop("ours")
         ratios = {name: round(value / mine, 3) for name, value in seconds.items()}
         row = dict(case=case, ms=round(mine * 1e3, 4), gb_per_s=round(moved / mine / 1e9, 2), ratios=ratios)
@@ -108,6 +113,21 @@ class Comparison:
         if not self.benchmark._mode:  # pytest-benchmark takes one call a test: the first
             self.benchmark.extra_info.update(row)
             self.benchmark.pedantic(ours, rounds=5, iterations=max(1, int(0.002 / mine)), warmup_rounds=1)
+
+    def _compiled_medians(
+        self, ours: Callable[[], Tensor], rivals: Mapping[str, Callable[[], Tensor]], seconds: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The fastest eager form once more, by torch.compile; empty where there is none that it takes."""
+        eager = [name for name in rivals if not name.startswith(NOT_COMPILED)]
+        if not eager:
+            return {}
+        best = min(eager, key=lambda name: seconds[name])
+        torch.compiler.reset()
+        compiled = torch.compile(rivals[best], dynamic=False)
+        error = (compiled() - rivals[best]()).abs().max().item()
+        assert error <= self.tolerance * max(rivals[best]().abs().max().item(), 1), f"compiled differs by {error:.2e}"
+        again = self._medians({"ours": ours, "compiled": compiled})
+        return {f"{best}, compiled": again["compiled"] * seconds["ours"] / again["ours"]}
 
     def _peak(self, dtype: torch.dtype) -> float:
         """FLOP/s of a 3 x 3 convolution of 512 to 512 channels, measured now: the best of five."""
@@ -140,7 +160,8 @@ def compare(request: pytest.FixtureRequest, benchmark) -> Comparison:
     if needed:
         pytest.fail(f"no kernels of {', '.join(needed)}: {_native.load().reasons['cpu']}; there is nothing to measure")
     rows = request.config.stash[_ROWS].setdefault(name, []) if not benchmark.disabled else []
-    return Comparison(rows, benchmark, request.config.getoption("--bench-threads") == 1)
+    options = request.config.getoption
+    return Comparison(rows, benchmark, options("--bench-threads") == 1, options("--bench-compile"))
 
 
 @pytest.fixture(autouse=True)
