@@ -225,6 +225,21 @@ def test_a_folder_that_generate_wrote_can_be_zipped_with_its_sheet(tmp_path):
     assert open_source(write_zip(tmp_path / "a.zip", files)).files == list(image_folder())
 
 
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_a_folder_in_an_archive_can_be_given(write, tmp_path, expected):
+    other = {f"set/train2/{i % 2}/{i}.png": png(90 + i) for i in range(4)}
+    path = write(tmp_path / "a.archive", other | image_folder("set/train/"))
+    with pytest.raises(InputError, match=r"give '.*a.archive/set/train2', which has some"):
+        open_source(path)
+    listing = open_source(path / "set" / "train")
+    assert listing.files == expected.files and listing.root == path / "set" / "train"
+    assert torch.equal(read_images(listing, 8).images, expected.images)
+    assert open_source(path / "set" / "train" / "c0", flat_ok=True).categories == ["c0"]
+    for gone in ("set/trai", "set/train/c0/000.png", "gone"):
+        with pytest.raises(InputError, match="has no images of the form"):
+            open_source(path / gone)
+
+
 def test_a_flat_archive_is_one_category_where_that_is_allowed(tmp_path):
     path = write_zip(tmp_path / "tulip.zip", {"b.png": png(0), "a.png": png(1)})
     listing = open_source(path, flat_ok=True)

@@ -48,7 +48,8 @@ def open_source(data: Source, min_categories: int = 1, flat_ok: bool = False) ->
     """List a labelled data set.
 
     Args:
-        data: folder, archive, folder of shards, pattern of shards, or a data set object (see the module).
+        data: folder, archive, folder in an archive (``a.zip/train``), folder of shards, pattern of shards, or a data set object
+            (see the module).
         min_categories: fewer are refused.
         flat_ok: take a folder or archive of images without categories as one category that bears its name.
 
@@ -64,8 +65,9 @@ def open_source(data: Source, min_categories: int = 1, flat_ok: bool = False) ->
         return (
             _open_shards(path, shards, min_categories) if shards else scan_image_folder(path, min_categories, flat_ok)
         )
-    if path.is_file():
-        return _open_archive(path, min_categories, flat_ok)
+    archive = next((outer for outer in (path, *path.parents) if outer.is_file()), None)
+    if archive is not None:
+        return _open_archive(archive, path.relative_to(archive).as_posix(), min_categories, flat_ok)
     if any(c in str(data) for c in "{*?["):
         return _open_shards(path, expand_pattern(str(data)), min_categories)
     raise InputError(f"Data {str(data)!r} does not exist; give a folder of images, a .zip or .tar, or shards.")
@@ -82,9 +84,12 @@ def _shards_in(folder: Path) -> list[Path]:
         return []
 
 
-def _open_archive(path: Path, min_categories: int, flat_ok: bool) -> ImageFolder:
-    """An archive of a folder of categories, perhaps inside other folders, or one shard."""
+def _open_archive(path: Path, inside: str, min_categories: int, flat_ok: bool) -> ImageFolder:
+    """A folder of categories in an archive, named (``inside``, else ``.``) or in folders around it, or one shard."""
     members = list_members(path, TEXTS)
+    if inside != ".":
+        within = [member for member in members if member.name.startswith(f"{inside}/")]
+        members = [member._replace(name=member.name[len(inside) + 1 :]) for member in within]
     if any(member.suffix == ".cls" for member in members) or _labelled_by_json(members):
         return _of_samples(path, samples_of(path, members), (path,), min_categories)
     images = [member for member in members if member.name.lower().endswith(IMAGE_SUFFIXES)]
@@ -92,14 +97,19 @@ def _open_archive(path: Path, min_categories: int, flat_ok: bool) -> ImageFolder
     named = [(member.name.split("/")[outer:], member) for member in images]
     found = [(parts[0], "/".join(parts), member) for parts, member in named if len(parts) == 2]
     if not found and flat_ok:
-        name = path.name.split(".")[0]
+        name = (path / inside).name.split(".")[0]
         found = [(name, parts[0], member) for parts, member in named if len(parts) == 1]
     if not found:
-        raise InputError(
-            f"Archive {str(path)!r} has no images of the form <category>/<image>.png, .jpg or another image type; "
-            "archive a folder that has a folder of images per category."
-        )
-    return _listing(path, found, (path,), min_categories, f"Archive {str(path)!r}")
+        raise _no_categories(path / inside, images)
+    return _listing(path / inside, found, (path,), min_categories, f"Archive {str(path / inside)!r}")
+
+
+def _no_categories(where: Path, images: list[Member]) -> InputError:
+    deep = next((where / member.name for member in images if member.name.count("/") > 1), None)
+    remedy = f"give {str(deep.parents[1])!r}, which has some" if deep else "archive a folder of images per category"
+    return InputError(
+        f"Archive {str(where)!r} has no images of the form <category>/<image>.png, .jpg or another image type; {remedy}."
+    )
 
 
 def _labelled_by_json(members: list[Member]) -> bool:
