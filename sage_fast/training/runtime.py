@@ -31,7 +31,7 @@ from sage_fast.training.progress import StageProgress
 from sage_fast.training.ranks import Ranks, restarted
 from sage_fast.training.signals import StopWish
 
-__all__ = ["PRECISIONS", "Run", "autocast", "check_run_folder", "draw_batch", "ema_update", "open_run_folder"]
+__all__ = ["PRECISIONS", "Run", "autocast", "check_run_folder", "ema_update", "open_run_folder"]
 
 #: arithmetic of the convolutions and products in a training step; weights, optimizers and averages are always float32
 PRECISIONS = ("float32", "bfloat16")
@@ -263,11 +263,6 @@ def _defaults(config: Any) -> dict[str, Any]:
 def autocast(precision: str, device: str | torch.device) -> torch.autocast:
     """``torch.autocast`` for a training step: off for ``"float32"``; ``"bfloat16"`` halves the time of the convolutions."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def draw_batch(n_images: int, batch: int, rng: torch.Generator) -> Tensor:
-    """Indices [batch] drawn uniformly with replacement: a pure function of the state of ``rng``."""
-    return torch.randint(n_images, (batch,), generator=rng)
 
 
 @torch.no_grad()
