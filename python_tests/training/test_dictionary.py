@@ -226,11 +226,14 @@ def test_another_data_set_is_refused(tmp_path, images):
 
 def test_bfloat16_and_a_share_of_the_perceptual_term_follow_the_whole(tmp_path, images):
     logs = {}
-    for name, change in {"whole": {}, "bfloat16": {"precision": "bfloat16"}, "half": {"perceptual_share": 0.5}}.items():
+    changes = {"whole": {}, "bfloat16": {"precision": "bfloat16"}, "half": {"perceptual_share": 0.5}}
+    for name, change in (changes | {"no cache": {"feature_cache_gb": 0.0}}).items():
         train_dictionary(dataclasses.replace(TINY, **change), *_codes(), images, *_networks(), tmp_path / name)
         logs[name] = {key: _log(tmp_path / name, key) for key in ("rec", "perceptual_discriminator")}
     for name in ("bfloat16", "half"):
         assert logs[name]["rec"] != logs["whole"]["rec"]
         assert logs[name]["rec"] == pytest.approx(logs["whole"]["rec"], rel=0.05)
+    for key, values in logs["no cache"].items():
+        assert values == pytest.approx(logs["whole"][key], rel=1e-4)
     means = [sum(logs[name]["perceptual_discriminator"]) for name in ("half", "whole")]
     assert means[0] != means[1] and means[0] == pytest.approx(means[1], rel=0.3)

@@ -32,6 +32,7 @@ from sage_fast.factorization.class_embeddings import class_embeddings, residuals
 from sage_fast.models.perceptual import FeatureNetwork, perceptual_distance
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.training.batches import to_pixels
+from sage_fast.training.feature_cache import cached_features
 from sage_fast.training.losses import pixel_mse
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import PRECISIONS, Run, autocast
@@ -61,6 +62,7 @@ class DictionaryConfig:
     rec_weight: float = 1.0  # Eq. 11; 0: no image is generated
     perceptual_weight: float = 1.0
     perceptual_share: float = 1.0  # of the batch that the perceptual term looks at: it costs as much as the generator
+    feature_cache_gb: float = 2.0  # memory for the features of all images, computed once; more than fit: at every step
     latent_weight: float = 1.0  # MSE(A n, delta_w), as SAGE-Diffusion adds it; not in [SAGE]
     init: str = "pca"
     precision: str = "float32"  # of the image term, or "bfloat16": see sage_fast.training.runtime.autocast
@@ -78,7 +80,7 @@ class DictionaryConfig:
         for name in ("total_steps", "batch", "lr", "log_every", "save_every", "grid_every", "keep"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("lambda1", "lambda2", "rec_weight", "perceptual_weight", "latent_weight"):
+        for name in ("lambda1", "lambda2", "rec_weight", "perceptual_weight", "latent_weight", "feature_cache_gb"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.precision not in PRECISIONS:
@@ -160,8 +162,7 @@ def train_dictionary(
     n_perceptual = max(1, round(config.perceptual_share * config.batch / ranks.world))
     rebuild = config.rec_weight > 0
     G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild and generator is not None else None
-    if perceptual is not None and rebuild:
-        perceptual = perceptual.to(device)
+    perceptual = perceptual.to(device) if perceptual is not None and rebuild and config.perceptual_weight else None
 
     first = 0
     if state := run.load():
@@ -172,6 +173,11 @@ def train_dictionary(
         if "sampler" in state:  # runs of before drew with replacement
             sampler.load_state_dict(state["sampler"])
         first = state["step"]
+
+    features = None
+    if perceptual is not None and pixels is not None and first < config.total_steps:
+        with autocast(config.precision, device):
+            features = cached_features(perceptual, pixels, delta_w, config.feature_cache_gb)
 
     for step in run.track(first, config.total_steps):
         index = sampler.next()[share]
@@ -190,8 +196,10 @@ def train_dictionary(
             with autocast(config.precision, device):
                 rebuilt = G(e + edits + G.latent_avg, noise=config.noise)
                 terms["rec"] = pixel_mse(rebuilt, real)
-                if config.perceptual_weight and perceptual is not None:
-                    distance = perceptual_distance(perceptual, rebuilt[:n_perceptual], real[:n_perceptual])
+                if perceptual is not None:
+                    seen = index[:n_perceptual]
+                    target_maps = real[:n_perceptual] if features is None else [m[seen] for m in features]
+                    distance = perceptual_distance(perceptual, rebuilt[:n_perceptual], target_maps)
                     terms[f"perceptual_{perceptual.name}"] = distance
         loss = torch.stack([_weight(config, name) * term for name, term in terms.items()]).sum()  # Eq. 14
 
