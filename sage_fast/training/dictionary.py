@@ -61,7 +61,6 @@ class DictionaryConfig:
     theta1: float = -1.0
     rec_weight: float = 1.0  # Eq. 11; 0: no image is generated
     perceptual_weight: float = 1.0
-    perceptual_share: float = 1.0  # of the batch that the perceptual term looks at: it costs as much as the generator
     feature_cache_gb: float = 2.0  # memory for the features of all images, computed once; more than fit: at every step
     latent_weight: float = 1.0  # MSE(A n, delta_w), as SAGE-Diffusion adds it; not in [SAGE]
     init: str = "pca"
@@ -85,10 +84,6 @@ class DictionaryConfig:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got '{self.precision}'.")
-        if not 0 < self.perceptual_share <= 1:
-            raise InputError(
-                f"perceptual_share is a share, expected more than 0 and at most 1, got {self.perceptual_share}."
-            )
         if self.reading not in READINGS:
             raise InputError(f"reading must be one of {', '.join(READINGS)}, got '{self.reading}'.")
         if self.init not in ("pca", "normal"):
@@ -159,7 +154,6 @@ def train_dictionary(
     mlp = _new_mlp(config, groups, w_plus).to(device)
     learned = [A, *mlp.parameters()]
     optim = torch.optim.Adam(learned, lr=config.lr, betas=(0.9, 0.999))
-    n_perceptual = max(1, round(config.perceptual_share * config.batch / ranks.world))
     rebuild = config.rec_weight > 0
     G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild and generator is not None else None
     perceptual = perceptual.to(device) if perceptual is not None and rebuild and config.perceptual_weight else None
@@ -197,9 +191,8 @@ def train_dictionary(
                 rebuilt = G(e + edits + G.latent_avg, noise=config.noise)
                 terms["rec"] = pixel_mse(rebuilt, real)
                 if perceptual is not None:
-                    seen = index[:n_perceptual]
-                    target_maps = real[:n_perceptual] if features is None else [m[seen] for m in features]
-                    distance = perceptual_distance(perceptual, rebuilt[:n_perceptual], target_maps)
+                    targets = real if features is None else [m[index] for m in features]
+                    distance = perceptual_distance(perceptual, rebuilt, targets)
                     terms[f"perceptual_{perceptual.name}"] = distance
         loss = torch.stack([_weight(config, name) * term for name, term in terms.items()]).sum()  # Eq. 14
 
