@@ -240,6 +240,17 @@ def test_codes_of_the_model_are_those_its_encoder_gives(run, seen):
     torch.testing.assert_close(codes, bundle.codes.w_plus, rtol=0, atol=1e-5)
 
 
+def test_the_road_with_classes(seen, tmp_path):
+    """A conditional generator, augmented, in micro-batches; encoder, dictionary and bundle need no label."""
+    from sage_fast.models.weights import load_bundle
+
+    words = ["train", f"--data={seen}", f"--out={tmp_path / 'run'}", "--resolution=8", *TINY]
+    more = ["--gan.conditional", "--gan.balance", "--gan.loss=hinge", "--gan.augment.kind=diffaugment"]
+    assert cli.main([*words, *more, "--gan.batch=8", "--gan.accumulate=2"]) == 0
+    generator = load_bundle(tmp_path / "run").generator
+    assert generator.c_dim == 3 and generator.mapping(torch.randn(3, 8), torch.eye(3)).shape == (3, 8)
+
+
 def test_stages_one_by_one_give_the_same_model(run, seen, tmp_path):
     words = [f"--data={seen}", f"--out={tmp_path / 'run'}"]
     assert cli.main(["train-gan", *words, "--resolution=8", *TINY_GAN]) == 0

@@ -630,7 +630,8 @@ def _gan_start(argv: Sequence[str]) -> Any:
 
         on_gpu = _device(_value_of(argv, "--device") or "auto") != "cpu"
         n_images, n_devices = len(open_source(data)), int(os.environ.get("WORLD_SIZE", "1")) if on_gpu else 0
-    return presets.preset(name, int(size) if size and size.isdigit() else None, n_images, n_devices)
+    source = _value_of(argv, "--transfer-from", "--gan.transfer-from")
+    return presets.preset(name, int(size) if size and size.isdigit() else None, n_images, n_devices, source)
 
 
 def _value_of(argv: Sequence[str], *options: str) -> str | None:

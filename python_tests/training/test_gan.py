@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import gan_programs
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from sage_fast.data.folders import ImageSet
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.training import gan
+from sage_fast.training.augment import AugmentConfig
 from sage_fast.training.gan import GANConfig, train_gan
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gan.json"
@@ -216,6 +218,69 @@ def test_frozen_layers_of_the_discriminator_stay(tmp_path, images):
     assert not torch.equal(fresh.convs[0][0].weight, start.convs[0][0].weight)
     with pytest.raises(InputError, match="freeze_d must be 0 to 2, the layers of a 8 px discriminator, got 3"):
         dataclasses.replace(TINY, freeze_d=3)
+
+
+def test_a_measure_decides_which_is_best_and_when_to_stop(tmp_path, images):
+    """Scores of four measurements; the third brings no new best, nor the fourth, and two are as many as it may be."""
+    scores, seen = iter([2.0, 1.0, 3.0, 1.5, 0.5]), []
+
+    def measure(generator):
+        seen.append(generator.training)
+        return {"distance": next(scores)}
+
+    config = dataclasses.replace(TINY, total_kimg=0.1, measure_every_kimg=0.012, patience=2, save_every=100)
+    train_gan(config, images, tmp_path, measure=measure)
+    assert seen == [False] * 4
+    lines = [(line["step"], line["distance"]) for line in logged(tmp_path) if "distance" in line]
+    assert lines == [(3, 2.0), (6, 1.0), (9, 3.0), (12, 1.5)] and logged(tmp_path)[-1]["step"] == 12
+    read = [torch.load(tmp_path / f"checkpoints/{name}.pt", weights_only=True) for name in ("gan_best", "gan")]
+    assert [(state["step"], state["stopped_early"]) for state in read] == [(6, False), (12, True)]
+    train_gan(config, images, tmp_path, True, measure=measure)
+    assert seen == [False] * 4  # nothing is left to do
+    train_gan(
+        dataclasses.replace(config, patience=0), images, tmp_path, True, measure=lambda generator: {"distance": 9.0}
+    )
+    assert logged(tmp_path)[-1]["step"] == 25
+
+
+def test_balance_shows_the_categories_evenly(tmp_path, images, monkeypatch):
+    """Fifteen images of one category, one of the other: half of what is shown is that one."""
+    few = labelled(images)
+    few.labels[:] = torch.tensor([0] * 15 + [1])
+    shown, original = [], gan.Guard.begin
+    monkeypatch.setattr(
+        gan.Guard, "begin", lambda self, step, index: shown.append(index) or original(self, step, index)
+    )
+    train_gan(dataclasses.replace(TINY, balance=True), few, tmp_path)
+    assert few.labels[torch.cat(shown)].float().mean() == 0.5
+    with pytest.raises(InputError, match="balance training needs labels"):
+        train_gan(dataclasses.replace(TINY, balance=True), images, tmp_path / "b")
+
+
+def test_a_run_of_before_goes_on(tmp_path, images):
+    """A checkpoint without places, facts and fused optimizers, as earlier versions wrote them."""
+    train_gan(dataclasses.replace(TINY, total_kimg=0.02), images, tmp_path)
+    path = tmp_path / "checkpoints/gan.pt"
+    kept = ("G", "D", "average", "g_optim", "d_optim", "rng", "path_mean", "step")
+    state = {name: value for name, value in torch.load(path, weights_only=True).items() if name in kept}
+    for optim in (state["g_optim"], state["d_optim"]):
+        optim["param_groups"][0].update(fused=None, foreach=None)
+    torch.save(state | {"torch_rng": torch.get_rng_state()}, path)
+    train_gan(TINY, images, tmp_path, resume=True)
+    assert logged(tmp_path)[-1]["step"] == 10
+
+
+def test_augmentation_is_applied_and_its_strength_saved(tmp_path):
+    config = gan_programs.config(total_kimg=0.04)
+    train_gan(config, gan_programs.images(), tmp_path)
+    strengths = [line["augment_p"] for line in logged(tmp_path)]
+    assert strengths[:4] == [0, 0, 0, 0.32] and strengths[4] == 0.32  # 32 images of 100, after four steps
+    state = torch.load(tmp_path / "checkpoints/gan.pt", weights_only=True)
+    assert state["augment"]["p"] == 0.32 and state["augment"]["steps"] == 1
+    fixed = dataclasses.replace(config, augment=AugmentConfig("ada", p=0.0))
+    train_gan(fixed, gan_programs.images(), tmp_path / "none")
+    adaptive, none = ([line["d_loss"] for line in logged(folder)] for folder in (tmp_path, tmp_path / "none"))
+    assert none[:4] == adaptive[:4] and none[4] != adaptive[4]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, images, monkeypatch):

@@ -58,6 +58,7 @@ def test_auto_fits_few_images_and_a_cpu():
 def test_by_name():
     assert presets.preset("flora") == presets.flora() and presets.preset("small", 64) == presets.small(64)
     assert presets.preset("low_shot", 128).resolution == 128
+    assert presets.preset("low_shot", transfer_from="a.pkl") == presets.low_shot(256, "a.pkl")
     assert presets.preset("auto", 64, 100, 1) == presets.auto(64, 100, 1)
     with pytest.raises(InputError, match="preset 'paper256' is for 256 px, got 128"):
         presets.preset("paper256", 128)

@@ -135,7 +135,8 @@ def train_gan(
     ``config.accumulate`` micro-batches. Checkpoints continue bit for bit with ``resume``.
 
     Args:
-        measure: scores a generator now and then, see ``training.watching``; the best one's checkpoint is kept.
+        measure: scores a generator now and then, see ``training.watching``; the best one's checkpoint is kept. Every rank calls
+            it, and must get the same scores.
     Returns:
         The averaged generator and the discriminator, in eval mode.
     Raises:
@@ -178,12 +179,13 @@ def train_gan(
         for name, part in (parts | places).items():
             if name in state:  # runs of before had no places, and drew with replacement
                 part.load_state_dict(state[name])
+        _fuse(g_optim, d_optim)
         rng.set_state(state["rng"])
         noise_rng.set_state(state.get("noise_rng", noise_rng.get_state()))
         path_mean, r1 = state["path_mean"].to(zero), state.get("r1", r1).to(zero)
         first = state["step"]
     else:
-        run.grid("reals", data.batch(data.spread(64), zero)[0])
+        run.grid("reals", data.batch(data.examples(), zero)[0])
 
     total = max(1, round(config.total_kimg * 1000 / config.batch))
     for step in run.track(first, first if watch.stop else total):
@@ -253,12 +255,12 @@ def train_gan(
             with torch.no_grad():
                 images_now = average(average.mapping(z_grid, c_grid))
             run.grid(f"fakes_{done:06d}", images_now)
-            scores |= detector.grid(kimg, images_now)
+            scores |= ranks.once(partial(detector.grid, kimg, images_now))
         if measured := watch.due(kimg, done == total):
             scores |= watch.score(average, kimg)
         if done % config.log_every == 0 or done == total or scores:
             guard.look()
-            scores |= detector.discriminator(kimg, real_logits, real_logits)
+            scores |= ranks.once(partial(detector.discriminator, kimg, real_logits, real_logits))
             scores |= {"path_length": path_mean.item()} if config.pl_weight else {}
             scores |= {"augment_p": augment.p} if config.augment.kind == "ada" else {}
             signs = real_logits.sign().mean()
@@ -297,6 +299,13 @@ def _lazy_adam(parameters: Iterable[torch.nn.Parameter], lr: float, every: int) 
     """Adam with the rates corrected for a regulariser that adds one update in ``every`` (StyleGAN2, appendix B)."""
     c = every / (every + 1) if every else 1.0
     return torch.optim.Adam(parameters, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
+
+
+def _fuse(*optims: torch.optim.Optimizer) -> None:
+    """Fused again, after the state of a run from before they were."""
+    for optim in optims:
+        for group in optim.param_groups:
+            group.update(fused=True, foreach=None)
 
 
 def _learn(parameters: list[torch.nn.Parameter], learn: bool) -> None:

@@ -110,8 +110,14 @@ def auto(resolution: int, n_images: int, n_devices: int = 1) -> GANConfig:
     )
 
 
-def preset(name: str, resolution: int | None = None, n_images: int = 0, n_devices: int = 1) -> GANConfig:
-    """The preset of a name in ``NAMES``, at ``resolution`` where it has a choice.
+def preset(
+    name: str,
+    resolution: int | None = None,
+    n_images: int = 0,
+    n_devices: int = 1,
+    transfer_from: str | None = None,
+) -> GANConfig:
+    """The preset of a name in ``NAMES``, at ``resolution`` where it has a choice, for a run that starts from ``transfer_from``.
 
     Raises:
         InputError: an unknown name, another resolution than the preset's, or none for "auto".
@@ -127,5 +133,7 @@ def preset(name: str, resolution: int | None = None, n_images: int = 0, n_device
         if resolution is None:
             raise InputError("preset 'auto' needs a resolution, got none; give --resolution.")
         return auto(resolution, n_images, n_devices)
-    build = {"small": small, "low_shot": low_shot, "config_f": config_f}[name]
+    if name == "low_shot":
+        return low_shot(resolution or 256, transfer_from)
+    build = small if name == "small" else config_f
     return build() if resolution is None else build(resolution)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sage_fast.data.folders import ImageSet
 from sage_fast.errors import InputError
 from sage_fast.training.batches import to_pixels
+from sage_fast.training.grids import grid_reals
 
 if TYPE_CHECKING:
     from sage_fast.training.gan import GANConfig
@@ -40,6 +41,10 @@ class Reals:
         """At most n indices at equal distances, of the first image on."""
         n = min(n, len(self))
         return torch.arange(n) * len(self) // n
+
+    def examples(self) -> Tensor:
+        """Indices of images for a grid 8 wide: of classes a row each, else at equal distances."""
+        return grid_reals(self.labels) if self.n_classes and self.labels is not None else self.spread(64)
 
     def batch(self, index: Tensor, like: Tensor, flips: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Images [N, C, R, R] in [-1, 1], mirrored where ``flips`` [N], and their labels, with ``like``'s dtype and device."""

@@ -54,7 +54,10 @@ class Run:
     """
 
     #: settings that may change between a run and its continuation
-    MUTABLE = frozenset({"total_kimg", "total_steps", "log_every", "save_every", "grid_every", "keep", "tensorboard"})
+    MUTABLE = frozenset(
+        ("total_kimg", "total_steps", "log_every", "save_every", "grid_every", "keep", "tensorboard")
+        + ("measure_every_kimg", "patience")
+    )
 
     def __init__(
         self,

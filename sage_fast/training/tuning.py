@@ -43,6 +43,10 @@ class GeneratorTuning:
     ) -> None:
         if discriminator is None:
             raise InputError("tune_generator needs the discriminator of the generator's training, got none; pass it.")
+        if generator.c_dim or discriminator.c_dim:
+            raise InputError(
+                f"tune_generator samples the prior without labels, got networks of {generator.c_dim} classes; leave it out."
+            )
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.G = copy.deepcopy(generator).to(ranks.device).train().requires_grad_(True)
         self.G.style.requires_grad_(config.tune_mapping)
