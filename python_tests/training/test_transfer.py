@@ -137,14 +137,19 @@ def test_training_starts_from_it_once(tiny_bundle, tmp_path, capsys):
     )  # fmt: skip
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     average, D = train_gan(config, images, tmp_path)
-    assert "started from" in capsys.readouterr().err
+    assert "started from" in capsys.readouterr().out
     for name, value in load_generator(tiny_bundle).state_dict().items():
         torch.testing.assert_close(average.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     assert torch.equal(D.convs[0][0].weight, load_discriminator(tiny_bundle).convs[0][0].weight)
     train_gan(dataclasses.replace(config, total_kimg=0.008), images, tmp_path, resume=True)
-    assert "started from" not in capsys.readouterr().err
+    assert "started from" not in capsys.readouterr().out
 
 
 def test_a_source_that_is_not_there(tmp_path):
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    config = GANConfig(resolution=8, batch=4, total_kimg=0.004, transfer_from=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="nowhere.* does not exist"):
+        train_gan(config, images, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"nowhere.* does not exist"):
         transfer(tmp_path / "nowhere", *fresh())

@@ -8,7 +8,6 @@ what the settings and the logged values mean.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +23,7 @@ from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 from sage_fast.training.augment import Augment, AugmentConfig
+from sage_fast.training.checkpoints import Checkpoints
 from sage_fast.training.grids import grid_latents
 from sage_fast.training.losses import hinge_d, hinge_g, logistic_d, nonsaturating_g, path_length_penalty, r1_penalty
 from sage_fast.training.prior import draw_pixels, draw_prior, mixed_w_plus
@@ -148,12 +148,12 @@ def train_gan(
     path_shares = [path_share(share, config.batch, config.mbstd_group) for share in shares]
     G, D = _networks(config, data.n_classes, ranks.device)
     average = copy.deepcopy(G).eval().requires_grad_(False)
-    facts = {"data": data_fingerprint(images), "G": G.architecture(), "D": D.architecture()}
-    run = Run(folder, "gan", config, resume, ranks, facts)
-    if config.transfer_from is not None and not run.checkpoints.exist():
+    if config.transfer_from is not None and not Checkpoints(Path(folder) / "checkpoints", "gan").exist():
         report = transfer(config.transfer_from, G, D, average)
         if ranks.is_first:
-            print(report, file=sys.stderr)
+            print(report)
+    facts = {"data": data_fingerprint(images), "G": G.architecture(), "D": D.architecture()}
+    run = Run(folder, "gan", config, resume, ranks, facts)
     D.convs[: config.freeze_d].requires_grad_(False)
     d_params = [p for p in D.parameters() if p.requires_grad]
     g_optim = _lazy_adam(G.parameters(), config.lr, config.pl_every if config.pl_weight else 0)
@@ -269,14 +269,8 @@ def train_gan(
             guard.look()
             score = next(iter(watch.scores.values())) if measured else None
             state = {name: part.state_dict() for name, part in (parts | places).items()}
-            state |= {
-                "rng": rng.get_state(),
-                "noise_rng": noise_rng.get_state(),
-                "path_mean": path_mean,
-                "r1": r1,
-                "step": done,
-            }
-            state |= {"architecture": G.architecture(), "architecture_D": D.architecture()}
+            state |= {"rng": rng.get_state(), "noise_rng": noise_rng.get_state(), "path_mean": path_mean, "r1": r1}
+            state |= {"architecture": G.architecture(), "architecture_D": D.architecture(), "step": done}
             run.save(state | {"stopped_early": watch.stop}, score)
         if watch.stop:
             break
