@@ -223,3 +223,13 @@ def test_a_conditional_model_needs_its_categories(folder, monkeypatch):
     monkeypatch.setattr("sage_fast.evaluation.quality.load_generator", lambda path, device: generator)
     with pytest.raises(InputError, match="must have the 3 categories of the model, got 2"):
         measure_folder(None, folder, "oracle")
+
+
+def test_what_can_be_hoped_for_on_flora():
+    ids = np.arange(2000) % 200
+    training, held_out = (render(ids, first + np.arange(2000) // 200, 32)[0] for first in (0, 200))
+    hoped = Quality(QualityConfig(n_images=2000, batch=250), held_out, load_features("oracle")).of_images(training)
+    assert hoped["fd_oracle"] == pytest.approx(0.84, abs=0.05)
+    assert hoped["precision_oracle"] == pytest.approx(0.93, abs=0.01)
+    assert hoped["recall_oracle"] == pytest.approx(0.94, abs=0.01)
+    assert abs(hoped["kd_oracle"]) < 0.1

@@ -205,3 +205,18 @@ def test_the_reals_are_checked():
         CollapseDetector(REALS[:1].expand(5, -1, -1, -1))
     with pytest.raises(InputError, match="half_life_kimg positive"):
         CollapseConfig(half_life_kimg=0)
+
+
+def test_copies_of_two_pictures_reach_half_of_the_reals_diversity():
+    detector = CollapseDetector(REALS)
+    pairs = torch.randint(len(REALS), (40, 2), generator=torch.Generator().manual_seed(0))
+    shares = [detector.grid(1, to_float(REALS[pair].repeat(32, 1, 1, 1)))["diversity"] for pair in pairs]
+    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.05)
+
+
+def test_real_images_of_one_category_are_no_collapse():
+    reals = render(np.arange(400) % 200, np.arange(400), 32)[0]
+    detector = CollapseDetector(reals)
+    for category in (0, 60, 120, 199):
+        one = render(np.full(64, category), 2000 + np.arange(64), 32)[0]
+        assert 0.7 < detector.grid(1, to_float(one))["diversity"] < 1
