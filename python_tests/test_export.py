@@ -50,8 +50,8 @@ def onnx_folder(tiny_bundle, tmp_path_factory):
 def run_onnx(path, **inputs):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {k: v.detach().numpy() for k, v in inputs.items()})[0])
+    engine = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(engine.run(None, {k: v.detach().numpy() for k, v in inputs.items()})[0])
 
 
 def test_the_files_of_a_bundle_chain_from_prior_and_from_images_to_images(onnx_folder, tiny_bundle):

@@ -206,10 +206,10 @@ def _write_onnx(graph: Graph, program: torch.export.ExportedProgram, path: Path)
     )
     assert written is not None
     written.save(str(path))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    engine = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(*inputs: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {n: x.numpy() for n, x in zip(names, inputs)})[0])
+        return torch.from_numpy(engine.run(None, {n: x.numpy() for n, x in zip(names, inputs)})[0])
 
     return run
 

@@ -28,7 +28,7 @@ class StageProgress:
         stage: name in front of the bar.
         start, total: first step and number of steps.
         device: whose memory is shown.
-        quiet: show nothing, as the helpers of a run on several devices.
+        quiet: show nothing, as the ranks of a run beyond the first.
         console: where to; None: standard error.
     """
 
