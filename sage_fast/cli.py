@@ -44,6 +44,15 @@ class NewData(Data):
 
 
 @dataclass(frozen=True)
+class MeasureOptions:
+    """What ``train-gan`` measures the generator by, every ``--measure-every-kimg``; docs/quality.md."""
+
+    measure: str | None = None  # a weights file (SqueezeNet 1.1, VGG), lpips-..., or oracle (flora's); None: nothing
+    measure_images: int = 2048  # generated a measurement
+    held_out: float = 0.05  # share of the images, at most 2,000, to measure against and not to train on
+
+
+@dataclass(frozen=True)
 class EncoderData(NewData):
     """Where ``train-encoder`` reads and writes."""
 
@@ -268,14 +277,28 @@ def _train_gan(argv: Sequence[str]) -> None:
     from sage_fast.training.runtime import check_run_folder, open_run_folder
     from sage_fast.training.stages import gan_stage, read_seen
 
-    paths, _, config = _parse("train-gan", argv, NewData, GanPreset, _gan_start(argv))
+    paths, _, options, config = _parse("train-gan", argv, NewData, GanPreset, MeasureOptions(), _gan_start(argv))
+    if config.patience and options.measure is None:
+        raise InputError("--patience counts measurements; give --measure too, or leave it out.")
     device = _device(paths.device)
     seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
         check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
         images = first_then_all(ranks, lambda: read_seen(*seen))
+        images, measure = _measured(images, options, ranks)
         folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
-        gan_stage(config, images, folder, paths.resume, device)
+        gan_stage(config, images, folder, paths.resume, device, measure)
+
+
+def _measured(images: Any, options: MeasureOptions, ranks: Any) -> tuple[Any, Callable[[Any], dict[str, float]] | None]:
+    """The images to train on, and the measure of ``options``, which the first rank takes for all; None without one."""
+    if options.measure is None:
+        return images, None
+    from sage_fast.evaluation.quality import QualityConfig, held_out_measure
+
+    config = QualityConfig(n_images=options.measure_images)
+    images, quality = held_out_measure(images, options.measure, config, options.held_out)
+    return images, lambda generator: ranks.once(lambda: quality(generator))
 
 
 def _train_encoder(argv: Sequence[str]) -> None:

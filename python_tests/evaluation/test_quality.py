@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -11,15 +13,24 @@ from tiny_model import RESOLUTION, STYLE_DIM, tiny_networks
 
 from sage_fast.cli import main
 from sage_fast.data.flora import render
+from sage_fast.data.folders import read_images, scan_image_folder
 from sage_fast.data.writers import save_png
 from sage_fast.errors import InputError
 from sage_fast.evaluation.fid import kernel_distance
 from sage_fast.evaluation.oracle import Oracle
 from sage_fast.evaluation.precision_recall import precision_recall
 from sage_fast.evaluation.protocol import as_written
-from sage_fast.evaluation.quality import Quality, QualityConfig, image_features, load_features, measure_folder
+from sage_fast.evaluation.quality import (
+    Quality,
+    QualityConfig,
+    held_out_measure,
+    image_features,
+    load_features,
+    measure_folder,
+)
 from sage_fast.models.perceptual import DiscriminatorFeatures, SqueezeFeatures
 from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.training import gan, stages
 
 GENERATOR, _, DISCRIMINATOR = tiny_networks()
 CONFIG = QualityConfig(n_images=96, batch=32)
@@ -233,3 +244,44 @@ def test_what_can_be_hoped_for_on_flora():
     assert hoped["precision_oracle"] == pytest.approx(0.93, abs=0.01)
     assert hoped["recall_oracle"] == pytest.approx(0.94, abs=0.01)
     assert abs(hoped["kd_oracle"]) < 0.1
+
+
+def test_training_measures_itself_against_images_it_does_not_see(folder, tmp_path, monkeypatch):
+    save_file(SqueezeFeatures().state_dict(), tmp_path / "squeeze.safetensors")
+    shown = []
+    train = gan.train_gan
+    monkeypatch.setattr(
+        stages, "train_gan", lambda config, images, *rest: shown.extend(images.files) or train(config, images, *rest)
+    )
+    words = [
+        "train-gan",
+        f"--data={folder}",
+        f"--out={tmp_path / 'run'}",
+        f"--measure={tmp_path / 'squeeze.safetensors'}",
+    ]
+    words += ["--measure-images=16", "--held-out=0.2", "--measure-every-kimg=0.016", "--resolution=8", "--device=cpu"]
+    words += [
+        "--style-dim=8",
+        "--n-mapping=1",
+        "--channel-base=32",
+        "--channel-max=8",
+        "--batch=8",
+        "--total-kimg=0.04",
+    ]
+    assert main(words) == 0
+    training, measure = held_out_measure(
+        read_images(scan_image_folder(folder), 8), tmp_path / "squeeze.safetensors", QualityConfig(n_images=16), 0.2
+    )
+    assert len(training) == 64 and shown == training.files
+    lines = [json.loads(line) for line in (tmp_path / "run" / "logs" / "gan.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["fd_squeezenet1_1"] for line in lines if "fd_squeezenet1_1" in line}
+    assert list(measured) == [2, 4, 5]  # every 16 images, and at the end
+    average = stages._load_trained(tmp_path / "run", "encoder").generator
+    assert measured[5] == pytest.approx(measure(average)["fd_squeezenet1_1"], rel=1e-4)
+    assert main([*words, "--resume", "--total-kimg=0.064"]) == 0  # the same images are held out again
+
+
+def test_patience_without_a_measure_is_refused(folder, tmp_path, capsys):
+    assert main(["train-gan", f"--data={folder}", f"--out={tmp_path / 'run'}", "--patience=3"]) == 2
+    assert "--patience counts measurements; give --measure too" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

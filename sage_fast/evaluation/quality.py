@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sage_fast.data.folders import read_images, scan_image_folder
+from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
+from sage_fast.data.splits import hold_out
 from sage_fast.errors import InputError
 from sage_fast.evaluation.fid import feature_statistics, frechet_distance_of_statistics, kernel_distance
 from sage_fast.evaluation.oracle import Oracle, load_oracle
@@ -27,7 +28,7 @@ from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weights import load_discriminator, load_generator
 from sage_fast.ops.counter_normal import counter_normal
 
-__all__ = ["Quality", "QualityConfig", "image_features", "load_features", "measure_folder"]
+__all__ = ["Quality", "QualityConfig", "held_out_measure", "image_features", "load_features", "measure_folder"]
 
 _LATENTS = 2**32 - 1  # the stream of the latents; noise maps take 0, 1, 2, ...
 
@@ -153,6 +154,22 @@ class Quality:
             "recall": float(generated.covers(self._real).double().mean()),
         }
         return {f"{score}_{self.name}": value for score, value in scores.items()}
+
+
+def held_out_measure(
+    images: ImageSet, features: str | Path, config: QualityConfig = QualityConfig(), share: float = 0.05
+) -> tuple[ImageSet, Quality]:
+    """Images to train on, and the measure for a trainer: against a share of the images, at most 2,000, that it does not get.
+
+    Args:
+        features: see :func:`load_features`.
+
+    Raises:
+        InputError: a network or a share that cannot be used, or too few images.
+    """
+    network = load_features(features)
+    training, held_out = hold_out(images, share)
+    return training, Quality(config, held_out.images, network, held_out.labels)
 
 
 def measure_folder(

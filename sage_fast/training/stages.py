@@ -37,6 +37,7 @@ from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
 from sage_fast.training.ranks import Ranks, first_then_all, join_ranks, restarted
 from sage_fast.training.runtime import check_run_folder, open_run_folder
+from sage_fast.training.watching import Measure
 
 __all__ = [
     "BundleConfig",
@@ -186,10 +187,15 @@ def read_seen_of_run(
 
 
 def gan_stage(
-    config: GANConfig, images: Tensor | ImageSet, folder: Path, resume: bool = False, device: str | torch.device = "cpu"
+    config: GANConfig,
+    images: Tensor | ImageSet,
+    folder: Path,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    measure: Measure | None = None,
 ) -> None:
-    """Train generator and discriminator on uint8 images [M, C, R, R]: ``checkpoints/gan.pt``."""
-    train_gan(config, images, folder, resume, device)
+    """Train generator and discriminator on uint8 images [M, C, R, R]: ``checkpoints/gan.pt``; see ``watching`` for ``measure``."""
+    train_gan(config, images, folder, resume, device, measure)
 
 
 def adopt_generator(path: str | Path, folder: Path) -> None:
