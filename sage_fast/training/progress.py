@@ -29,7 +29,7 @@ class StageProgress:
         start, total: first step and number of steps.
         device: whose memory is shown.
         quiet: show nothing, as the ranks of a run beyond the first.
-        console: where to; None: standard error.
+        console: where to; None: standard output, for standard error is for what went wrong.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StageProgress:
     ) -> None:
         self.stage, self.start, self.total = stage, start, total
         self.device, self.quiet = torch.device(device), quiet
-        self.console = console or Console(stderr=True)
+        self.console = console or Console()
         self.values: dict[str, float] = {}
         self._status, self._said = "", 0.0
         self._mark, self._s_per_step = (start, time.monotonic()), 0.0
