@@ -136,9 +136,7 @@ def test_a_discriminator_as_sure_of_held_out_images_is_healthy():
 
 def test_losses_that_run_away_are_said_at_once():
     told = warned(CollapseDetector(REALS), (1, 0.5, -1.0, 0.5), (2, 30.0, -333.0, 29.0), (3, -1e9, -1e12, None))
-    assert len(told) == 1 and told[0].startswith(
-        "after 2 kimg the discriminator's logits are 30 for training images and -333"
-    )
+    assert len(told) == 1 and told[0].startswith("after 2 kimg the discriminator's logits are 333 in the mean")
     assert "lower lr or a larger r1_gamma" in told[0]
 
 
@@ -156,6 +154,13 @@ def test_the_average_has_its_half_life_in_images_however_often_it_is_fed():
             last = detector.discriminator(i * step, logits(-5.0), logits(-1.0))
         ends.append(last["real_sign_mean"])
     assert ends == pytest.approx([0.0, 0.0], abs=1e-6)  # from 1 towards -1: half way after one half-life
+
+
+def test_training_images_alone_tell_how_sure_it_is():
+    detector = CollapseDetector(REALS)
+    assert detector.discriminator(1.0, logits(3.0)) == {"real_sign_mean": 1.0}
+    with pytest.raises(InputError, match="held_out needs the logits of generated images too"):
+        detector.discriminator(2.0, logits(3.0), held_out=logits(1.0))
 
 
 def test_a_margin_that_is_none_counts_for_nothing():

@@ -144,25 +144,30 @@ class CollapseDetector:
         self._said: set[str] = set()
 
     def discriminator(
-        self, kimg: float, real: Tensor, fake: Tensor, held_out: Tensor | None = None
+        self, kimg: float, real: Tensor, fake: Tensor | None = None, held_out: Tensor | None = None
     ) -> dict[str, float]:
-        """Take note of logits [N, 1] of training images, of generated ones and, where there are any, of held-out ones.
+        """Take note of logits [N, 1] of training images and, where there are any, of generated and of held-out ones.
 
         Implements the overfitting heuristics of Eq. 1 of Karras et al. 2020 [StyleGAN2-ADA].
 
         Returns:
             The averages for the log: ``real_sign_mean`` and, with held-out images, ``held_out_gap``.
+
+        Raises:
+            InputError: held-out logits without generated ones, whose distance they are measured by.
         """
-        ours, fakes = _mean(real), _mean(fake)
+        if held_out is not None and fake is None:
+            raise InputError("held_out needs the logits of generated images too, got none; pass fake.")
+        ours, fakes = _mean(real), _mean(real if fake is None else fake)
         values = {"real_sign_mean": _mean(real.sign())}
         if held_out is not None and ours > fakes:  # a discriminator that is still wrong has learnt nothing by heart
             values["held_out_gap"] = max(-1.0, min(1.0, (ours - _mean(held_out)) / (ours - fakes)))
         averages = {name: self._average(name, kimg, value) for name, value in values.items()}
-        if max(abs(ours), abs(fakes)) > self.config.logit:
+        if (largest := max(abs(ours), abs(fakes))) > self.config.logit:
             self._warn(
                 "divergence", kimg,
-                f"the discriminator's logits are {ours:.3g} for training images and {fakes:.3g} for generated ones: the losses run "
-                "away; go back to an earlier checkpoint with a lower lr or a larger r1_gamma.",
+                f"the discriminator's logits are {largest:.3g} in the mean: the losses run away; go back to an earlier checkpoint "
+                "with a lower lr or a larger r1_gamma.",
             )  # fmt: skip
         elif kimg >= self.config.start_kimg:
             self._judge_overfitting(kimg, averages["real_sign_mean"], averages.get("held_out_gap"))
