@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -393,3 +395,121 @@ def test_settings_that_cannot_be_used(settings, words):
 
 def test_a_preset_that_contradicts_the_pipelines(pipeline, tiny_shots, tmp_path):
     refused(tmp_path, "preset", pipeline, tiny_shots, preset="paper")
+
+
+# --- larger than memory, disks that fail ---
+
+
+def test_ten_million_images_start_at_once(pipeline, tiny_shots, tmp_path):
+    class Enough(Exception):
+        pass
+
+    def stop(done, total):
+        assert total == 10**7
+        raise Enough
+
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Enough):
+        generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=5 * 10**6), stop)
+    assert time.monotonic() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    with pytest.raises(Enough):
+        generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=5 * 10**6, resume=True), stop)
+
+
+FORMATS = {"webdataset": {"image": "jpg"}, "safetensors": {}, "folder": {}}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("written", [0, 5, 13])
+def test_a_target_that_vanishes_stops_the_run_which_goes_on_when_it_is_back(
+    pipeline, tiny_shots, tmp_path, format, written
+):
+    config = GenerateConfig(n=10, batch=3, shard=5, workers=1, format=format, **FORMATS[format])
+    generate(pipeline, tiny_shots, tmp_path / "whole", config)
+    out, away = tmp_path / "out", tmp_path / "away"
+
+    def vanish(done, total):
+        if done > written and out.exists():
+            out.rename(away)
+
+    with pytest.raises(InputError, match="No such file") as error:
+        generate(pipeline, tiny_shots, out, config, vanish)
+    assert one_sentence(error) and not out.exists()
+    away.rename(out)
+    summary = generate(pipeline, tiny_shots, out, replace(config, resume=True))
+    assert summary.n_new + summary.n_kept == 20 and contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("budget", [0, 300, 3000, 9000, 16000])
+def test_a_full_disk_in_every_format(pipeline, tiny_shots, tmp_path, monkeypatch, format, budget):
+    config = GenerateConfig(n=10, batch=3, shard=5, format=format, **FORMATS[format])
+    generate(pipeline, tiny_shots, tmp_path / "whole", config)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        full_after(patch, budget)
+        with pytest.raises(InputError, match="No space left") as error:
+            generate(pipeline, tiny_shots, out, config)
+    assert one_sentence(error)
+    assert list(out.rglob("*.tmp")) == [] and [p for p in out.glob(".sage_fast/tmp/*")] == []
+    generate(pipeline, tiny_shots, out, replace(config, resume=True))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_target_that_cannot_be_written(pipeline, tiny_shots, tmp_path, monkeypatch):
+    real_open = os.open
+
+    def read_only(path, flags, *rest, **named):
+        if flags & os.O_CREAT:
+            raise OSError(30, "Read-only file system", str(path))
+        return real_open(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(InputError, match="Read-only file system") as error:
+        generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=2))
+    assert one_sentence(error)
+
+
+def test_a_file_of_the_same_name_stands_in_the_way(pipeline, tiny_shots, tmp_path):
+    (tmp_path / "out").write_bytes(b"")
+    refused_as(InputError, "is a file; give a folder", pipeline, tiny_shots, tmp_path / "out")
+
+
+def refused_as(kind, words, *arguments):
+    with pytest.raises(kind, match=words) as error:
+        generate(*arguments, GenerateConfig(n=2))
+    assert one_sentence(error)
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "a\\b"])
+def test_categories_that_cannot_be_folders(pipeline, shots, tmp_path, name):
+    (shots / "rose").rename(shots / name)
+    refused(tmp_path, "Category name", pipeline, shots)
+
+
+def test_categories_that_differ_in_case_alone(pipeline, shots, tmp_path):
+    shutil.copytree(shots / "rose", shots / "Rose")
+    refused(tmp_path, "'Rose' and 'rose' are one folder", pipeline, shots)
+
+
+def test_an_error_in_the_middle_leaves_what_was_committed(pipeline, tiny_shots, tmp_path, monkeypatch):
+    """An exception of the networks comes out as it is, and the shards before it count."""
+    config = GenerateConfig(n=10, batch=5, shard=5, workers=1)
+    from sage_fast.generation import writing
+
+    draw = writing.draw_images
+
+    def fail_late(pipeline, latents):
+        if latents.positions.start >= 15:
+            raise RuntimeError("out of memory")
+        return draw(pipeline, latents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "draw_images", fail_late)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            generate(pipeline, tiny_shots, tmp_path / "out", config)
+    summary = generate(pipeline, tiny_shots, tmp_path / "out", replace(config, resume=True))
+    assert 5 <= summary.n_kept <= 15
+    generate(pipeline, tiny_shots, tmp_path / "whole", config)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -23,6 +23,7 @@ from sage_fast.pipeline import FewShotPipeline, NovelCategory, normals
 __all__ = ["Category", "Latents", "Prepared", "draw_images", "draw_latents", "draw_shard"]
 
 _KEPT_BYTES = 200 << 20  # of prepared categories; more are dropped, the one used longest ago first
+_SHOT_PIXELS = 1 << 18  # of the shots whose reconstructions are drawn at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,8 @@ class Prepared:
         for file, digest in zip(part.shots, part.hashes):
             self._check_unchanged(file, digest)
         shots = torch.stack([load_image(self.plan.root / file, resolution, n_channels) for file in part.shots])
-        novel = pipeline.prepare(shots, part.method, self.plan.batch, **part.editor_options())
+        batch = max(1, min(8, _SHOT_PIXELS // resolution**2))
+        novel = pipeline.prepare(shots, part.method, batch, **part.editor_options())
         return Category(part, novel, _about(pipeline, part, novel))
 
     def _check_unchanged(self, file: str, digest: str) -> None:

@@ -147,7 +147,7 @@ def check_categories(names: Sequence[str]) -> None:
             )
         if len(os.fsencode(name)) > _LONGEST:
             raise InputError(
-                f"Category name {name!r:.40}... is {len(os.fsencode(name))} bytes long, at most {_LONGEST} fit a "
+                f"Category name {name[:40]!r} and on is {len(os.fsencode(name))} bytes long, at most {_LONGEST} fit a "
                 "file's name; shorten it."
             )
         same = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)

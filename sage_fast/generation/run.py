@@ -115,7 +115,8 @@ def generate(
     pipeline = load_pipeline(model, config)
     made = plan_of(pipeline, shots_dir, config, plan)
     _check(out, None if plan else shots_dir, made, model, config, world_size)
-    _check_settings(pipeline, made)
+    prepared = Prepared(pipeline, made)
+    _check_settings(prepared)
     store = open_store(out)
     encoder = choose_config_encoder(config, pipeline.generator.n_channels)
     _prepare(store, config, rank, world_size)
@@ -126,7 +127,7 @@ def generate(
             with alone(setup):
                 format = _agree(store, pipeline, made, encoder, config)
                 _take_back_missing(format, rank, world_size)
-            _write(format, pipeline, config, meter, progress, rank, world_size)
+            _write(format, prepared, config, meter, progress, rank, world_size)
             with alone(setup):
                 missing = _finish(format, pipeline, config)
         finally:
@@ -216,12 +217,11 @@ def _check(
         check_apart(out, {}, models)
 
 
-def _check_settings(pipeline: FewShotPipeline, plan: Plan) -> None:
+def _check_settings(prepared: Prepared) -> None:
     """Raise what any setting of the plan can raise: prepares one part of each kind."""
-    kinds = {
-        (part.method, len(part.shots) == 1, *part.editor_options().items()): i for i, part in enumerate(plan.parts)
-    }
-    prepared = Prepared(pipeline, plan)
+    kinds: dict[tuple[object, ...], int] = {}
+    for number, part in enumerate(prepared.plan.parts):
+        kinds.setdefault((part.method, len(part.shots) == 1, *part.editor_options().items()), number)
     for number in kinds.values():
         prepared[number]
 
@@ -355,7 +355,7 @@ def _take_back_missing(format: Format, rank: int, world_size: int) -> None:
 
 def _write(
     format: Format,
-    pipeline: FewShotPipeline,
+    prepared: Prepared,
     config: GenerateConfig,
     meter: Meter,
     progress: Callable[[int, int], None] | None,
@@ -378,7 +378,7 @@ def _write(
         if config.metrics is not None:
             meter.append_to(Path(config.metrics if world_size == 1 else f"{config.metrics}.{rank}"))
 
-    write_shards(format, todo, Prepared(pipeline, plan), workers, meter, written, note)
+    write_shards(format, todo, prepared, workers, meter, written, note)
 
 
 def _finish(format: Format, pipeline: FewShotPipeline, config: GenerateConfig) -> int:
