@@ -40,9 +40,10 @@ from sage_fast.data.writers import save_png
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.generation import GenerateConfig, Meter, Prepared, generate
+from sage_fast.generation.agreeing import choose_config_encoder
 from sage_fast.generation.drawing import draw_images, draw_latents
 from sage_fast.generation.formats import choose_format
-from sage_fast.generation.run import choose_config_encoder, plan_of
+from sage_fast.generation.run import plan_of
 from sage_fast.generation.stores import make_state, open_store
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.stylegan2 import Generator

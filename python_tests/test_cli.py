@@ -494,7 +494,10 @@ def test_generate_from_a_plan_verify_and_regenerate(tiny_bundle, tiny_shots, tmp
     assert (tmp_path / "again.png").read_bytes() == (out / "rose" / "rose_00004.png").read_bytes()
     (out / "rose" / "rose_00001.png").write_bytes(b"x")
     assert cli.main(["verify", str(out)]) == 2
-    assert "'rose/rose_00001.png', image 1, is not the file" in capsys.readouterr().err
+    assert "'rose/rose_00001.png', image 1, is not the file" in (said := capsys.readouterr().err)
+    assert "'verify --repair', then 'generate --resume'" in said and said.count("\n") == 1
+    assert cli.main(["generate", f"--plan={plan}"]) == 2
+    assert "generate needs --out" in capsys.readouterr().err
 
 
 def test_invert_projects_a_folder_and_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):

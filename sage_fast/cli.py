@@ -90,7 +90,9 @@ class GanPreset:
 class GeneratePaths:
     """Where ``generate`` reads and writes."""
 
-    out: str  # folder or URL; gets <category>/<category>_00000.png, manifest.jsonl, contact_sheet.png, config.json, README.md
+    out: str | None = (
+        None  # folder or URL; gets <category>/<category>_00000.png, manifest.jsonl, contact_sheet.png, config.json, README.md
+    )
     shots: Path | None = None  # <category>/<image>.png with 1 to K images each, or one flat folder for one category
     plan: Path | None = (
         None  # .yaml, .json or .csv: categories with counts and settings of their own; docs/generation.md
@@ -363,10 +365,13 @@ def _generate(argv: Sequence[str]) -> None:
         print(estimate(paths.model, paths.shots, config, paths.plan))
     elif paths.preview is not None:
         print(f"The contact sheet is {preview(paths.model, paths.shots, paths.preview, config, paths.plan)}.")
+    elif paths.out is None:
+        raise InputError("generate needs --out, the folder or URL that gets the images (--preview FILE shows some).")
     else:
         meter = Meter()
         with _watched("generating", meter) as progress:
-            print(generate(paths.model, paths.shots, paths.out, config, progress, meter, paths.plan))
+            summary = generate(paths.model, paths.shots, paths.out, config, progress, meter, paths.plan)
+        print(summary)
 
 
 def _verify(argv: Sequence[str]) -> None:
@@ -375,9 +380,7 @@ def _verify(argv: Sequence[str]) -> None:
     paths, options = _parse("verify", argv, VerifyPaths, VerifyOptions())
     found = verify(paths.out, options.repair)
     if found.problems:
-        raise InputError(
-            f"{found} {'generate --resume' if options.repair else 'verify --repair and generate --resume'} mend it."
-        )
+        raise InputError(f"{found} {found.remedy(options.repair)}")
     print(found)
 
 

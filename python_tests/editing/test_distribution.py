@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sage_fast.editing.distribution import ClassDistribution
+from sage_fast.editing import distribution as module
+from sage_fast.editing.distribution import ClassDistribution, sample_together
 from sage_fast.errors import InputError
 
 L, D, K, M = 3, 8, 4, 40
@@ -146,6 +147,49 @@ def test_masked_directions_are_not_used():
     codes = torch.einsum("lkd,nld->nlk", torch.linalg.pinv(distribution.directions), edits)
     assert codes[:, ~mask].abs().max() < 1e-4 and codes[:, mask].abs().amin(0).max() > 1e-3
     assert (edits[:, 2] == 0).all()
+
+
+def _several():
+    """Distributions of one editor with other codes, bases and masks, and the arguments of each."""
+    directions, codes = _random(L, D, K, seed=5), _pooled() + 1
+    made = []
+    for i, n_bases in enumerate((1, 3, 2)):
+        rows, mask = torch.arange(i, M, 2), _random(L, K, seed=20 + i) > -0.5
+        parts = {
+            "directions": directions,
+            "codes": codes,
+            "rows": rows,
+            "direction_mask": mask,
+            "mean": codes[rows].mean(0),
+        }
+        made.append(_distribution(n_bases=n_bases, **parts))
+    noise = [_random(n, d.n_random, seed=30 + n) for n, d in zip((5, 1, 70), made)]
+    return made, noise, [0, 7, 130]
+
+
+@pytest.mark.parametrize("alphas", [(None, None, None), (0.5, 0.5, 0.5), (None, 0.5, 3.0)])
+@pytest.mark.parametrize("which", [[0, 1, 2], [1], [1, 0], [2, 2, 1]])
+def test_distributions_sampled_together_give_the_bits_of_each(alphas, which):
+    made, noise, firsts = _several()
+    args = [[values[i] for i in which] for values in (made, noise, alphas, firsts)]
+    expected = torch.cat([d.sample_with(eps, alpha, first) for d, eps, alpha, first in zip(*args)])
+    assert torch.equal(sample_together(*args), expected)
+
+
+def test_distributions_of_other_kinds_are_sampled_one_by_one(monkeypatch):
+    made, noise, firsts = _several()
+    monkeypatch.setattr(module, "edit_latents", None)  # of the grouped call; sample_with is replaced below
+    calls = []
+    monkeypatch.setattr(
+        ClassDistribution, "sample_with", lambda self, *rest: calls.append(rest) or torch.zeros(1, L, D)
+    )
+    diagonal = dataclasses.replace(made[1], kind="diagonal")
+    assert sample_together([made[0], diagonal], noise[:2], [None, None], firsts[:2]).shape == (2, L, D)
+    other = dataclasses.replace(made[1], directions=made[1].directions.clone())
+    sample_together([made[0], other], noise[:2], [None, None], firsts[:2])
+    monkeypatch.setattr(module._native, "has_kernel", lambda *_: False)
+    sample_together(made[:2], noise[:2], [None, None], firsts[:2])
+    assert len(calls) == 6
 
 
 def test_none_and_misuse():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_model import tiny_encoder
 
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import to_uint8
@@ -54,6 +55,19 @@ def test_categories_of_unlike_settings_share_a_micro_batch(pipeline, tiny_shots)
             shots_of(tiny_shots, part.category), 11, part.alpha, part.method, part.fusion, category=part.category
         )
         np.testing.assert_array_equal(own, to_uint8(result.fused[part.fusion]).numpy())
+
+
+def test_each_shots_own_weights_draw_its_images(pipeline, tiny_shots):
+    """HyperStyle changes the generator for each shot."""
+    encoder = tiny_encoder("hyperstyle", pipeline.generator)
+    parts = (pipeline.generator, encoder, pipeline.relevant, pipeline.irrelevant, pipeline.codes)
+    own = FewShotPipeline(*parts, hash="hyperstyle")
+    images = draw_shard(own, plan_of(tiny_shots, batch=22, shard=22, fusion="frequency"), 0)
+    result = own(shots_of(tiny_shots, "rose"), 11, fusion="frequency", category="rose")
+    np.testing.assert_array_equal(images[11:], to_uint8(result.fused["frequency"]).numpy())
+    assert (
+        images[11:] != draw_shard(pipeline, plan_of(tiny_shots, batch=22, shard=22, fusion="frequency"), 0)[11:]
+    ).any()
 
 
 def test_images_depend_on_the_batch_by_a_level_at_most(pipeline, tiny_shots):

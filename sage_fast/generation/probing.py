@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from sage_fast.data.writers import atomic_write, contact_sheet
+from sage_fast.generation.agreeing import choose_config_encoder
 from sage_fast.generation.committing import line_of
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, draw_shard
 from sage_fast.generation.formats import choose_format
-from sage_fast.generation.run import choose_config_encoder, load_pipeline, plan_of, ranks
+from sage_fast.generation.run import load_pipeline, plan_of, ranks
 from sage_fast.generation.stores import open_store
 from sage_fast.pipeline import FewShotPipeline
 

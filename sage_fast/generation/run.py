@@ -10,59 +10,49 @@ OUT/README.md                         what the images are
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sage_fast import __version__
 from sage_fast.data.writers import TEMPORARY, check_apart
 from sage_fast.errors import InputError
+from sage_fast.generation.agreeing import (
+    agree,
+    choose_config_encoder,
+    prepare_output_of,
+    read_settings,
+    shape_of,
+    take_back_missing,
+)
 from sage_fast.generation.card import data_card, draw_sheet
 from sage_fast.generation.committing import (
     PARQUET,
     committed,
-    count_lines,
     is_complete,
-    reopen,
     write_manifest,
     write_parquet,
 )
 from sage_fast.generation.config import GenerateConfig
-from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
-from sage_fast.generation.encoding import Encoder, choose_encoder
-from sage_fast.generation.formats import Format, Stored, choose_format
+from sage_fast.generation.drawing import Prepared
+from sage_fast.generation.formats import Format
 from sage_fast.generation.locks import alone, joined
-from sage_fast.generation.plan import Plan, check_grown
+from sage_fast.generation.plan import Plan
 from sage_fast.generation.plan_files import read_plan
-from sage_fast.generation.stores import STATE, Store, make_state, open_store
+from sage_fast.generation.stores import STATE, Store, open_store
 from sage_fast.generation.watching import Meter
 from sage_fast.generation.writing import write_shards
 from sage_fast.pipeline import FewShotPipeline
 
-__all__ = [
-    "Summary",
-    "choose_config_encoder",
-    "first_images",
-    "generate",
-    "load_pipeline",
-    "plan_of",
-    "ranks",
-    "read_settings",
-]
+__all__ = ["Summary", "generate", "load_pipeline", "plan_of", "ranks"]
 
-_FREE = ("version", "device", "shots_dir", "n_images", "plan")  # may differ between a run and its continuation
-_CONFIG = "config.json"
 _BATCH_PIXELS = {
     "cpu": 1 << 18,
     "cuda": 1 << 22,
 }  # of a micro-batch; a CPU gains nothing from more, but needs the memory
-_MB = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -119,14 +109,14 @@ def generate(
     _check_settings(prepared)
     store = open_store(out)
     encoder = choose_config_encoder(config, pipeline.generator.n_channels)
-    _prepare(store, config, rank, world_size)
+    prepare_output_of(store, config, rank, world_size)
     meter = Meter() if meter is None else meter
     file, folder, setup = store.locks
     with joined(str(store), file, folder, rank, world_size, store.empty if config.overwrite else None):
         try:
             with alone(setup):
-                format = _agree(store, pipeline, made, encoder, config)
-                _take_back_missing(format, rank, world_size)
+                format = agree(store, pipeline, made, encoder, config)
+                take_back_missing(format, rank, world_size)
             _write(format, prepared, config, meter, progress, rank, world_size)
             with alone(setup):
                 missing = _finish(format, pipeline, config)
@@ -184,7 +174,7 @@ def plan_of(
     file: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """:func:`read_plan` for a pipeline, in micro-batches that suit its device unless the settings say otherwise."""
-    plan = read_plan(file, shots_dir, config, *_shape(pipeline)[:2])
+    plan = read_plan(file, shots_dir, config, *shape_of(pipeline)[:2])
     pixels = _BATCH_PIXELS["cpu" if pipeline.device.type == "cpu" else "cuda"]
     batch = min(64, max(1, pixels // pipeline.generator.resolution**2))
     return plan if config.batch is not None else replace(plan, batch=batch)
@@ -224,133 +214,6 @@ def _check_settings(prepared: Prepared) -> None:
         kinds.setdefault((part.method, len(part.shots) == 1, *part.editor_options().items()), number)
     for number in kinds.values():
         prepared[number]
-
-
-def choose_config_encoder(config: GenerateConfig, n_channels: int) -> Encoder | None:
-    """The encoder of the settings; None: images are stored as plain arrays."""
-    if config.format == "safetensors":
-        return None
-    return choose_encoder(config.encoder, config.image, config.quality, n_channels)
-
-
-def _prepare(store: Store, config: GenerateConfig, rank: int, world_size: int) -> None:
-    """Refuse an output that is not to be written into; ranks that come later find the files of those before them."""
-
-    def is_ours() -> bool:
-        return world_size > 1 and store.size(_CONFIG) is not None and (rank > 0 or not is_complete(store))
-
-    if config.overwrite:
-        store.prepare_emptying()
-        return
-    try:
-        store.prepare(config.resume or is_ours())
-        read_settings(store)
-    except InputError:  # or they came in between
-        if not is_ours():
-            raise
-
-
-def _agree(
-    store: Store, pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig
-) -> Format:
-    """Write down the plan of a new output; or raise InputError unless the plan is that of the output, or more of it."""
-    old = read_settings(store)
-    if config.batch is None and old is not None:
-        plan = replace(plan, batch=int(old["batch"]))
-    if config.shard_mb is not None:
-        same = old is not None and old.get("shard_mb") == config.shard_mb
-        plan = replace(plan, shard=int(old["shard"]) if old and same else _shard_of(pipeline, plan, encoder, config))
-    settings = _resolve(pipeline, plan, encoder, config)
-    format = choose_format(config.format, store, plan, encoder, _shape(pipeline))
-    make_state(store)
-    if old is None:
-        store.write(_CONFIG, _json(settings))
-        return format
-    changed = [key for key in settings if key not in _FREE and old.get(key) != settings[key]]
-    if changed:
-        was = ", ".join(f"{key} was {old.get(key)!r:.90}, is {settings[key]!r:.90}" for key in changed)
-        raise InputError(f"Output {str(store)!r} was made with other settings ({was}); give another folder.")
-    check_grown(Plan.read(old), plan)
-    if old["plan"] != settings["plan"]:
-        reopen(choose_format(config.format, store, Plan.read(old), encoder, _shape(pipeline)), plan=plan)
-        store.write(_CONFIG, _json(settings))
-    return format
-
-
-def read_settings(store: Store) -> dict[str, Any] | None:
-    """The content of an output's config.json; None: no run has begun.
-
-    Raises:
-        InputError: it is damaged, or not that of generate.
-    """
-    if store.size(_CONFIG) is None:
-        if is_complete(store):
-            raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")
-        return None
-    try:
-        settings = json.loads(store.read(_CONFIG))
-    except ValueError as error:
-        raise InputError(f"config.json in {str(store)!r} is damaged; use --overwrite or another output.") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("plan"), list):
-        raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")
-    return settings
-
-
-def _resolve(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> dict[str, Any]:
-    """Every setting with its value, the model and the plan: the content of config.json."""
-    return {
-        "batch": plan.batch,
-        "device": pipeline.device.type,
-        "encoder": encoder.name if encoder else None,
-        "format": config.format,
-        "image": config.image if encoder else None,
-        "model": pipeline.hash,
-        "n_channels": pipeline.generator.n_channels,
-        "n_images": len(plan),
-        "plan": plan.describe(),
-        "preset": pipeline.preset,
-        "quality": config.quality,
-        "resolution": pipeline.generator.resolution,
-        "shard": plan.shard,
-        "shard_mb": config.shard_mb,
-        "shots_dir": os.path.abspath(plan.root),
-        "version": __version__,
-    }
-
-
-def _shard_of(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> int:
-    """How many images make a tar file of ``config.shard_mb``, by the size of the first ones: a function of the plan."""
-    format = choose_format("webdataset", open_store("."), plan, encoder, _shape(pipeline))
-    sizes = [_tar_size(image) for image in first_images(pipeline, format)]
-    return max(1, int(float(config.shard_mb or 0) * _MB * len(sizes) / sum(sizes)))
-
-
-def first_images(pipeline: FewShotPipeline, format: Format) -> list[Stored]:
-    """The first micro-batch of a plan, encoded; nothing is written."""
-    latents = draw_latents(Prepared(pipeline, format.plan), format.plan.batches(0)[0])
-    pixels = format.pixels(draw_images(pipeline, latents).cpu().numpy())
-    return [format.store(*one) for one in zip(latents.positions, pixels, latents.about())]
-
-
-def _tar_size(image: Stored) -> int:
-    """Bytes that an image, its label and its description take: each a header and whole blocks of 512."""
-    return sum(512 + -(-size // 512) * 512 for size in (image.size, 1, len(json.dumps(image.about))))
-
-
-def _shape(pipeline: FewShotPipeline) -> tuple[int, int, int]:
-    return pipeline.generator.n_channels, pipeline.generator.resolution, pipeline.generator.resolution
-
-
-def _take_back_missing(format: Format, rank: int, world_size: int) -> None:
-    """Shards whose files are gone are drawn again."""
-    whole = is_complete(format.target)
-    if whole and count_lines(format.target) != len(format.plan):
-        reopen(format)
-        whole = False
-    mine = {k for k in committed(format.target, format.plan) if whole or k % world_size == rank}
-    missing = {shard for shard in mine if format.is_missing(shard)}
-    if missing:
-        reopen(format, missing)
 
 
 def _write(
@@ -393,7 +256,7 @@ def _finish(format: Format, pipeline: FewShotPipeline, config: GenerateConfig) -
         assert settings is not None
         store.write("README.md", data_card(settings, plan).encode("utf-8", "surrogateescape"))
         sheet = io.BytesIO()
-        draw_sheet(format, *_shape(pipeline)[:2]).save(sheet, format="PNG")
+        draw_sheet(format, *shape_of(pipeline)[:2]).save(sheet, format="PNG")
         store.write("contact_sheet.png", sheet.getvalue())
         write_manifest(store, plan)
     if config.parquet and store.size(PARQUET) is None:
@@ -402,7 +265,3 @@ def _finish(format: Format, pipeline: FewShotPipeline, config: GenerateConfig) -
         if name.endswith(TEMPORARY):
             store.remove(name)
     return 0
-
-
-def _json(settings: dict[str, Any]) -> bytes:
-    return (json.dumps(settings, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

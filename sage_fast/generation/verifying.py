@@ -17,6 +17,7 @@ import numpy as np
 
 from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK, atomic_write
 from sage_fast.errors import InputError
+from sage_fast.generation.agreeing import read_settings
 from sage_fast.generation.committing import committed, is_complete, lines_of, part_lines, reopen
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
@@ -24,7 +25,7 @@ from sage_fast.generation.encoding import choose_encoder
 from sage_fast.generation.formats import Format, ImageFolders, Stored, TarFiles, choose_format, read_only
 from sage_fast.generation.locks import alone, joined
 from sage_fast.generation.plan import Part, Plan
-from sage_fast.generation.run import load_pipeline, read_settings
+from sage_fast.generation.run import load_pipeline
 from sage_fast.generation.stores import STATE, Store, make_state, open_store
 from sage_fast.pipeline import FewShotPipeline
 
@@ -41,13 +42,22 @@ _WHOLE = re.compile(r"_(\d{5,})\Z")
 class Verification:
     """What :func:`verify` found: ``n_images`` of ``n_categories`` looked at, one sentence for each of the ``problems``.
 
-    ``damaged``: numbers of the shards that are not as recorded.
+    ``missing``: how many shards are not written. ``damaged``: numbers of those that are not as recorded.
     """
 
     n_images: int
     n_categories: int
     problems: list[str]
+    missing: int
     damaged: list[int]
+
+    def remedy(self, repaired: bool = False) -> str:
+        """What to do about the problems, one sentence."""
+        if self.damaged and not repaired:
+            return "'verify --repair', then 'generate --resume', draw the damaged shards again."
+        if self.damaged or self.missing:
+            return "'generate --resume' goes on."
+        return "Move away what does not belong."
 
     def __str__(self) -> str:
         if not self.problems:
@@ -74,7 +84,8 @@ def verify(out: str | os.PathLike[str], repair: bool = False, workers: int = 4) 
     encoder = None if settings["encoder"] is None else read_only(settings["encoder"], settings["image"])
     format = choose_format(settings["format"], store, plan, encoder, shape)
     done = committed(store, plan)
-    problems = [] if is_complete(store) else [f"{plan.n_shards - len(done)} of {plan.n_shards} shards are not written."]
+    missing = plan.n_shards - len(done)
+    problems = [] if is_complete(store) else [f"{missing} of {plan.n_shards} shards are not written."]
     problems += [f"{name!r} does not belong to the plan." for name in _strays(format)]
     damaged = []
     with ThreadPoolExecutor(workers) as pool:
@@ -86,7 +97,9 @@ def verify(out: str | os.PathLike[str], repair: bool = False, workers: int = 4) 
         with joined(str(store), file, folder, 0, 1), alone(setup):
             make_state(store)
             reopen(format, damaged)
-    return Verification(sum(len(plan.positions(shard)) for shard in done), len(plan.categories), problems, damaged)
+    return Verification(
+        sum(len(plan.positions(shard)) for shard in done), len(plan.categories), problems, missing, damaged
+    )
 
 
 def _records(format: Format, done: set[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:

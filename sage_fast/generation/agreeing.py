@@ -1,0 +1,158 @@
+"""Whose plan an output has: what is written down in its config.json, and what a new run finds there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from typing import Any
+
+from sage_fast import __version__
+from sage_fast.errors import InputError
+from sage_fast.generation.committing import committed, count_lines, is_complete, reopen
+from sage_fast.generation.config import GenerateConfig
+from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
+from sage_fast.generation.encoding import Encoder, choose_encoder
+from sage_fast.generation.formats import Format, Stored, choose_format
+from sage_fast.generation.plan import Plan, check_grown
+from sage_fast.generation.stores import Store, make_state, open_store
+from sage_fast.pipeline import FewShotPipeline
+
+__all__ = [
+    "agree", "choose_config_encoder", "first_images", "prepare_output_of", "read_settings", "shape_of", "take_back_missing",
+]  # fmt: skip
+
+_FREE = ("version", "device", "shots_dir", "n_images", "plan")  # may differ between a run and its continuation
+_CONFIG = "config.json"
+_MB = 1_000_000
+
+
+def choose_config_encoder(config: GenerateConfig, n_channels: int) -> Encoder | None:
+    """The encoder of the settings; None: images are stored as plain arrays."""
+    if config.format == "safetensors":
+        return None
+    return choose_encoder(config.encoder, config.image, config.quality, n_channels)
+
+
+def prepare_output_of(store: Store, config: GenerateConfig, rank: int, world_size: int) -> None:
+    """Refuse an output that is not to be written into; ranks that come later find the files of those before them."""
+
+    def is_ours() -> bool:
+        return world_size > 1 and store.size(_CONFIG) is not None and (rank > 0 or not is_complete(store))
+
+    if config.overwrite:
+        store.prepare_emptying()
+        return
+    try:
+        store.prepare(config.resume or is_ours())
+        read_settings(store)
+    except InputError:  # or they came in between
+        if not is_ours():
+            raise
+
+
+def agree(
+    store: Store, pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig
+) -> Format:
+    """Write down the plan of a new output; or raise InputError unless the plan is that of the output, or more of it."""
+    old = read_settings(store)
+    if config.batch is None and old is not None:
+        plan = replace(plan, batch=int(old["batch"]))
+    if config.shard_mb is not None:
+        same = old is not None and old.get("shard_mb") == config.shard_mb
+        plan = replace(plan, shard=int(old["shard"]) if old and same else _shard_of(pipeline, plan, encoder, config))
+    settings = _resolve(pipeline, plan, encoder, config)
+    format = choose_format(config.format, store, plan, encoder, shape_of(pipeline))
+    make_state(store)
+    if old is None:
+        store.write(_CONFIG, _json(settings))
+        return format
+    changed = [key for key in settings if key not in _FREE and old.get(key) != settings[key]]
+    if changed:
+        was = ", ".join(f"{key} was {old.get(key)!r:.90}, is {settings[key]!r:.90}" for key in changed)
+        raise InputError(f"Output {str(store)!r} was made with other settings ({was}); give another folder.")
+    check_grown(Plan.read(old), plan)
+    if old["plan"] != settings["plan"]:
+        reopen(choose_format(config.format, store, Plan.read(old), encoder, shape_of(pipeline)), plan=plan)
+        store.write(_CONFIG, _json(settings))
+    return format
+
+
+def read_settings(store: Store) -> dict[str, Any] | None:
+    """The content of an output's config.json; None: no run has begun.
+
+    Raises:
+        InputError: it is damaged, or not that of generate.
+    """
+    if store.size(_CONFIG) is None:
+        if is_complete(store):
+            raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")
+        return None
+    try:
+        settings = json.loads(store.read(_CONFIG))
+    except ValueError as error:
+        raise InputError(f"config.json in {str(store)!r} is damaged; use --overwrite or another output.") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("plan"), list):
+        raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")
+    return settings
+
+
+def _resolve(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> dict[str, Any]:
+    """Every setting with its value, the model and the plan: the content of config.json."""
+    return {
+        "batch": plan.batch,
+        "device": pipeline.device.type,
+        "encoder": encoder.name if encoder else None,
+        "format": config.format,
+        "image": config.image if encoder else None,
+        "model": pipeline.hash,
+        "n_channels": pipeline.generator.n_channels,
+        "n_images": len(plan),
+        "plan": plan.describe(),
+        "preset": pipeline.preset,
+        "quality": config.quality,
+        "resolution": pipeline.generator.resolution,
+        "shard": plan.shard,
+        "shard_mb": config.shard_mb,
+        "shots_dir": os.path.abspath(plan.root),
+        "version": __version__,
+    }
+
+
+def _shard_of(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> int:
+    """How many images make a tar file of ``config.shard_mb``, by the size of the first ones: a function of the plan."""
+    format = choose_format("webdataset", open_store("."), plan, encoder, shape_of(pipeline))
+    sizes = [_tar_size(image) for image in first_images(pipeline, format)]
+    return max(1, int(float(config.shard_mb or 0) * _MB * len(sizes) / sum(sizes)))
+
+
+def first_images(pipeline: FewShotPipeline, format: Format) -> list[Stored]:
+    """The first micro-batch of a plan, encoded; nothing is written."""
+    latents = draw_latents(Prepared(pipeline, format.plan), format.plan.batches(0)[0])
+    pixels = format.pixels(draw_images(pipeline, latents).cpu().numpy())
+    return [format.store(*one) for one in zip(latents.positions, pixels, latents.about())]
+
+
+def _tar_size(image: Stored) -> int:
+    """Bytes that an image, its label and its description take: each a header and whole blocks of 512."""
+    return sum(512 + -(-size // 512) * 512 for size in (image.size, 1, len(json.dumps(image.about))))
+
+
+def shape_of(pipeline: FewShotPipeline) -> tuple[int, int, int]:
+    return pipeline.generator.n_channels, pipeline.generator.resolution, pipeline.generator.resolution
+
+
+def take_back_missing(format: Format, rank: int, world_size: int) -> None:
+    """Shards whose files are gone are drawn again."""
+    whole = is_complete(format.target)
+    if whole and count_lines(format.target) != len(format.plan):
+        reopen(format)
+        whole = False
+    mine = {k for k in committed(format.target, format.plan) if whole or k % world_size == rank}
+    missing = {shard for shard in mine if format.is_missing(shard)}
+    if missing:
+        reopen(format, missing)
+
+
+def _json(settings: dict[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
