@@ -300,3 +300,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, images, mon
     assert all(math.isfinite(block["weights"]) for block in report["norms"]["D"].values())
     monkeypatch.undo()
     train_gan(TINY, images, tmp_path, resume=True)
+
+
+def test_a_run_from_before_optimizers_were_fused_goes_on(tmp_path, images):
+    train_gan(dataclasses.replace(TINY, total_kimg=0.02), images, tmp_path)
+    path = tmp_path / "checkpoints/gan.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("g_optim", "d_optim"):
+        for group in state[name]["param_groups"]:
+            group["fused"] = None
+    old = ("G", "D", "average", "g_optim", "d_optim", "rng", "path_mean", "step")
+    torch.save({name: state[name] for name in old}, path)
+    train_gan(TINY, images, tmp_path, resume=True)
+    assert torch.load(path, weights_only=True)["step"] == 10

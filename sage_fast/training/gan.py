@@ -176,6 +176,8 @@ def train_gan(
     places: dict[str, Any] = dict(sampler=sampler, augment=augment, watch=watch, detector=detector)
 
     if state := run.load():
+        for group in (*state["g_optim"]["param_groups"], *state["d_optim"]["param_groups"]):
+            group["fused"] = True  # runs of before were not
         for name, part in (parts | places).items():
             if name in state:  # runs of before had no places, and drew with replacement
                 part.load_state_dict(state[name])
