@@ -23,6 +23,7 @@ from sage_fast.data.images import load_image
 from sage_fast.data.writers import MARKER, read_manifest, save_png, to_uint8
 from sage_fast.errors import InputError
 from sage_fast.generation import GenerateConfig, generate
+from sage_fast.generation.verifying import verify
 from sage_fast.pipeline import FewShotPipeline
 
 
@@ -504,6 +505,16 @@ def test_categories_that_cannot_be_folders(pipeline, shots, tmp_path, name):
 def test_categories_that_differ_in_case_alone(pipeline, shots, tmp_path):
     shutil.copytree(shots / "rose", shots / "Rose")
     refused(tmp_path, "'Rose' and 'rose' are one folder", pipeline, shots)
+
+
+@pytest.mark.parametrize("name", ["薔薇", "St. John's wort", "rose\udcff", 'a "b" | c', "x" * 230])
+def test_categories_of_any_name(pipeline, shots, tmp_path, name):
+    (shots / "rose").rename(shots / name)
+    for format in ("folder", "webdataset"):
+        generate(pipeline, shots, tmp_path / format, GenerateConfig(n=2, format=format))
+        assert verify(tmp_path / format).problems == []
+        assert read_manifest(tmp_path / format / "manifest.jsonl")[-1]["category"] in (name, "lily")
+    assert (tmp_path / "folder" / name / f"{name}_00001.png").exists()
 
 
 def test_an_error_in_the_middle_leaves_what_was_committed(pipeline, tiny_shots, tmp_path, monkeypatch):

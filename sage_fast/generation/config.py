@@ -51,7 +51,7 @@ class GenerateConfig:
     encoder: str = "auto"  # pillow, opencv or simplejpeg; auto: the fastest that is installed
     shard: int | None = None  # images that are committed together; None: 512, in tar files 4096
     shard_mb: float | None = None  # size of a tar file instead, in MB
-    workers: int | None = None  # threads that encode and write; None: as many as torch has
+    workers: int | None = None  # threads that encode and write; None: as many as torch has, at least 2
     metrics: str | None = None  # file that gets a JSON line a shard: speed, and how busy each stage was
     parquet: bool = False  # the manifest as manifest.parquet too; needs pyarrow
 

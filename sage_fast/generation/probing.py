@@ -76,7 +76,7 @@ def estimate(
     images = draw_images(pipeline, latents).cpu().numpy()
     drawn = time.monotonic()
     stored = [format.store(*one) for one in zip(positions, format.pixels(images), latents.about())]
-    seconds = drawn - start + (time.monotonic() - drawn) / (config.workers or torch.get_num_threads())
+    seconds = drawn - start + (time.monotonic() - drawn) / (config.workers or max(2, torch.get_num_threads()))
     line_bytes = sum(len(str(line_of(image))) for image in stored) / len(stored)
     return Estimate(
         len(made), len(made.categories), made.n_shards, len(positions) / seconds,

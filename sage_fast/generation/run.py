@@ -212,8 +212,13 @@ def _check_settings(prepared: Prepared) -> None:
     kinds: dict[tuple[object, ...], int] = {}
     for number, part in enumerate(prepared.plan.parts):
         kinds.setdefault((part.method, len(part.shots) == 1, *part.editor_options().items()), number)
-    for number in kinds.values():
-        prepared[number]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a few small images: on a busy machine threads would wait longer than they work
+    try:
+        for number in kinds.values():
+            prepared[number]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write(
@@ -230,7 +235,7 @@ def _write(
     mine = range(rank, plan.n_shards, world_size)
     todo = [shard for shard in mine if shard not in done]
     total, left = (sum(len(plan.positions(shard)) for shard in shards) for shards in (mine, todo))
-    workers = config.workers or torch.get_num_threads()
+    workers = config.workers or max(2, torch.get_num_threads())  # they wait for the disk too
     meter.start(total, total - left)
 
     def written(n: int) -> None:

@@ -27,6 +27,7 @@ from sage_fast.generation.locks import alone, joined
 from sage_fast.generation.plan import Part, Plan
 from sage_fast.generation.run import load_pipeline
 from sage_fast.generation.stores import STATE, Store, make_state, open_store
+from sage_fast.generation.writing import ahead
 from sage_fast.pipeline import FewShotPipeline
 
 __all__ = ["Regenerated", "Verification", "regenerate", "verify"]
@@ -89,7 +90,7 @@ def verify(out: str | os.PathLike[str], repair: bool = False, workers: int = 4) 
     problems += [f"{name!r} does not belong to the plan." for name in _strays(format)]
     damaged = []
     with ThreadPoolExecutor(workers) as pool:
-        for shard, found in pool.map(lambda one: _check_shard(format, shape, *one), _records(format, done)):
+        for shard, found in ahead(pool, lambda one: _check_shard(format, shape, *one), _records(format, done), workers):
             problems += found
             damaged += [shard] if found else []
     if repair and damaged:

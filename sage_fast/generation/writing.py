@@ -20,7 +20,7 @@ from sage_fast.generation.plan import Plan
 from sage_fast.generation.watching import Meter
 from sage_fast.pipeline import FewShotPipeline
 
-__all__ = ["write_shard", "write_shards"]
+__all__ = ["ahead", "write_shard", "write_shards"]
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -71,12 +71,15 @@ def write_shards(
         with meter.timed("encoding"):
             return task.store(format)
 
+    def queue(name: str) -> Callable[[float], None]:
+        return lambda share: meter.queued.update({name: share})
+
     with _pools((1, 1), (n_drawers, threads), (workers, 1), (1, 1)) as (sampler, drawers, encoders, committer):
         ranges = (positions for shard in shards for positions in plan.batches(shard))
-        latents = _ahead(sampler, sample, ranges, n_drawers + 1, meter, "latents")
-        drawn = _ahead(drawers, draw, latents, n_drawers, meter, "drawings")
+        latents = ahead(sampler, sample, ranges, n_drawers + 1, queue("latents"))
+        drawn = ahead(drawers, draw, latents, n_drawers, queue("drawings"))
         tasks = (task for whole in drawn for task in whole.cut(size))
-        stored = _ahead(encoders, store, tasks, _AHEAD * -(-plan.batch // size), meter, "files")
+        stored = ahead(encoders, store, tasks, _AHEAD * -(-plan.batch // size), queue("files"))
         commits: deque[Future[None]] = deque()
         for shard, open_shard, images in _whole_shards(format, stored, meter, written):
             commits.append(committer.submit(_commit, format, shard, open_shard, images, meter))
@@ -171,14 +174,22 @@ def _reap(commits: deque[Future[None]], most: int, committed: Callable[[], None]
             committed()
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], depth: int, meter: Meter, queue: str
+def ahead(
+    pool: ThreadPoolExecutor,
+    function: Callable[[A], B],
+    items: Iterable[A],
+    depth: int,
+    note: Callable[[float], None] | None = None,
 ) -> Iterator[B]:
-    """``map(function, items)`` on a pool, in order, at most ``depth`` items ahead of who takes the results."""
+    """``map(function, items)`` on a pool, in order, at most ``depth`` items ahead of who takes the results.
+
+    ``note`` gets the share of the depth that waits or is worked on.
+    """
     pending: deque[Future[B]] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
-        meter.queued[queue] = sum(not future.done() for future in pending) / (depth + 1)
+        if note is not None:
+            note(sum(not future.done() for future in pending) / (depth + 1))
         if len(pending) > depth:
             yield pending.popleft().result()
     while pending:
