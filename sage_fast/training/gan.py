@@ -262,7 +262,7 @@ def train_gan(
             scores |= watch.score(average, kimg)
         if done % config.log_every == 0 or done == total or scores:
             guard.look()
-            scores |= ranks.once(partial(detector.discriminator, kimg, real_logits, real_logits))
+            scores |= ranks.once(partial(detector.discriminator, kimg, real_logits))
             scores |= {"path_length": path_mean.item()} if config.pl_weight else {}
             scores |= {"augment_p": augment.p} if config.augment.kind == "ada" else {}
             signs = real_logits.sign().mean()
