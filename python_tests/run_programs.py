@@ -25,6 +25,7 @@ class ToyConfig:
     lr: float = 0.1
     save_every: int = 3
     keep: int = 2
+    tensorboard: bool = False
 
 
 def train_toy(

@@ -153,6 +153,12 @@ def test_other_threads_or_versions_are_told_once(tmp_path, monkeypatch):
     )
 
 
+def test_tensorboard_on_request(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra 'logs' is not installed")
+    train_toy(dataclasses.replace(CONFIG, tensorboard=True), tmp_path)
+    assert [path.suffix for path in (tmp_path / "logs/toy").iterdir()] == [".tfevents"]
+
+
 def test_remains_of_a_killed_write_are_removed(tmp_path):
     train_toy(CONFIG, tmp_path)
     (tmp_path / "checkpoints/.0011.sage_fast.tmp").touch()
