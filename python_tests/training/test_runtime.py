@@ -21,7 +21,8 @@ from sage_fast.errors import InputError, SageFastWarning, Stopped
 from sage_fast.training import runtime
 from sage_fast.training.checkpoints import read_state
 from sage_fast.training.logs import read_log
-from sage_fast.training.runtime import Run
+from sage_fast.training.ranks import join_ranks
+from sage_fast.training.runtime import Run, check_run_folder, open_run_folder
 
 CONFIG = ToyConfig()
 
@@ -151,6 +152,21 @@ def test_other_threads_or_versions_are_told_once(tmp_path, monkeypatch):
         "stage 'toy' goes on from step 8, but not to the last bit: it was begun with "
         f"torch {torch.__version__}, now 9.9; threads {found['threads']}, now 99."
     )
+
+
+def test_a_restarted_process_empties_nothing(tmp_path, monkeypatch):
+    alone = join_ranks()
+    folder = open_run_folder(tmp_path / "run", alone)
+    (folder / "configs").mkdir()
+    with pytest.raises(InputError, match="is not empty"):
+        check_run_folder(folder, alone)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for overwrite in (False, True):
+        check_run_folder(folder, alone, overwrite=overwrite)
+        assert open_run_folder(folder, alone, overwrite=overwrite) == folder and (folder / "configs").is_dir()
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    open_run_folder(folder, alone, overwrite=True)
+    assert not (folder / "configs").exists()
 
 
 def test_tensorboard_on_request(tmp_path):
