@@ -27,6 +27,8 @@ ROOMS: dict[str, tuple[float, str | None]] = {
     "export": (5, None),
     "generation": (5.5, None),
     "reconstruction": (5.5, None),
+    "mixing": (5.6, None),
+    "augmenter": (5.7, None),
     "training": (6, None),
     "evaluation": (7, None),
     "info": (7, None),

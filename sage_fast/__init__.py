@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sage_fast import ops as ops
+    from sage_fast.augmenter import Augmenter as Augmenter
     from sage_fast.editing.editor import FewShotEditor as FewShotEditor
     from sage_fast.errors import InputError as InputError
     from sage_fast.errors import SageFastWarning as SageFastWarning
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Augmenter": "augmenter",
     "CategoryIrrelevantDictionary": "factorization.category_irrelevant",
     "CategoryRelevantDictionary": "factorization.category_relevant",
     "FewShotEditor": "editing.editor",
