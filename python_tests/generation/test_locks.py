@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 
 import pytest
@@ -64,6 +66,18 @@ def test_ranks_of_one_run_enter_together_and_each_once(tmp_path):
             pass
     with enter(tmp_path, 0, 1):
         pass
+
+
+def test_who_dies_before_it_says_how_many_ranks_there_are_holds_nobody_up(tmp_path):
+    first = hold(tmp_path, 0, 3)
+    (tmp_path / "lock").write_bytes(b"")  # as if it had been killed while it wrote
+    os.kill(first.pid, signal.SIGKILL)
+    shared = os.open(tmp_path / "lock", os.O_RDWR)
+    fcntl.flock(shared, fcntl.LOCK_SH)  # another rank of the next run, at the same point
+    threading.Timer(0.06, os.close, (shared,)).start()
+    with enter(tmp_path, 1, 2):
+        pass
+    first.wait()
 
 
 def test_when_alone_is_called_before_anybody_else_can_enter(tmp_path):

@@ -66,7 +66,7 @@ def test_ten_million_images_take_neither_time_nor_memory():
         ("a\\b", "cannot be a folder's"),
         ("a\nb", "cannot be a folder's"),
         ("a\0b", "cannot be a folder's"),
-        ("ReadMe.md", "is that of a file in the output"),
+        ("ReadMe.md", "is that of a file or folder of our own"),
         ("x" * 300, "300 bytes long, at most 230"),
         ("é" * 120, "240 bytes long, at most 230"),
     ],

@@ -8,6 +8,8 @@ the same shard.
 from __future__ import annotations
 
 import os
+import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ except ImportError:  # Windows: two runs on one output are not told apart
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["alone", "joined"]
+
+_TRIES = 8
 
 
 @contextmanager
@@ -62,16 +66,21 @@ def alone(file: Path) -> Iterator[None]:
 
 def _enter(shared: int, output: str, world_size: int, when_alone: Callable[[], None] | None) -> None:
     """Take a share of the output's lock; the first who comes says how many ranks there are."""
-    if _taken(shared, fcntl.LOCK_EX | fcntl.LOCK_NB):
-        if when_alone is not None:
-            when_alone()
-        os.ftruncate(shared, 0)
-        os.pwrite(shared, str(world_size).encode(), 0)
-    elif when_alone is not None:
-        raise _at_work(output)
-    fcntl.flock(shared, fcntl.LOCK_SH)
-    if os.pread(shared, 32, 0) != str(world_size).encode():  # another run came first, even if only by a moment
-        raise _at_work(output)
+    own = str(world_size).encode()
+    for _ in range(_TRIES):  # whoever came first may die before it has said so
+        if _taken(shared, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if when_alone is not None:
+                when_alone()
+            os.ftruncate(shared, 0)
+            os.pwrite(shared, own, 0)
+        elif when_alone is not None:
+            break
+        fcntl.flock(shared, fcntl.LOCK_SH)
+        if os.pread(shared, 32, 0) == own:
+            return
+        fcntl.flock(shared, fcntl.LOCK_UN)
+        time.sleep(random.uniform(0.01, 0.05))
+    raise _at_work(output)
 
 
 def _take_own(folder: Path, name: str, output: str) -> int:

@@ -21,7 +21,7 @@ from sage_fast.errors import InputError
 __all__ = ["Part", "Plan", "Span", "check_categories", "check_grown"]
 
 _LONGEST = 230  # bytes of a category's name: "_0000000000.webp" follows it in a file's name of at most 255
-_TAKEN = ("config.json", "manifest.jsonl", "manifest.parquet", "readme.md", "contact_sheet.png")
+_TAKEN = ("config.json", "manifest.jsonl", "manifest.parquet", "readme.md", "contact_sheet.png", "cache")
 _SHOWN = 90  # characters of a setting in a message
 
 
@@ -147,7 +147,9 @@ def check_categories(names: Sequence[str]) -> None:
                 "hold slashes or control characters; rename it."
             )
         if name.casefold() in _TAKEN:
-            raise InputError(f"Category name {name!r} is that of a file in the output; rename the category.")
+            raise InputError(
+                f"Category name {name!r} is that of a file or folder of our own in outputs; rename the category."
+            )
         if len(os.fsencode(name)) > _LONGEST:
             raise InputError(
                 f"Category name {name[:40]!r} and on is {len(os.fsencode(name))} bytes long, at most {_LONGEST} fit a "
