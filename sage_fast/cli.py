@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -100,6 +101,7 @@ class GeneratePaths:
     model: Path | None = None  # run folder or bundle; None: the model that comes with the package
     dry_run: bool = False  # say what it would make and take, and write nothing
     preview: Path | None = None  # write a contact sheet of some of the images to this PNG, and nothing else
+    ray_workers: int | None = None  # draw on so many workers of Ray, those of RAY_ADDRESS if it is set; docs/scaling.md
 
 
 @dataclass(frozen=True)
@@ -358,6 +360,7 @@ def _train_dictionary(argv: Sequence[str]) -> None:
 def _generate(argv: Sequence[str]) -> None:
     from sage_fast.generation import GenerateConfig, Meter, generate
     from sage_fast.generation.probing import estimate, preview
+    from sage_fast.generation.ray_data import generate_on_ray
 
     argv = ["--n" if word == "-n" else word for word in argv]
     paths, config = _parse("generate", argv, GeneratePaths, GenerateConfig())
@@ -369,8 +372,11 @@ def _generate(argv: Sequence[str]) -> None:
         raise InputError("generate needs --out, the folder or URL that gets the images (--preview FILE shows some).")
     else:
         meter = Meter()
+        run: Callable[..., Any] = generate
+        if paths.ray_workers is not None:
+            run = partial(generate_on_ray, n_workers=paths.ray_workers)
         with _watched("generating", meter) as progress:
-            summary = generate(paths.model, paths.shots, paths.out, config, progress, meter, paths.plan)
+            summary = run(paths.model, paths.shots, paths.out, config, progress, meter, paths.plan)
         print(summary)
 
 

@@ -47,12 +47,15 @@ from sage_fast.generation.watching import Meter
 from sage_fast.generation.writing import write_shards
 from sage_fast.pipeline import FewShotPipeline
 
-__all__ = ["Summary", "generate", "load_pipeline", "plan_of", "ranks"]
+__all__ = ["Summary", "Writer", "generate", "load_pipeline", "plan_of", "ranks", "write_here"]
 
 _BATCH_PIXELS = {
     "cpu": 1 << 18,
     "cuda": 1 << 22,
 }  # of a micro-batch; a CPU gains nothing from more, but needs the memory
+
+Writer = Callable[[Format, list[int], Prepared, GenerateConfig, Meter, Callable[[int], None], Callable[[], None]], None]
+"""Draws, stores and commits shards; says how many images are written, and when a shard is committed."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     meter: Meter | None = None,
     plan: str | os.PathLike[str] | None = None,
+    write: Writer | None = None,
 ) -> Summary:
     """Generate the images of a plan, or those of this rank where the environment names ``RANK`` and ``WORLD_SIZE``.
 
@@ -98,6 +102,7 @@ def generate(
         progress: called with (images done, images in all) of this rank.
         meter: is kept up to date while the run goes on.
         plan: a .yaml, .json or .csv file, see :mod:`sage_fast.generation.plan_files`.
+        write: draws, stores and commits the shards that are not there yet; None: this process.
     Raises:
         InputError: a model, plan, settings or an output that cannot be used, or a full disk; a resumed run goes on.
     """
@@ -117,7 +122,7 @@ def generate(
             with alone(setup):
                 format = agree(store, pipeline, made, encoder, config)
                 take_back_missing(format, rank, world_size)
-            _write(format, prepared, config, meter, progress, rank, world_size)
+            _write(format, prepared, config, meter, progress, rank, world_size, write or write_here)
             with alone(setup):
                 missing = _finish(format, pipeline, config)
         finally:
@@ -229,13 +234,13 @@ def _write(
     progress: Callable[[int, int], None] | None,
     rank: int,
     world_size: int,
+    write: Writer,
 ) -> None:
     """Draw the shards of this rank that are not there yet."""
     plan, done = format.plan, committed(format.target, format.plan)
     mine = range(rank, plan.n_shards, world_size)
     todo = [shard for shard in mine if shard not in done]
     total, left = (sum(len(plan.positions(shard)) for shard in shards) for shards in (mine, todo))
-    workers = config.workers or max(2, torch.get_num_threads())  # they wait for the disk too
     meter.start(total, total - left)
 
     def written(n: int) -> None:
@@ -246,7 +251,21 @@ def _write(
         if config.metrics is not None:
             meter.append_to(Path(config.metrics if world_size == 1 else f"{config.metrics}.{rank}"))
 
-    write_shards(format, todo, prepared, workers, meter, written, note)
+    write(format, todo, prepared, config, meter, written, note)
+
+
+def write_here(
+    format: Format,
+    shards: list[int],
+    prepared: Prepared,
+    config: GenerateConfig,
+    meter: Meter,
+    written: Callable[[int], None] | None = None,
+    note: Callable[[], None] | None = None,
+) -> None:
+    """The shards by this process alone."""
+    workers = config.workers or max(2, torch.get_num_threads())  # they wait for the disk too
+    write_shards(format, shards, prepared, workers, meter, written, note)
 
 
 def _finish(format: Format, pipeline: FewShotPipeline, config: GenerateConfig) -> int:
