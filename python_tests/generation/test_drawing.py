@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +13,20 @@ from tiny_model import tiny_encoder
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import to_uint8
 from sage_fast.errors import InputError
-from sage_fast.generation import GenerateConfig, Prepared, draw_shard, generate, write_shard
-from sage_fast.generation.committing import committed
+from sage_fast.generation import (
+    GenerateConfig,
+    Prepared,
+    about_images,
+    committed,
+    draw_shard,
+    format_of,
+    generate,
+    open_output,
+    write_shard,
+)
 from sage_fast.generation.drawing import draw_latents
-from sage_fast.generation.encoding import choose_encoder
-from sage_fast.generation.formats import choose_format
 from sage_fast.generation.plan_files import read_plan
-from sage_fast.generation.stores import make_state, open_store
+from sage_fast.generation.verifying import verify
 from sage_fast.pipeline import FewShotPipeline
 
 
@@ -102,18 +110,29 @@ def test_a_shot_that_changed_since_the_plan_was_made(pipeline, tiny_shots):
 
 @pytest.mark.parametrize("format", ["folder", "webdataset", "safetensors"])
 def test_shards_written_one_by_one_are_those_of_a_run(pipeline, tiny_shots, tmp_path, format):
+    """As other programs run a plan: one process opens the output, others write shards to it."""
     config = GenerateConfig(n=11, batch=4, shard=9, format=format)
     generate(pipeline, tiny_shots, tmp_path / "run", config)
-    plan, store = plan_of(tiny_shots), open_store(tmp_path / "own")
-    store.prepare(resume=False)
-    make_state(store)
-    encoder = None if format == "safetensors" else choose_encoder("auto", "png", None, 3)
-    target, prepared = choose_format(format, store, plan, encoder, (3, 8, 8)), Prepared(pipeline, plan)
-    for shard in (2, 0, 1):
-        about = [line for positions in plan.batches(shard) for line in draw_latents(prepared, positions).about()]
-        write_shard(target, shard, draw_shard(pipeline, plan, shard, prepared), about)
-    assert committed(store, plan) == {0, 1, 2}
-    target.finish()
-    for file in target.files():
-        for path in (tmp_path / "run" / file).rglob("*") if format == "folder" else [tmp_path / "run" / file]:
-            assert path.read_bytes() == (tmp_path / "own" / path.relative_to(tmp_path / "run")).read_bytes()
+    plan = plan_of(tiny_shots)
+    with open_output(pipeline, plan, tmp_path / "own", config) as opened:
+        for shard in (2, 0, 1):
+            target = format_of(tmp_path / "own")
+            assert target.plan.parts == plan.parts and shard not in committed(target.target, target.plan)
+            prepared = Prepared(pipeline, target.plan)
+            about = about_images(prepared, target.plan.positions(shard))
+            write_shard(target, shard, draw_shard(pipeline, target.plan, shard, prepared), about)
+        assert committed(opened.target, plan) == {0, 1, 2}
+    for path in (tmp_path / "run").rglob("*"):
+        other = tmp_path / "own" / path.relative_to(tmp_path / "run")
+        assert path.is_dir() or path.read_bytes() == other.read_bytes()
+    assert verify(tmp_path / "own").problems == []
+
+
+def test_an_output_of_another_encoder_is_not_written_to(pipeline, tiny_shots, tmp_path):
+    generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=2, encoder="pillow"))
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(settings | {"encoder": "pillow 0.1"}))
+    with pytest.raises(InputError, match="is written with pillow 0.1, and here is pillow"):
+        format_of(tmp_path / "out")
+    with pytest.raises(InputError, match="encoder was 'pillow 0.1', is 'pillow"):
+        generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=2, encoder="pillow", resume=True))

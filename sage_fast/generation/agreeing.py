@@ -13,13 +13,14 @@ from sage_fast.generation.committing import committed, count_lines, is_complete,
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
 from sage_fast.generation.encoding import Encoder, choose_encoder
-from sage_fast.generation.formats import Format, Stored, choose_format
+from sage_fast.generation.formats import Format, Stored, choose_format, read_only
 from sage_fast.generation.plan import Plan, check_grown
 from sage_fast.generation.stores import Store, make_state, open_store
 from sage_fast.pipeline import FewShotPipeline
 
 __all__ = [
-    "agree", "choose_config_encoder", "first_images", "prepare_output_of", "read_settings", "shape_of", "take_back_missing",
+    "agree", "choose_config_encoder", "first_images", "format_of", "prepare_output_of", "read_settings", "shape_of",
+    "take_back_missing",
 ]  # fmt: skip
 
 _FREE = ("version", "device", "shots_dir", "n_images", "plan")  # may differ between a run and its continuation
@@ -156,3 +157,29 @@ def take_back_missing(format: Format, rank: int, world_size: int) -> None:
 
 def _json(settings: dict[str, Any]) -> bytes:
     return (json.dumps(settings, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def format_of(out: str | os.PathLike[str], writing: bool = True) -> Format:
+    """The format of an output that a run has begun, with its plan: for another process that writes shards of it.
+
+    Args:
+        writing: False leaves the encoder out, which then need not be installed.
+    Raises:
+        InputError: no run has begun there, or its encoder is here another.
+    """
+    store = open_store(out)
+    settings = read_settings(store)
+    if settings is None:
+        raise InputError(f"Output {str(store)!r} holds no run of generate; give the folder that generate wrote into.")
+    name, image, n_channels = settings["encoder"], settings["image"], settings["n_channels"]
+    encoder = None
+    if name is not None:
+        encoder = read_only(name, image)
+        if writing:
+            encoder = choose_encoder(name.split()[0], image, settings["quality"], n_channels)
+            if encoder.name != name:
+                raise InputError(
+                    f"Output {str(store)!r} is written with {name}, and here is {encoder.name}; install that."
+                )
+    shape = (n_channels, settings["resolution"], settings["resolution"])
+    return choose_format(settings["format"], store, Plan.read(settings), encoder, shape)

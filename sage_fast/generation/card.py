@@ -67,27 +67,28 @@ categories that were found similar, the model's hash and the package's version. 
 """ + "\n".join([*rows, ""])
 
 
-def draw_sheet(format: Format, n_channels: int, resolution: int) -> Image.Image:
+def draw_sheet(format: Format) -> Image.Image:
     """Two sections for each of the first parts of the plan: its shots, then the first of its generated images."""
-    plan, side = format.plan, min(resolution, _SIDE)
+    plan, (n_channels, resolution, _) = format.plan, format.shape
+    side = min(resolution, _SIDE)
     images: list[torch.Tensor] = []
     labels: list[str] = []
     start = 0
     for part in plan.parts[:_PARTS]:
         given = [load_image(Path(plan.root) / file, side, n_channels) for file in part.shots[:_COLUMNS]]
-        drawn = _drawn(format, range(start, start + min(part.n, _COLUMNS * _ROWS)), n_channels, side)
+        drawn = _drawn(format, range(start, start + min(part.n, _COLUMNS * _ROWS)), side)
         images += given + drawn
         labels += [f"{part.category}: given"] * len(given) + [_title(part)] * len(drawn)
         start += part.n
     return contact_sheet(torch.stack(images), _COLUMNS, labels, scale=max(1, 64 // side))
 
 
-def _drawn(format: Format, wanted: range, n_channels: int, side: int) -> list[torch.Tensor]:
+def _drawn(format: Format, wanted: range, side: int) -> list[torch.Tensor]:
     """Stored images at the size of the sheet."""
     found = []
     for shard in range(wanted.start // format.plan.shard, (wanted.stop - 1) // format.plan.shard + 1):
         for _, data in format.read(shard, wanted):
-            found.append(_scaled(format.decode(data, n_channels), side))
+            found.append(_scaled(format.decode(data), side))
     return found
 
 

@@ -20,7 +20,7 @@ from sage_fast.errors import InputError
 from sage_fast.generation.plan import Part, Plan, Span
 from sage_fast.pipeline import FewShotPipeline, NovelCategory, normals
 
-__all__ = ["Category", "Latents", "Prepared", "draw_images", "draw_latents", "draw_shard"]
+__all__ = ["Category", "Latents", "Prepared", "about_images", "draw_images", "draw_latents", "draw_shard"]
 
 _KEPT_BYTES = 200 << 20  # of prepared categories; more are dropped, the one used longest ago first
 _SHOT_PIXELS = 1 << 18  # of the shots whose reconstructions are drawn at a time
@@ -109,11 +109,19 @@ class Latents:
 
     def about(self) -> Iterator[dict[str, Any]]:
         """How each image comes to be: what its line in the manifest says."""
-        for span, category in zip(self.spans, self.categories):
-            shots = category.part.shots
-            for index in range(span.first, span.first + span.n):
-                own = {"category": category.part.category, "index": index, "source": shots[index % len(shots)]}
-                yield own | category.about
+        return (line for span, category in zip(self.spans, self.categories) for line in _lines(span, category))
+
+
+def about_images(prepared: Prepared, positions: range) -> Iterator[dict[str, Any]]:
+    """:meth:`Latents.about` of neighbouring images of a plan, without their latents."""
+    return (line for span in prepared.plan.spans(positions) for line in _lines(span, prepared[span.part]))
+
+
+def _lines(span: Span, category: Category) -> Iterator[dict[str, Any]]:
+    shots = category.part.shots
+    for index in range(span.first, span.first + span.n):
+        own = {"category": category.part.category, "index": index, "source": shots[index % len(shots)]}
+        yield own | category.about
 
 
 def draw_latents(prepared: Prepared, positions: range) -> Latents:

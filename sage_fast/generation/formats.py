@@ -88,8 +88,8 @@ class ImageFolders:
 
     separate = True  # a shard can be replaced after the end
 
-    def __init__(self, store: Store, plan: Plan, encoder: Encoder) -> None:
-        self.target, self.plan, self.encoder = store, plan, encoder
+    def __init__(self, store: Store, plan: Plan, encoder: Encoder, shape: tuple[int, int, int]) -> None:
+        self.target, self.plan, self.encoder, self.shape = store, plan, encoder, shape
         self._made: set[str] = set()
 
     def file(self, category: str, index: int) -> str:
@@ -100,9 +100,9 @@ class ImageFolders:
         """Drawn images, uint8 [n, C, R, R], as :meth:`store` takes them one by one."""
         return _for_encoder(images, self.encoder)
 
-    def decode(self, data: bytes, n_channels: int) -> np.ndarray:
+    def decode(self, data: bytes) -> np.ndarray:
         """Stored bytes as uint8 [C, R, R]."""
-        return _decoded(data, n_channels)
+        return _decoded(data, self.shape[0])
 
     def encoded(self, pixels: np.ndarray, about: dict[str, Any]) -> bytes:
         """The bytes of an image's file."""
@@ -149,8 +149,8 @@ class TarFiles:
 
     separate = True
 
-    def __init__(self, store: Store, plan: Plan, encoder: Encoder) -> None:
-        self.target, self.plan, self.encoder = store, plan, encoder
+    def __init__(self, store: Store, plan: Plan, encoder: Encoder, shape: tuple[int, int, int]) -> None:
+        self.target, self.plan, self.encoder, self.shape = store, plan, encoder, shape
 
     def file(self, shard: int) -> str:
         """Name of a shard's file."""
@@ -160,9 +160,9 @@ class TarFiles:
         """Drawn images, uint8 [n, C, R, R], as :meth:`store` takes them one by one."""
         return _for_encoder(images, self.encoder)
 
-    def decode(self, data: bytes, n_channels: int) -> np.ndarray:
+    def decode(self, data: bytes) -> np.ndarray:
         """Stored bytes as uint8 [C, R, R]."""
-        return _decoded(data, n_channels)
+        return _decoded(data, self.shape[0])
 
     def store(self, position: int, pixels: np.ndarray, about: dict[str, Any]) -> Stored:
         """Encode an image."""
@@ -250,7 +250,7 @@ class ArrayFile:
         """Drawn images, uint8 [n, C, R, R], as they are."""
         return images
 
-    def decode(self, data: bytes, n_channels: int) -> np.ndarray:
+    def decode(self, data: bytes) -> np.ndarray:
         """Stored bytes as uint8 [C, R, R]."""
         return np.frombuffer(data, np.uint8).reshape(self.shape)
 
@@ -322,10 +322,10 @@ Format = ImageFolders | TarFiles | ArrayFile
 
 
 def choose_format(name: str, store: Store, plan: Plan, encoder: Encoder | None, shape: tuple[int, int, int]) -> Format:
-    """The format of a name; ``encoder`` is that of image files, ``shape`` [C, R, R] that of arrays."""
+    """The format of a name; ``encoder`` is that of image files, None: arrays; ``shape`` [C, R, R] that of an image."""
     if encoder is None:
         return ArrayFile(store, plan, shape)
-    return ImageFolders(store, plan, encoder) if name == "folder" else TarFiles(store, plan, encoder)
+    return (ImageFolders if name == "folder" else TarFiles)(store, plan, encoder, shape)
 
 
 def read_only(name: str, image: str) -> Encoder:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +48,7 @@ from sage_fast.generation.watching import Meter
 from sage_fast.generation.writing import write_shards
 from sage_fast.pipeline import FewShotPipeline
 
-__all__ = ["Summary", "Writer", "generate", "load_pipeline", "plan_of", "ranks", "write_here"]
+__all__ = ["Summary", "Writer", "generate", "load_pipeline", "open_output", "plan_of", "ranks", "write_here"]
 
 _BATCH_PIXELS = {
     "cpu": 1 << 18,
@@ -112,22 +113,39 @@ def generate(
     _check(out, None if plan else shots_dir, made, model, config, world_size)
     prepared = Prepared(pipeline, made)
     _check_settings(prepared)
-    store = open_store(out)
-    encoder = choose_config_encoder(config, pipeline.generator.n_channels)
-    prepare_output_of(store, config, rank, world_size)
     meter = Meter() if meter is None else meter
+    with open_output(pipeline, made, out, config) as format:
+        _write(format, prepared, config, meter, progress, rank, world_size, write or write_here)
+    missing = format.plan.n_shards - len(committed(format.target, format.plan))
+    return Summary(str(format.target), format.plan.categories, meter.done - meter.kept, meter.kept, missing)
+
+
+@contextmanager
+def open_output(
+    pipeline: FewShotPipeline, plan: Plan, out: str | os.PathLike[str], config: GenerateConfig
+) -> Iterator[Format]:
+    """Begin or take up an output: while the block runs, shards of the yielded format's plan may be written to it.
+
+    Other processes get at it with :func:`~sage_fast.generation.agreeing.format_of`. When the block ends well and every shard is
+    committed, the output is completed.
+
+    Raises:
+        InputError: the output is not to be written into, has another plan, or another run is at work on it.
+    """
+    rank, world_size = ranks()
+    store, encoder = open_store(out), choose_config_encoder(config, pipeline.generator.n_channels)
+    prepare_output_of(store, config, rank, world_size)
     file, folder, setup = store.locks
     with joined(str(store), file, folder, rank, world_size, store.empty if config.overwrite else None):
         try:
             with alone(setup):
-                format = agree(store, pipeline, made, encoder, config)
+                format = agree(store, pipeline, plan, encoder, config)
                 take_back_missing(format, rank, world_size)
-            _write(format, prepared, config, meter, progress, rank, world_size, write or write_here)
+            yield format
             with alone(setup):
-                missing = _finish(format, pipeline, config)
+                _finish(format, config)
         finally:
             _clear(store, setup)
-    return Summary(str(store), format.plan.categories, meter.done - meter.kept, meter.kept, missing)
 
 
 def _clear(store: Store, setup: Path) -> None:
@@ -268,19 +286,18 @@ def write_here(
     write_shards(format, shards, prepared, workers, meter, written, note)
 
 
-def _finish(format: Format, pipeline: FewShotPipeline, config: GenerateConfig) -> int:
-    """Complete the output when every shard of it is written; how many are not."""
+def _finish(format: Format, config: GenerateConfig) -> None:
+    """Complete the output if every shard of it is written."""
     store, plan = format.target, format.plan
-    missing = plan.n_shards - len(committed(store, plan))
-    if missing:
-        return missing
+    if len(committed(store, plan)) < plan.n_shards:
+        return
     if not is_complete(store):
         format.finish()
         settings = read_settings(store)
         assert settings is not None
         store.write("README.md", data_card(settings, plan).encode("utf-8", "surrogateescape"))
         sheet = io.BytesIO()
-        draw_sheet(format, *shape_of(pipeline)[:2]).save(sheet, format="PNG")
+        draw_sheet(format).save(sheet, format="PNG")
         store.write("contact_sheet.png", sheet.getvalue())
         write_manifest(store, plan)
     if config.parquet and store.size(PARQUET) is None:
@@ -288,4 +305,3 @@ def _finish(format: Format, pipeline: FewShotPipeline, config: GenerateConfig) -
     for name in store.names(""):
         if name.endswith(TEMPORARY):
             store.remove(name)
-    return 0

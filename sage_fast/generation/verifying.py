@@ -17,12 +17,12 @@ import numpy as np
 
 from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK, atomic_write
 from sage_fast.errors import InputError
-from sage_fast.generation.agreeing import read_settings
+from sage_fast.generation.agreeing import format_of, read_settings
 from sage_fast.generation.committing import committed, is_complete, lines_of, part_lines, reopen
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
 from sage_fast.generation.encoding import choose_encoder
-from sage_fast.generation.formats import Format, ImageFolders, Stored, TarFiles, choose_format, read_only
+from sage_fast.generation.formats import Format, ImageFolders, Stored, TarFiles
 from sage_fast.generation.locks import alone, joined
 from sage_fast.generation.plan import Part, Plan
 from sage_fast.generation.run import load_pipeline
@@ -77,13 +77,8 @@ def verify(out: str | os.PathLike[str], repair: bool = False, workers: int = 4) 
         InputError: it is no output of generate; or, with ``repair``, another run is at work on it.
     """
     store = open_store(out)
-    settings = read_settings(store)
-    if settings is None:
-        raise InputError(f"Output {str(store)!r} holds no run of generate; give the folder that generate wrote into.")
-    plan = Plan.read(settings)
-    shape = (settings["n_channels"], settings["resolution"], settings["resolution"])
-    encoder = None if settings["encoder"] is None else read_only(settings["encoder"], settings["image"])
-    format = choose_format(settings["format"], store, plan, encoder, shape)
+    format = format_of(out, writing=False)
+    plan, shape = format.plan, format.shape
     done = committed(store, plan)
     missing = plan.n_shards - len(done)
     problems = [] if is_complete(store) else [f"{missing} of {plan.n_shards} shards are not written."]
@@ -133,7 +128,7 @@ def _check_shard(
                 return shard, [f"{name} is out of its place in shard {shard}."]
             if len(data) != line["bytes"] or hashlib.sha256(data).hexdigest() != line["sha256"]:
                 return shard, [f"{name} is not the file that was recorded."]
-            if format.decode(data, shape[0]).shape != shape:
+            if format.decode(data).shape != shape:
                 return shard, [f"{name} is not of shape {list(shape)}."]
             read += 1
         if read != len(positions):
@@ -245,7 +240,7 @@ def _keep(
     library = (settings["encoder"] or "pillow").split()[0]
     encoder = choose_encoder(library, kind, settings["quality"], image.shape[1])
     path = Path(out or f"{about['category']}_{about['index']:05d}.{kind}")
-    format = ImageFolders(open_store(path.parent), plan, encoder)
+    format = ImageFolders(open_store(path.parent), plan, encoder, image.shape[1:])
     data = format.encoded(format.pixels(image)[0], about)
     compared = image.tobytes() if settings["format"] == "safetensors" else data
     with atomic_write(path) as file:
