@@ -133,8 +133,7 @@ def test_what_cannot_be_asked_for(tiny_bundle, tiny_shots, tmp_path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_a_node_with_another_model_is_refused(tiny_bundle, tiny_shots, tmp_path):
-    plan = Augmenter(tiny_bundle, tiny_shots, CONFIG).plan
-    job = ray_data._Job(str(tiny_bundle), str(tmp_path), plan, CONFIG, "another", None)
+def test_a_node_with_another_model_is_refused(tiny_bundle, tmp_path):
+    job = ray_data._Job(str(tiny_bundle), str(tmp_path), CONFIG, "another")
     found = ray_data.ShardWriter(job)({"shard": np.array([0])})
-    assert "the plan was made with another; use one." in str(found["error"][0])
+    assert "the plan was made with another; use one model." in str(found["error"][0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from sage_fast.errors import InputError
-from sage_fast.generation.agreeing import choose_config_encoder, shape_of
+from sage_fast.generation.agreeing import format_of
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared
-from sage_fast.generation.formats import Format, choose_format
-from sage_fast.generation.plan import Plan
+from sage_fast.generation.formats import Format
 from sage_fast.generation.run import Summary, generate, load_pipeline, ranks, write_here
-from sage_fast.generation.stores import open_store
 from sage_fast.generation.watching import Meter
 from sage_fast.pipeline import FewShotPipeline
 
@@ -68,31 +66,26 @@ def generate_on_ray(
 
 @dataclass(frozen=True)
 class _Job:
-    """All that an actor needs to know; ``hash`` and ``encoder`` are those of the process that made the plan."""
+    """All that an actor needs to know; ``hash`` is of the model of the process that made the plan."""
 
     model: FewShotPipeline | str | None
     out: str
-    plan: Plan
     config: GenerateConfig
     hash: str
-    encoder: str | None
 
     def open(self) -> tuple[Format, Prepared]:
         """The output and the model on this node.
 
         Raises:
-            InputError: the node has another model or encoder than the process that made the plan.
+            InputError: the node has another model or encoder than the output is made with.
         """
         pipeline = load_pipeline(self.model, self.config)
-        encoder = choose_config_encoder(self.config, pipeline.generator.n_channels)
-        for what, own, other in (
-            ("model", pipeline.hash, self.hash),
-            ("encoder", encoder.name if encoder else None, self.encoder),
-        ):
-            if own != other:
-                raise InputError(f"Node {platform.node()!r} has {what} {own}, the plan was made with {other}; use one.")
-        format = choose_format(self.config.format, open_store(self.out), self.plan, encoder, shape_of(pipeline))
-        return format, Prepared(pipeline, self.plan)
+        if pipeline.hash != self.hash:
+            raise InputError(
+                f"Node {platform.node()!r} has model {pipeline.hash}, the plan was made with {self.hash}; use one model."
+            )
+        format = format_of(self.out)
+        return format, Prepared(pipeline, format.plan)
 
 
 class ShardWriter:
@@ -109,13 +102,14 @@ class ShardWriter:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """An InputError is a row too: of exceptions that cross the cluster not all arrive as they were."""
         shards = [int(shard) for shard in batch["shard"]]
-        images, errors = [len(self.job.plan.positions(shard)) for shard in shards], [""] * len(shards)
+        images, error = [0] * len(shards), ""
         try:
             format, prepared = self.opened
             write_here(format, shards, prepared, self.job.config, Meter())
-        except InputError as error:
-            errors = [str(error)] * len(shards)
-        return {"shard": batch["shard"], "images": np.array(images), "error": np.array(errors)}
+            images = [len(format.plan.positions(shard)) for shard in shards]
+        except InputError as found:
+            error = str(found)
+        return {"shard": batch["shard"], "images": np.array(images), "error": np.array([error] * len(shards))}
 
 
 def _write(
@@ -140,17 +134,8 @@ def _write(
         ray.init(log_to_driver=False)
     if num_gpus is None:
         num_gpus = 1 if config.device != "cpu" and ray.cluster_resources().get("GPU", 0) else 0
-    plan = replace(format.plan, root=format.plan.root.absolute())
     out = str(format.target)
-    encoder = choose_config_encoder(config, prepared.pipeline.generator.n_channels)
-    job = _Job(
-        model,
-        out if "://" in out else os.path.abspath(out),
-        plan,
-        config,
-        prepared.pipeline.hash,
-        encoder.name if encoder else None,
-    )
+    job = _Job(model, out if "://" in out else os.path.abspath(out), config, prepared.pipeline.hash)
     done = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), _BLOCKS)
     ).map_batches(
