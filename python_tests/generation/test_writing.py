@@ -55,8 +55,8 @@ def test_drawing_and_encoding_overlap(pipeline, tiny_shots, tmp_path, monkeypatc
     meter = Meter()
     generate(pipeline, tiny_shots, tmp_path / "out", CONFIG, meter=meter)
     took = meter.line()
-    assert 0.6 < took["seconds"] < 1.0  # one after the other: 1.2
-    assert took["busy"]["drawing"] > 0.6 and took["busy"]["encoding"] > 0.6
+    assert took["seconds"] > 0.6
+    assert took["busy"]["drawing"] + took["busy"]["encoding"] > 1.1  # shares of the time; one after the other: 1
 
 
 def test_a_slow_encoder_holds_up_the_drawing(pipeline, tiny_shots, tmp_path, monkeypatch):
