@@ -160,6 +160,34 @@ def test_the_next_epoch_is_drawn_ahead_and_no_further(mixed, monkeypatch):
         assert sorted(drawn) == [(version, chunk) for version in range(epoch + 2) for chunk in range(2)]
 
 
+def test_what_is_waited_for_is_drawn_next(mixed, monkeypatch):
+    drawn, draw, waited = [], mixing._Thread._draw, threading.Event()
+
+    def watched(thread, chunk, version):
+        drawn.append(chunk)
+        if len(drawn) == 1:
+            assert waited.wait(20)
+        return draw(thread, chunk, version)
+
+    monkeypatch.setattr(mixing._Thread, "_draw", watched)
+    monkeypatch.setattr(mixing.time, "sleep", lambda seconds: waited.set() or threading.Event().wait(seconds))
+    dataset = mixed()
+    assert dataset._shown.read(11).shape == (3, 8, 8)
+    assert 3 in drawn[:2]  # of 0 to 3, after what was begun before
+
+
+def test_a_forked_process_that_drops_the_dataset_stops_nothing(mixed):
+    dataset = mixed()
+    samples(dataset)
+    child = os.fork()
+    if not child:
+        dataset._close()  # what dropping it does
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    dataset.set_epoch(5)
+    assert len(samples(dataset)) == 24
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_see_the_same_samples_in_every_epoch(mixed, method):
     dataset, alone = mixed(), mixed()
