@@ -51,12 +51,25 @@ def slow(monkeypatch, drawing, encoding):
 
 
 def test_drawing_and_encoding_overlap(pipeline, tiny_shots, tmp_path, monkeypatch):
-    slow(monkeypatch, 0.06, 0.06)
-    meter = Meter()
-    generate(pipeline, tiny_shots, tmp_path / "out", CONFIG, meter=meter)
-    took = meter.line()
-    assert took["seconds"] > 0.6
-    assert took["busy"]["drawing"] + took["busy"]["encoding"] > 1.1  # shares of the time; one after the other: 1
+    spans = {"draw_images": [], "store": []}
+
+    def timed(owner, name):
+        call = getattr(owner, name)
+
+        def slower(*args):
+            start = time.monotonic()
+            time.sleep(0.05)
+            result = call(*args)
+            spans[name].append((start, time.monotonic()))
+            return result
+
+        monkeypatch.setattr(owner, name, slower)
+
+    timed(writing, "draw_images")
+    timed(writing._Task, "store")
+    generate(pipeline, tiny_shots, tmp_path / "out", CONFIG)
+    at_once = [s for s in spans["store"] if any(s[0] < d[1] and d[0] < s[1] for d in spans["draw_images"])]
+    assert len(spans["store"]) == 10 and len(at_once) > 5
 
 
 def test_a_slow_encoder_holds_up_the_drawing(pipeline, tiny_shots, tmp_path, monkeypatch):
