@@ -15,7 +15,7 @@ from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, draw_shard
 from sage_fast.generation.run import load_pipeline, plan_of
 from sage_fast.mixing import MixedDataset, to_pil
-from sage_fast.pipeline import FewShotPipeline
+from sage_fast.pipeline import FewShotPipeline, stretches
 
 __all__ = ["Augmenter"]
 
@@ -82,7 +82,7 @@ class Augmenter:
             runs = [self.plan.positions(number) for number in numbers]
             drawn = [draw_shard(self.pipeline, self.plan, number, prepared) for number in numbers]
         else:
-            runs = _runs(numbers, self.plan.batch)
+            runs = stretches(numbers, self.plan.batch)
             images = [draw_images(self.pipeline, draw_latents(prepared, run)) for run in runs]
             drawn = [part.cpu().numpy() for part in images]
         return self._columns(runs, drawn)
@@ -123,14 +123,3 @@ def _from_anywhere(
 ) -> FewShotPipeline | str | os.PathLike[str] | None:
     """A folder by its whole name: a copy may be at work in another folder."""
     return model if model is None or isinstance(model, FewShotPipeline) else os.path.abspath(model)
-
-
-def _runs(numbers: Sequence[int], longest: int) -> list[range]:
-    """``numbers`` as stretches of neighbours, which are drawn together."""
-    runs: list[range] = []
-    for number in numbers:
-        if runs and number == runs[-1].stop and len(runs[-1]) < longest:
-            runs[-1] = range(runs[-1].start, number + 1)
-        else:
-            runs.append(range(number, number + 1))
-    return runs

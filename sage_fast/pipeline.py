@@ -296,7 +296,7 @@ class FewShotPipeline:
                 raise InputError("method 'inversion' edits nothing, so alpha has no effect; leave it out.")
             return novel.w_plus[torch.tensor(numbers, dtype=torch.int64) % len(novel.w_plus)]
         parts = []
-        for run in _runs(numbers):
+        for run in stretches(numbers):
             noise = [normals(seed, category, number, novel.distribution.n_random) for number in run]
             parts.append(novel.distribution.sample_with(torch.stack(noise), alpha, run.start))
         return torch.cat(parts)
@@ -370,8 +370,8 @@ def _float_images(images: Tensor) -> Tensor:
     return images.float()
 
 
-def _runs(numbers: Sequence[int], longest: int = 64) -> list[range]:
-    """``numbers`` as stretches of neighbours, which are sampled together."""
+def stretches(numbers: Sequence[int], longest: int = 64) -> list[range]:
+    """``numbers`` as stretches of at most ``longest`` neighbours, in their order: what is drawn together."""
     runs: list[range] = []
     for number in numbers:
         if runs and number == runs[-1].stop and len(runs[-1]) < longest:

@@ -11,7 +11,7 @@ from PIL import Image
 from sage_fast.cli import main
 from sage_fast.errors import InputError
 from sage_fast.evaluation import curves
-from sage_fast.evaluation.curves import draw_curves, read_log, round_ticks, write_curves
+from sage_fast.evaluation.curves import draw_curves, read_series, round_ticks, write_curves
 
 
 def write_log(run, lines, stage="gan"):
@@ -23,25 +23,23 @@ def write_log(run, lines, stage="gan"):
 
 def test_a_log_is_read_by_name_against_kimg_or_steps(tmp_path):
     lines = [{"step": 50, "kimg": 0.8, "g_loss": 2.0, "time": 1.0, "seconds": 3}, {"step": 100, "kimg": 1.6, "fd_x": 9}]
-    assert read_log(write_log(tmp_path, lines)) == {"g_loss": ([0.8], [2.0]), "fd_x": ([1.6], [9])}
-    assert read_log(write_log(tmp_path, [{"step": 7, "loss": 1.5}])) == {"loss": ([7], [1.5])}
+    assert read_series(write_log(tmp_path, lines)) == {"g_loss": ([0.8], [2.0]), "fd_x": ([1.6], [9])}
+    assert read_series(write_log(tmp_path, [{"step": 7, "loss": 1.5}])) == {"loss": ([7], [1.5])}
 
 
 def test_steps_that_a_continuation_repeats_count_once(tmp_path):
     lines = [{"step": s, "loss": v} for s, v in ((1, 5.0), (2, 4.0), (3, 3.0), (2, 40.0), (3, 30.0), (4, 20.0))]
-    assert read_log(write_log(tmp_path, lines)) == {"loss": ([1, 2, 3, 4], [5.0, 40.0, 30.0, 20.0])}
+    assert read_series(write_log(tmp_path, lines)) == {"loss": ([1, 2, 3, 4], [5.0, 40.0, 30.0, 20.0])}
     lines = [{"step": 1, "loss": 5.0}, {"step": 1, "fd_x": 2.0}, {"step": 2, "loss": float("nan")}]
-    assert read_log(write_log(tmp_path, lines)) == {"loss": ([1], [5.0]), "fd_x": ([1], [2.0])}
+    assert read_series(write_log(tmp_path, lines)) == {"loss": ([1], [5.0]), "fd_x": ([1], [2.0])}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{broken", "line 1 of .* got '{broken'"), ("[1]", "JSON object"), ("", "none")]
-)
-def test_what_is_no_log_is_said(tmp_path, text, message):
+@pytest.mark.parametrize("text", ["{broken", "[1]", ""])
+def test_what_is_no_log_is_said(tmp_path, text):
     path = write_log(tmp_path, [])
     path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_log(path)
+    with pytest.raises(InputError, match="must hold numbers to draw, got none"):
+        read_series(path)
 
 
 @pytest.mark.parametrize(

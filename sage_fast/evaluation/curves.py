@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError
+from sage_fast.training.logs import read_log
 
-__all__ = ["Series", "draw_curves", "read_log", "write_curves"]
+__all__ = ["Series", "draw_curves", "read_series", "write_curves"]
 
 Series = dict[str, tuple[list[float], list[float]]]
 """Name -> positions (kimg where the log has them, else steps) and values."""
@@ -41,33 +41,30 @@ def write_curves(run: str | os.PathLike[str], stage: str | None = None) -> list[
     for log in logs:
         path = Path(run) / "grids" / f"{log.stem}_curves.png"
         path.parent.mkdir(exist_ok=True)
-        picture = draw_curves(read_log(log), log.stem)
+        picture = draw_curves(read_series(log), log.stem)
         with atomic_write(path) as file:
             picture.save(file, format="png")
         written.append(path)
     return written
 
 
-def read_log(path: str | os.PathLike[str]) -> Series:
-    """The numbers of a JSONL log. Steps that a continued run repeats count once, as they came last.
+def read_series(path: str | os.PathLike[str]) -> Series:
+    """The numbers of a log, each against thousands of images, or steps where there are none.
+
+    Steps that a continued run repeats count once, as they came last.
 
     Raises:
-        InputError: a line is no JSON object, or there are no numbers.
+        InputError: there are no numbers.
     """
     lines: list[dict[str, float]] = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = {k: v for k, v in json.loads(text).items() if isinstance(v, int | float)}
-        except (ValueError, AttributeError) as error:
-            raise InputError(
-                f"line {number} of {str(path)!r} must be a JSON object, got {text[:40]!r}; delete it."
-            ) from error
-        while lines and line.get("step", math.inf) < lines[-1].get("step", -math.inf):
+    for logged in read_log(Path(path)):
+        line = {k: v for k, v in logged.items() if isinstance(v, int | float)}
+        while lines and line["step"] < lines[-1]["step"]:
             lines.pop()
         lines.append(line)
     series: Series = {}
     for line in lines:
-        x = line.get("kimg", line.get("step", 0))
+        x = line.get("kimg", line["step"])
         for name, value in line.items():
             if name not in _SKIPPED and math.isfinite(value):
                 xs, ys = series.setdefault(name, ([], []))
