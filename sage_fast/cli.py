@@ -46,11 +46,12 @@ class NewData(Data):
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """What ``train-gan`` measures the generator by, every ``--measure-every-kimg``; docs/quality.md."""
+    """What the generator is measured by while it trains, every ``measure_every_kimg``; docs/quality.md."""
 
     measure: str | None = None  # a weights file (SqueezeNet 1.1, VGG), lpips-..., or oracle (flora's); None: nothing
     measure_images: int = 2048  # generated a measurement
     held_out: float = 0.05  # share of the images, at most 2,000, to measure against and not to train on
+    measure_against: Path | None = None  # folder of other images of the same categories, in place of that share
 
 
 @dataclass(frozen=True)
@@ -267,11 +268,12 @@ def _train(argv: Sequence[str]) -> None:
     from sage_fast.training.stages import TrainConfig, train_all
 
     start = TrainConfig(gan=_gan_start(argv), dictionary=DictionaryConfig.preset(_preset_of(argv)))
-    paths, _, _, config = _parse("train", argv, NewData, Preset, GanPreset, start)
+    paths, _, _, options, config = _parse("train", argv, NewData, Preset, GanPreset, MeasureOptions(), start)
+    _check_patience(config.gan, options)
     device = _device(paths.device)
-    options = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
+    places = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
-        folder = train_all(config, paths.data, paths.out, *options)
+        folder = train_all(config, paths.data, paths.out, *places, partial(_to_measure, options, ranks))
     if ranks.is_first:
         print(f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it.")
 
@@ -282,27 +284,34 @@ def _train_gan(argv: Sequence[str]) -> None:
     from sage_fast.training.stages import gan_stage, read_seen
 
     paths, _, options, config = _parse("train-gan", argv, NewData, GanPreset, MeasureOptions(), _gan_start(argv))
-    if config.patience and options.measure is None:
-        raise InputError("--patience counts measurements; give --measure too, or leave it out.")
+    _check_patience(config, options)
     device = _device(paths.device)
     seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
         check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
         images = first_then_all(ranks, lambda: read_seen(*seen))
-        images, measure = _measured(images, options, ranks)
+        watched = _to_measure(options, ranks, images)
         folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
-        gan_stage(config, images, folder, paths.resume, device, measure)
+        gan_stage(config, watched.images, folder, paths.resume, device, watched.measure, watched.held_out)
 
 
-def _measured(images: Any, options: MeasureOptions, ranks: Any) -> tuple[Any, Callable[[Any], dict[str, float]] | None]:
+def _check_patience(config: Any, options: MeasureOptions) -> None:
+    if config.patience and options.measure is None:
+        raise InputError("--patience counts measurements; give --measure too, or leave it out.")
+
+
+def _to_measure(options: MeasureOptions, ranks: Any, images: Any) -> Any:
     """The images to train on, and the measure of ``options``, which the first rank takes for all; None without one."""
+    from sage_fast.training.watching import Watched
+
     if options.measure is None:
-        return images, None
-    from sage_fast.evaluation.quality import QualityConfig, held_out_measure
+        return Watched(images)
+    from sage_fast.evaluation.quality import QualityConfig, watched
 
     config = QualityConfig(n_images=options.measure_images)
-    images, quality = held_out_measure(images, options.measure, config, options.held_out)
-    return images, lambda generator: ranks.once(lambda: quality(generator))
+    found = watched(images, options.measure, config, options.held_out, options.measure_against)
+    quality = found.measure
+    return found._replace(measure=lambda generator: ranks.once(lambda: quality(generator)))
 
 
 def _train_encoder(argv: Sequence[str]) -> None:

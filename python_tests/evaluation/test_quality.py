@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ from sage_fast.evaluation.protocol import as_written
 from sage_fast.evaluation.quality import (
     Quality,
     QualityConfig,
-    held_out_measure,
     image_features,
     load_features,
     measure_folder,
+    watched,
 )
 from sage_fast.models.perceptual import DiscriminatorFeatures, SqueezeFeatures
 from sage_fast.models.stylegan2 import Discriminator, Generator
@@ -269,7 +270,7 @@ def test_training_measures_itself_against_images_it_does_not_see(folder, tmp_pat
         "--total-kimg=0.04",
     ]
     assert main(words) == 0
-    training, measure = held_out_measure(
+    training, measure, _ = watched(
         read_images(scan_image_folder(folder), 8), tmp_path / "squeeze.safetensors", QualityConfig(n_images=16), 0.2
     )
     assert len(training) == 64 and shown == training.files
@@ -279,6 +280,30 @@ def test_training_measures_itself_against_images_it_does_not_see(folder, tmp_pat
     average = stages._load_trained(tmp_path / "run", "encoder").generator
     assert measured[5] == pytest.approx(measure(average)["fd_squeezenet1_1"], rel=1e-4)
     assert main([*words, "--resume", "--total-kimg=0.064"]) == 0  # the same images are held out again
+
+
+def test_a_measure_may_stand_on_a_folder_of_its_own(folder, tmp_path):
+    save_file(SqueezeFeatures().state_dict(), tmp_path / "squeeze.safetensors")
+    images = read_images(scan_image_folder(folder), 8)
+    found = watched(images, tmp_path / "squeeze.safetensors", QualityConfig(n_images=16), against=folder)
+    assert found.images is images and found.held_out.files == images.files
+    shutil.copytree(folder, tmp_path / "others")
+    (tmp_path / "others" / images.categories[1]).rename(tmp_path / "others" / "zebra")
+    with pytest.raises(InputError, match="must have the categories of the training images; '.*' is in one of them only"):
+        watched(images, tmp_path / "squeeze.safetensors", QualityConfig(n_images=16), against=tmp_path / "others")
+
+
+def test_the_whole_road_measures_its_generator_and_shows_the_rest_every_image(folder, tmp_path, monkeypatch):
+    save_file(SqueezeFeatures().state_dict(), tmp_path / "squeeze.safetensors")
+    shown = {}
+    for name in ("gan_stage", "encoder_stage", "embed_stage", "dictionary_stage", "bundle_stage"):
+        monkeypatch.setattr(stages, name, lambda *words, name=name: shown.update({name: words}))
+    words = ["train", f"--data={folder}", f"--out={tmp_path / 'run'}", f"--measure={tmp_path / 'squeeze.safetensors'}"]
+    assert main([*words, "--measure-images=16", "--held-out=0.2", "--resolution=8", "--gan.patience=3"]) == 0
+    *_, measure, held_out = shown["gan_stage"]
+    assert len(shown["gan_stage"][1]) == 64 and len(held_out) == 16 and len(shown["encoder_stage"][1]) == 80
+    generator = Generator(8, 8, 1, channel_base=32, channel_max=8).eval()
+    assert measure(generator)["fd_squeezenet1_1"] > 0
 
 
 def test_patience_without_a_measure_is_refused(folder, tmp_path, capsys):

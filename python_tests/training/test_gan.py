@@ -243,6 +243,29 @@ def test_a_measure_decides_which_is_best_and_when_to_stop(tmp_path, images):
     assert logged(tmp_path)[-1]["step"] == 25
 
 
+def test_held_out_images_are_watched_and_change_nothing(tmp_path, images):
+    config = dataclasses.replace(TINY, augment=AugmentConfig("ada", p=0.5))
+    plain, _ = train_gan(config, images, tmp_path / "plain")
+    watched, D = train_gan(config, images, tmp_path / "watched", held_out=labelled(images[:3]))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name]), name
+    assert "held_out_gap" not in logged(tmp_path / "plain")[-1]
+    gaps = [line["held_out_gap"] for line in logged(tmp_path / "watched") if "held_out_gap" in line]
+    assert gaps and all(-1 <= gap <= 1 for gap in gaps)
+    with pytest.raises(InputError, match="images must be uint8"):
+        train_gan(config, images, tmp_path / "other", held_out=labelled(images[:, :1]))
+
+
+def test_images_learnt_by_heart_are_told_from_held_out_ones(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gan.CollapseDetector, "discriminator", lambda self, kimg, *logits: seen.append(logits) or {})
+    pixels = torch.randint(0, 256, (36, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    config = dataclasses.replace(TINY, total_kimg=0.8, channel_base=256, channel_max=32, pl_weight=0.0, lr=0.005, flip=False)
+    train_gan(config, pixels[:4], tmp_path / "run", held_out=labelled(pixels[4:]))
+    reals, fakes, held_out = (torch.stack([x.float().mean() for x in logits[-10:]]) for logits in zip(*seen))
+    assert (reals > fakes).all() and (reals - held_out).mean() > 0.3 * (reals - fakes).mean()
+
+
 def test_balance_shows_the_categories_evenly(tmp_path, images, monkeypatch):
     """Fifteen images of one category, one of the other: half of what is shown is that one."""
     few = labelled(images)

@@ -27,8 +27,9 @@ from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weights import load_discriminator, load_generator
 from sage_fast.ops.counter_normal import counter_normal
+from sage_fast.training.watching import Watched
 
-__all__ = ["Quality", "QualityConfig", "held_out_measure", "image_features", "load_features", "measure_folder"]
+__all__ = ["Quality", "QualityConfig", "image_features", "load_features", "measure_folder", "watched"]
 
 _LATENTS = 2**32 - 1  # the stream of the latents; noise maps take 0, 1, 2, ...
 
@@ -156,20 +157,33 @@ class Quality:
         return {f"{score}_{self.name}": value for score, value in scores.items()}
 
 
-def held_out_measure(
-    images: ImageSet, features: str | Path, config: QualityConfig = QualityConfig(), share: float = 0.05
-) -> tuple[ImageSet, Quality]:
-    """Images to train on, and the measure for a trainer: against a share of the images, at most 2,000, that it does not get.
+def watched(
+    images: ImageSet,
+    features: str | Path,
+    config: QualityConfig = QualityConfig(),
+    share: float = 0.05,
+    against: str | Path | None = None,
+) -> Watched:
+    """Images to train on, and the measure for a trainer: against images that it does not get.
 
     Args:
         features: see :func:`load_features`.
+        share: of the images to hold out, at most 2,000.
+        against: folder <category>/<image>.png, ... of other images of the same categories, in place of that share.
 
     Raises:
-        InputError: a network or a share that cannot be used, or too few images.
+        InputError: a network, a share or a folder that cannot be used, other categories, or too few images.
     """
     network = load_features(features)
-    training, held_out = hold_out(images, share)
-    return training, Quality(config, held_out.images, network, held_out.labels)
+    if against is None:
+        training, held_out = hold_out(images, share)
+    else:
+        channels, size = images.images.shape[1:3]
+        training, held_out = images, read_images(scan_image_folder(against), size, channels)
+        if held_out.categories != images.categories:
+            odd = min(set(held_out.categories) ^ set(images.categories))
+            raise InputError(f"{str(against)!r} must have the categories of the training images; {odd!r} is in one of them only.")
+    return Watched(training, Quality(config, held_out.images, network, held_out.labels), held_out)
 
 
 def measure_folder(

@@ -28,7 +28,7 @@ from sage_fast.training.grids import grid_latents
 from sage_fast.training.losses import hinge_d, hinge_g, logistic_d, nonsaturating_g, path_length_penalty, r1_penalty
 from sage_fast.training.prior import draw_pixels, draw_prior, mixed_w_plus
 from sage_fast.training.ranks import join_ranks
-from sage_fast.training.reals import as_reals
+from sage_fast.training.reals import Reals, as_reals
 from sage_fast.training.runtime import PRECISIONS, Run, autocast, ema_update
 from sage_fast.training.shares import path_share, share_out
 from sage_fast.training.transfer import transfer
@@ -126,6 +126,7 @@ def train_gan(
     resume: bool = False,
     device: str | torch.device = "cpu",
     measure: Measure | None = None,
+    held_out: ImageSet | None = None,
 ) -> tuple[Generator, Discriminator]:
     """Train from uint8 images [M, C, R, R] (with their labels where the config needs them).
 
@@ -137,6 +138,8 @@ def train_gan(
     Args:
         measure: scores a generator now and then, see ``training.watching``; the best one's checkpoint is kept. Every rank calls
             it, and must get the same scores.
+        held_out: images of the same categories that are not among ``images``: the log then says how far the discriminator knows
+            its own by heart (``held_out_gap``), and a warning comes when it does.
     Returns:
         The averaged generator and the discriminator, in eval mode.
     Raises:
@@ -144,6 +147,7 @@ def train_gan(
             finite; then no update was made with it, and ``logs/gan_diagnosis.json`` has what is known.
     """
     data, ranks = as_reals(images, config), join_ranks(device)
+    others = None if held_out is None else as_reals(held_out, config, least=1)
     shares = share_out(config.batch, config.mbstd_group, ranks.rank, ranks.world, config.accumulate)
     path_shares = [path_share(share, config.batch, config.mbstd_group) for share in shares]
     G, D = _networks(config, data.n_classes, ranks.device)
@@ -228,16 +232,17 @@ def train_gan(
 
         # discriminator: adversarial loss on the same fakes
         _learn(d_params, True)
-        real_logits, draws = zero.new_zeros(config.batch), augment.draw(config.batch, rng)
+        logits, draws = zero.new_zeros(2, config.batch), augment.draw(config.batch, rng)  # of reals and fakes
         fake_draws = augment.draw(config.batch, rng)
         for share, real, fake, c in zip(shares, reals, fakes, labels):
             with autocast(config.precision, ranks.device):
-                logits = D(augment.apply(real, draws[share]), c)
-                loss = d_loss_of(logits, D(augment.apply(fake, fake_draws[share]), c))
+                of_reals = D(augment.apply(real, draws[share]), c)
+                of_fakes = D(augment.apply(fake, fake_draws[share]), c)
+                loss = d_loss_of(of_reals, of_fakes)
             d_update.add(loss)
-            real_logits[share] = logits.detach().flatten().to(real_logits)
-        d_loss = d_update.apply(real_logits)
-        real_logits *= ranks.world  # each rank had zeros for the others' shares
+            logits[:, share] = torch.stack([of_reals, of_fakes]).detach().flatten(1).to(logits)
+        d_loss = d_update.apply(logits)
+        real_logits, fake_logits = logits * ranks.world  # each rank had zeros for the others' shares
 
         # discriminator: R1 (lazy), with respect to the reals before augmentation, as StyleGAN2-ADA takes it
         if step % config.r1_every == 0:
@@ -262,7 +267,10 @@ def train_gan(
             scores |= watch.score(average, kimg)
         if done % config.log_every == 0 or done == total or scores:
             guard.look()
-            scores |= ranks.once(partial(detector.discriminator, kimg, real_logits))
+            unseen = None if others is None else partial(_held_out_logits, D, others, augment, config, step, zero)
+            scores |= ranks.once(
+                lambda: detector.discriminator(kimg, real_logits, fake_logits, unseen and unseen())
+            )
             scores |= {"path_length": path_mean.item()} if config.pl_weight else {}
             scores |= {"augment_p": augment.p} if config.augment.kind == "ada" else {}
             signs = real_logits.sign().mean()
@@ -277,6 +285,19 @@ def train_gan(
         if watch.stop:
             break
     return average.eval(), D.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _held_out_logits(
+    D: Discriminator, held_out: Reals, augment: Augment, config: GANConfig, step: int, like: Tensor
+) -> Tensor:
+    """Logits of a batch of held-out images, shown as training images are; drawn from the step alone, so no weight changes."""
+    rng = torch.Generator().manual_seed(config.seed + step)
+    index = torch.randint(len(held_out), (config.batch,), generator=rng)
+    flips = torch.rand(config.batch, generator=rng) < (0.5 if config.flip else 0.0)
+    images, labels = held_out.batch(index, like, flips)
+    with autocast(config.precision, like.device):
+        return D(augment.apply(images, augment.draw(config.batch, rng)), labels)
 
 
 def _networks(config: GANConfig, n_classes: int, device: str | torch.device) -> tuple[Generator, Discriminator]:

@@ -58,8 +58,8 @@ class Reals:
         return F.one_hot(self.labels[index], self.n_classes).to(like)
 
 
-def as_reals(images: Tensor | ImageSet, config: GANConfig) -> Reals:
-    """Images [M, C, R, R], checked against the config.
+def as_reals(images: Tensor | ImageSet, config: GANConfig, least: int | None = None) -> Reals:
+    """Images [M, C, R, R], checked against the config; ``least`` of them at least, a batch unless told otherwise.
 
     Raises:
         InputError: another shape, too few images, or labels that are needed and missing, or all the same.
@@ -70,7 +70,7 @@ def as_reals(images: Tensor | ImageSet, config: GANConfig) -> Reals:
         raise InputError(
             f"images must be uint8 [M, {expected[0]}, {expected[1]}, {expected[2]}], got {pixels.dtype} {list(pixels.shape)}."
         )
-    if len(pixels) < config.batch:
+    if len(pixels) < (config.batch if least is None else least):
         raise InputError(
             f"training needs at least one batch of {config.batch} images, got {len(pixels)}; lower --batch."
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,7 +38,7 @@ from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
 from sage_fast.training.ranks import Ranks, first_then_all, join_ranks, restarted
 from sage_fast.training.runtime import check_run_folder, open_run_folder
-from sage_fast.training.watching import Measure
+from sage_fast.training.watching import Measure, Watched
 
 __all__ = [
     "BundleConfig",
@@ -125,6 +126,7 @@ def train_all(
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
     upscale: bool = False,
+    watch: Callable[[ImageSet], Watched] = Watched,
 ) -> Path:
     """Train every network from ``data`` of seen categories; ``out`` becomes the bundle.
 
@@ -132,6 +134,7 @@ def train_all(
         data, cache, upscale: as in :func:`read_seen`.
         resume: go on with whichever stage was interrupted; finished stages are passed over.
         overwrite: empty ``out`` first (only a folder that this package made).
+        watch: what the generator is trained on and measured by, of the images; the other networks learn from all of them.
     Returns:
         ``out``, which ``load_bundle`` and the pipeline read.
     Raises:
@@ -141,8 +144,9 @@ def train_all(
     gan, ranks = config.resolved_gan, join_ranks(device)
     check_run_folder(out, ranks, resume, overwrite)
     images = first_then_all(ranks, lambda: read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale))
+    watched = watch(images)
     folder = open_run_folder(out, ranks, resume, overwrite)
-    gan_stage(gan, images, folder, resume, device)
+    gan_stage(gan, watched.images, folder, resume, device, watched.measure, watched.held_out)
     encoder_stage(config.encoder, images, folder, resume, device)
     embed_stage(images, folder, config.embed_batch, resume, device)
     dictionary_stage(config.dictionary, images, folder, resume, device)
@@ -193,9 +197,10 @@ def gan_stage(
     resume: bool = False,
     device: str | torch.device = "cpu",
     measure: Measure | None = None,
+    held_out: ImageSet | None = None,
 ) -> None:
-    """Train generator and discriminator on uint8 images [M, C, R, R]: ``checkpoints/gan.pt``; see ``watching`` for ``measure``."""
-    train_gan(config, images, folder, resume, device, measure)
+    """Train generator and discriminator on uint8 images [M, C, R, R]: ``checkpoints/gan.pt``; the rest as in ``train_gan``."""
+    train_gan(config, images, folder, resume, device, measure, held_out)
 
 
 def adopt_generator(path: str | Path, folder: Path) -> None:

@@ -20,20 +20,30 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sage_fast.data.folders import ImageSet
 from sage_fast.data.images import to_float
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.stylegan2 import Generator
 
-__all__ = ["CollapseConfig", "CollapseDetector", "Measure", "Watch"]
+__all__ = ["CollapseConfig", "CollapseDetector", "Measure", "Watch", "Watched"]
 
 Measure = Callable[[Generator], dict[str, float]]
+
 _SIDE = 8  # images are compared at this size: what a grid shows from afar
+
+
+class Watched(NamedTuple):
+    """What a generator is trained on, what scores it, and images of the same categories that it is not trained on."""
+
+    images: ImageSet
+    measure: Measure | None = None
+    held_out: ImageSet | None = None
 
 
 class Watch:
