@@ -289,7 +289,9 @@ def test_a_measure_may_stand_on_a_folder_of_its_own(folder, tmp_path):
     assert found.images is images and found.held_out.files == images.files
     shutil.copytree(folder, tmp_path / "others")
     (tmp_path / "others" / images.categories[1]).rename(tmp_path / "others" / "zebra")
-    with pytest.raises(InputError, match="must have the categories of the training images; '.*' is in one of them only"):
+    with pytest.raises(
+        InputError, match="must have the categories of the training images; '.*' is in one of them only"
+    ):
         watched(images, tmp_path / "squeeze.safetensors", QualityConfig(n_images=16), against=tmp_path / "others")
 
 

@@ -260,7 +260,9 @@ def test_images_learnt_by_heart_are_told_from_held_out_ones(tmp_path, monkeypatc
     seen = []
     monkeypatch.setattr(gan.CollapseDetector, "discriminator", lambda self, kimg, *logits: seen.append(logits) or {})
     pixels = torch.randint(0, 256, (36, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    config = dataclasses.replace(TINY, total_kimg=0.8, channel_base=256, channel_max=32, pl_weight=0.0, lr=0.005, flip=False)
+    config = dataclasses.replace(
+        TINY, total_kimg=0.8, channel_base=256, channel_max=32, pl_weight=0.0, lr=0.005, flip=False
+    )
     train_gan(config, pixels[:4], tmp_path / "run", held_out=labelled(pixels[4:]))
     reals, fakes, held_out = (torch.stack([x.float().mean() for x in logits[-10:]]) for logits in zip(*seen))
     assert (reals > fakes).all() and (reals - held_out).mean() > 0.3 * (reals - fakes).mean()

@@ -182,7 +182,9 @@ def watched(
         training, held_out = images, read_images(scan_image_folder(against), size, channels)
         if held_out.categories != images.categories:
             odd = min(set(held_out.categories) ^ set(images.categories))
-            raise InputError(f"{str(against)!r} must have the categories of the training images; {odd!r} is in one of them only.")
+            raise InputError(
+                f"{str(against)!r} must have the categories of the training images; {odd!r} is in one of them only."
+            )
     return Watched(training, Quality(config, held_out.images, network, held_out.labels), held_out)
 
 

@@ -267,10 +267,8 @@ def train_gan(
             scores |= watch.score(average, kimg)
         if done % config.log_every == 0 or done == total or scores:
             guard.look()
-            unseen = None if others is None else partial(_held_out_logits, D, others, augment, config, step, zero)
-            scores |= ranks.once(
-                lambda: detector.discriminator(kimg, real_logits, fake_logits, unseen and unseen())
-            )
+            unseen = None if others is None else _held_out_logits(D, others, augment, config, step, zero)
+            scores |= ranks.once(partial(detector.discriminator, kimg, real_logits, fake_logits, unseen))
             scores |= {"path_length": path_mean.item()} if config.pl_weight else {}
             scores |= {"augment_p": augment.p} if config.augment.kind == "ada" else {}
             signs = real_logits.sign().mean()
