@@ -311,6 +311,7 @@ def _to_measure(options: MeasureOptions, ranks: Any, images: Any) -> Any:
     config = QualityConfig(n_images=options.measure_images)
     found = watched(images, options.measure, config, options.held_out, options.measure_against)
     quality = found.measure
+    assert quality is not None
     return found._replace(measure=lambda generator: ranks.once(lambda: quality(generator)))
 
 
