@@ -157,6 +157,9 @@ class EvaluatePaths:
     real: Path  # real images of the same categories: <category>/<image>.png, or an archive or shards of them
     model: Path | None = None  # run folder or bundle; None: the model that comes with the package
     out: Path | None = None  # folder for report.md and report.json; None: the generated folder
+    features: str | None = (
+        None  # a weights file (SqueezeNet 1.1, VGG) or lpips-... to judge by; None: oracle or the model's own
+    )
     oracle: Path | None = None  # folder of another oracle of flora, for models of another resolution
 
 
@@ -428,7 +431,7 @@ def _evaluate(argv: Sequence[str]) -> None:
         from sage_fast.evaluation.oracle import load_oracle
 
         oracle = load_oracle(paths.oracle)
-    scores = evaluate_folder(paths.model, paths.generated, paths.real, oracle=oracle)
+    scores = evaluate_folder(paths.model, paths.generated, paths.real, oracle=oracle, features=paths.features)
     report = write_report(paths.out or paths.generated, scores)
     print(f"{table({'generated': scores})}\n\nWhat the numbers mean, and the scores of each category: {report}")
 

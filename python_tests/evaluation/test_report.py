@@ -8,13 +8,16 @@ import math
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.neighbors import NearestCentroid
 
+from sage_fast.cli import main
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.errors import InputError
 from sage_fast.evaluation.protocol import Scores
 from sage_fast.evaluation.report import evaluate_folder, markdown_table, nearest_class_mean, table, write_report
 from sage_fast.models.encoders import PyramidEncoder
+from sage_fast.models.perceptual import SqueezeFeatures
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weights import save_bundle
 
@@ -70,6 +73,19 @@ def test_folders_of_plain_colours_are_kept_and_told_apart(tmp_path, bundles, net
     assert (got.network, got.categories, got.n_images) == (network, ("green", "red"), 12)
     assert got.retention == 1.0 and got.retention_real == 1.0 and got.spreads == {}
     assert f"FD-{network}" in table({"sage": got}) and "FID" not in table({"sage": got})
+
+
+def test_a_network_from_outside_the_model_judges_when_it_is_given(tmp_path, bundles, capsys):
+    torch.manual_seed(1)
+    save_file(SqueezeFeatures().state_dict(), tmp_path / "squeeze.safetensors")
+    real = write_images(tmp_path / "real", COLOURS, 8, 1)
+    generated = write_images(tmp_path / "out", ["green", "red"], 6, 2)
+    words = ["evaluate", f"--model={bundles['discriminator']}", f"--generated={generated}", f"--real={real}"]
+    assert main([*words, f"--features={tmp_path / 'squeeze.safetensors'}"]) == 0
+    assert "FD-squeezenet1_1" in capsys.readouterr().out
+    rows = json.loads((generated / "report.json").read_text())["rows"]
+    assert rows["generated"]["retention"] == 1.0
+    assert main([*words, "--features=nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
 
 
 def test_images_in_the_wrong_folder_are_not_kept_and_lie_further_away(tmp_path, bundles):

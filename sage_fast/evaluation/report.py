@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +22,10 @@ from sage_fast.data.writers import atomic_write, write_json
 from sage_fast.errors import InputError
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Measurements, Scores, as_written, measure, score
+from sage_fast.evaluation.quality import image_features
 from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.hyperstyle import codes_of
+from sage_fast.models.perceptual import load_perceptual
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder
 
@@ -47,15 +51,20 @@ _MEANING = {
 
 
 def evaluate_folder(
-    model: StrPath | None, generated: StrPath, real: StrPath, batch: int = 128, oracle: Oracle | None = None
+    model: StrPath | None,
+    generated: StrPath,
+    real: StrPath,
+    batch: int = 128,
+    oracle: Oracle | None = None,
+    features: StrPath | None = None,
 ) -> Scores:
     """Scores of a folder of generated images against a folder of real ones.
 
     When every category is one of flora's, the oracle that knows all of flora judges, at its own resolution. Otherwise
-    the features are those of the model's own discriminator, or of its encoder when it has none, and an image counts as
-    of the category whose real images' mean feature is nearest, among all categories of ``real`` (a real image is left
-    out of its own category's mean). Such features come from the model that is judged: they compare settings of one
-    model, not models.
+    the features are those of the network given as ``features``, or of the model's own discriminator, or of its encoder
+    when it has none, and an image counts as of the category whose real images' mean feature is nearest, among all
+    categories of ``real`` (a real image is left out of its own category's mean). Features of the model that is judged
+    compare settings of one model, not models.
 
     Args:
         model: bundle folder; None: the model that comes with the package.
@@ -64,6 +73,7 @@ def evaluate_folder(
             categories. It should not hold the shots.
         batch: images in the network at a time.
         oracle: judge of flora's categories; the one that comes with the package when absent.
+        features: a network of ``models.perceptual.load_perceptual`` to judge in place of all of these, such as a weights file.
 
     Raises:
         InputError: a folder or model that cannot be read, a generated category without real images, or too few images.
@@ -76,10 +86,14 @@ def evaluate_folder(
             f"Real folder {str(real)!r} has no images of {', '.join(map(repr, missing[:3]))}; add a sub-folder of real "
             "images for each generated category."
         )
-    if encoder.n_channels == 3 and set(theirs.categories) <= _flora_numbers().keys():
+    network = None if features is None else load_perceptual(str(features))
+    if network is not None:
+        judge = _Judge(partial(image_features, network), network.name, encoder.resolution, encoder.n_channels)
+        measured = _by_class_means(judge, ours, theirs, batch)
+    elif encoder.n_channels == 3 and set(theirs.categories) <= _flora_numbers().keys():
         measured = _by_oracle(oracle or load_oracle(), ours, theirs, batch)
     else:
-        measured = _by_class_means(_own_network(model), ours, theirs, batch)
+        measured = _by_class_means(_judge_of(model), ours, theirs, batch)
     return dataclasses.replace(score(*measured), categories=tuple(ours.categories))
 
 
@@ -167,9 +181,7 @@ def _by_oracle(oracle: Oracle, ours: ImageFolder, theirs: ImageFolder, batch: in
     return tuple(sets)
 
 
-def _by_class_means(
-    network: _OwnNetwork, ours: ImageFolder, theirs: ImageFolder, batch: int
-) -> tuple[Measurements, ...]:
+def _by_class_means(network: _Judge, ours: ImageFolder, theirs: ImageFolder, batch: int) -> tuple[Measurements, ...]:
     """Measurements with labels in the numbering of ``theirs``; no predictions when there is a single category."""
     (labels, features), (real_labels, real_features) = (network.describe(folder, batch) for folder in (ours, theirs))
     labels = torch.tensor([theirs.categories.index(name) for name in ours.categories])[labels]
@@ -187,35 +199,40 @@ def _by_class_means(
     )
 
 
-class _OwnNetwork:
-    """Features of the discriminator (mean of every map) or encoder (mean offset of coarse, middle and fine layers)."""
+class _Judge(NamedTuple):
+    """A network's features of images in [-1, 1], and the size and channels it is shown them at."""
 
-    def __init__(self, network: Discriminator | Bundle) -> None:
-        self.network = network
-        self.name = "discriminator" if isinstance(network, Discriminator) else "encoder"
-        sizes = network if isinstance(network, Discriminator) else network.generator
-        self.resolution, self.n_channels = sizes.resolution, sizes.n_channels
+    features: Callable[[Tensor], Tensor]
+    name: str
+    resolution: int
+    n_channels: int
 
     @torch.no_grad()
     def describe(self, folder: ImageFolder, batch: int) -> tuple[Tensor, Tensor]:
         """Labels [N] and features [N, F] of the images of a folder."""
         part = read_images(folder, self.resolution, self.n_channels)
-        features = [self._of_batch(as_written(images)) for images in part.images.split(batch)]
+        features = [self.features(as_written(images)) for images in part.images.split(batch)]
         return part.labels, torch.cat(features)
 
-    def _of_batch(self, images: Tensor) -> Tensor:
-        if isinstance(self.network, Discriminator):
-            return torch.cat([x.mean((2, 3)) for x in self.network.features(images)], 1)
-        encoder = codes_of(self.network.encoder)
-        w_plus = encoder.invert(images, self.network.generator, self.network.noise).offsets
-        return torch.cat([w_plus[:, list(group)].mean(1) for group in layer_groups(w_plus.shape[1])], 1)
 
-
-def _own_network(model: StrPath | None) -> _OwnNetwork:
+def _judge_of(model: StrPath | None) -> _Judge:
+    """The model's own network: discriminator (mean of every map), or encoder (mean offset of coarse, middle, fine layers)."""
     try:
-        return _OwnNetwork(load_discriminator(model))
+        D = load_discriminator(model)
     except InputError:  # a bundle need not hold one
-        return _OwnNetwork(load_bundle(model))
+        bundle = load_bundle(model)
+        G = bundle.generator
+        return _Judge(partial(_encoded, bundle), "encoder", G.resolution, G.n_channels)
+    return _Judge(partial(_judged_by_maps, D), "discriminator", D.resolution, D.n_channels)
+
+
+def _judged_by_maps(D: Discriminator, images: Tensor) -> Tensor:
+    return torch.cat([x.mean((2, 3)) for x in D.features(images)], 1)
+
+
+def _encoded(bundle: Bundle, images: Tensor) -> Tensor:
+    w_plus = codes_of(bundle.encoder).invert(images, bundle.generator, bundle.noise).offsets
+    return torch.cat([w_plus[:, list(group)].mean(1) for group in layer_groups(w_plus.shape[1])], 1)
 
 
 def _network_of(rows: Mapping[str, Scores]) -> str:
