@@ -151,10 +151,22 @@ void styled_layer(const SynthesisNetwork& net, int64_t index, const float* x, Wo
   styled_layer<Fp32Products, 4>(net, index, x, workspace, y);
 }
 
+// Both slots in their full size at once: grown layer by layer they would leave holes behind them.
+float* reserve_activations(const SynthesisNetwork& net, Workspace& workspace) {
+  int64_t most[2] = {16 * pitch_of(net.layers[0].c_in), 0};
+  for (int64_t i = 0; i < net.n_layers; ++i) {
+    const StyledLayer& layer = net.layers[i];
+    int64_t& slot = most[(i + 1) % 2];
+    slot = std::max(slot, layer.size * layer.size * pitch_of(layer.c_out));
+  }
+  workspace.get(Workspace::activations_b, net.n * most[1]);
+  return workspace.get(Workspace::activations_a, net.n * most[0]);
+}
+
 void run(const SynthesisNetwork& net, Workspace& workspace) {
   // the learned input, the same for all
   const int64_t c = net.layers[0].c_in, pitch = pitch_of(c);
-  float* x = workspace.get(Workspace::activations_a, net.n * 16 * pitch);
+  float* x = reserve_activations(net, workspace);
   std::memset(x, 0, net.n * 16 * pitch * sizeof(float));
   for (int64_t i = 0; i < net.n; ++i) {
     for (int64_t k = 0; k < c; ++k) {

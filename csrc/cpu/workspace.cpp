@@ -23,8 +23,8 @@ float* Workspace::get(Slot slot, int64_t floats) {
 
 namespace {
 
-std::mutex kept_taken;
-Workspace kept;
+std::mutex idle_guard;
+Workspace* idle = nullptr;  // a list; as many as were held at the same time
 
 }  // namespace
 
@@ -33,14 +33,19 @@ Workspace& thread_workspace() {
   return own;
 }
 
-Lease::Lease() : workspace_(kept_taken.try_lock() ? &kept : new Workspace) {}
+Lease::Lease() {
+  {
+    const std::lock_guard<std::mutex> lock(idle_guard);
+    workspace_ = idle;
+    if (idle != nullptr) idle = idle->next_;
+  }
+  if (workspace_ == nullptr) workspace_ = new Workspace;
+}
 
 Lease::~Lease() {
-  if (workspace_ == &kept) {
-    kept_taken.unlock();
-  } else {
-    delete workspace_;
-  }
+  const std::lock_guard<std::mutex> lock(idle_guard);
+  workspace_->next_ = idle;
+  idle = workspace_;
 }
 
 }  // namespace sage_fast

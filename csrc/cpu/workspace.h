@@ -30,12 +30,14 @@ class Workspace {
  private:
   float* data_[n_slots] = {};
   int64_t size_[n_slots] = {};
+  Workspace* next_ = nullptr;  // in the list of those that nobody holds
+  friend class Lease;
 };
 
 // A workspace of the calling thread's own, kept as long as the thread.
 Workspace& thread_workspace();
 
-// The one workspace that serves call after call, or, where another thread has it, one of the holder's own.
+// A workspace for the time of a call, which the next call gets again: as many as were ever held at the same time.
 class Lease {
  public:
   Lease();
