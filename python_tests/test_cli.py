@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -476,9 +477,35 @@ def test_generate_resumes(tiny_bundle, tiny_shots, tmp_path, capsys):
 def test_generate_says_what_it_would_do_and_shows_some(tiny_bundle, tiny_shots, tmp_path, capsys):
     words = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", f"--out={tmp_path / 'out'}", "-n", "1000"]
     assert cli.main([*words, "--dry-run"]) == 0
-    assert "2000 images of 2 categories in 4 shards: about" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2000 images of 2 categories in 4 shards: about" in said
+    assert "Memory: at most" in said and "micro-batch" in said and said.count("\n") == 1
     assert cli.main([*words, f"--preview={tmp_path / 'sheet.png'}"]) == 0
     assert (tmp_path / "sheet.png").exists() and not (tmp_path / "out").exists()
+
+
+HEAVY = {
+    "IPython", "cupy", "lightning", "lpips", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pandas", "pyarrow",
+    "pytorch_lightning", "ray", "scipy", "sklearn", "sympy", "tensorboard", "timm", "torch._dynamo", "torch._inductor",
+    "torchmetrics", "torchvision", "transformers", "webdataset", "sage_fast.evaluation", "sage_fast.mixing",
+    "sage_fast.training",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words", [["--dry-run"], ["--out=out", "-n", "2"], ["--out=memory://out", "--format=webdataset"]]
+)
+def test_generate_imports_nothing_heavy(tiny_bundle, tiny_shots, tmp_path, words):
+    program = (
+        "import sys; from sage_fast import cli; done = cli.main(sys.argv[1:]); print(*sys.modules); sys.exit(done)"
+    )
+    given = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", "-n", "2", *words]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", program, *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "sage_fast.generation.run" in loaded and not loaded & HEAVY
 
 
 def test_generate_from_a_plan_verify_and_regenerate(tiny_bundle, tiny_shots, tmp_path, capsys):

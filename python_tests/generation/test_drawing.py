@@ -96,9 +96,22 @@ def test_prepared_categories_are_dropped_above_a_size_and_come_back(pipeline, ti
     prepared = Prepared(pipeline, plan_of(tiny_shots))
     first = prepared[0]
     assert prepared[0] is first
-    monkeypatch.setattr("sage_fast.generation.drawing._KEPT_BYTES", 1)
+    monkeypatch.setattr("sage_fast.generation.drawing.KEPT", 1)
     assert prepared[1] is not None and prepared[0] is not first
     torch.testing.assert_close(prepared[0].novel.w_plus, first.novel.w_plus, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fusion", ["none", "both"])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_large_micro_batch_is_drawn_in_parts(pipeline, tiny_shots, monkeypatch, fusion, size):
+    plan = replace(plan_of(tiny_shots, n=6, fusion=fusion), batch=12, shard=12)
+    whole = draw_shard(pipeline, plan, 0)
+    monkeypatch.setattr("sage_fast.generation.drawing.images_at_once", lambda _: size)
+    np.testing.assert_array_equal(draw_shard(pipeline, plan, 0), whole)
+    latents = draw_latents(Prepared(pipeline, plan), plan.positions(0))
+    parts = list(latents.cut(size))
+    assert [n for part in parts for n in part.positions] == list(range(12))
+    assert [line for part in parts for line in part.about()] == list(latents.about())
 
 
 def test_a_shot_that_changed_since_the_plan_was_made(pipeline, tiny_shots):

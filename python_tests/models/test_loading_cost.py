@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from nvlabs_pickles import write_nvlabs
+from tiny_model import tiny_codes, tiny_encoder, tiny_networks
 
+from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models import spans
 from sage_fast.models.published import published_discriminator, published_generator, read_published
 from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.models.weights import save_bundle
 
 SCRIPT = """
 import resource, sys, time
@@ -77,3 +80,20 @@ def test_only_the_network_asked_for_is_read(tmp_path, monkeypatch):
             counts.append(len(read))
         assert counts[1] + counts[2] <= counts[0] and min(counts) > 0
         assert torch.equal(published_generator(file).input.input, G.input.input)
+
+
+def test_no_encoder_of_a_bundle_imports_torchs_compiler(tmp_path):
+    generator, _, discriminator = tiny_networks()
+    codes, directions = tiny_codes(generator.n_latent)
+    kinds = ("psp", "restyle", "hyperstyle")
+    for kind in kinds:
+        save_bundle(
+            tmp_path / kind, generator=generator, encoder=tiny_encoder(kind, generator), directions=directions,
+            groups=layer_groups(generator.n_latent), codes=codes, discriminator=discriminator, about={},
+        )  # fmt: skip
+    program = (
+        "import sys; from sage_fast import load_bundle; [load_bundle(p) for p in sys.argv[1:]]; print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", program, *(tmp_path / kind for kind in kinds)]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "sage_fast.models.hypernets" in loaded and not {"torch._dynamo", "sympy"} & set(loaded)

@@ -7,6 +7,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from sage_fast import __version__
 from sage_fast.errors import InputError
 from sage_fast.generation.committing import committed, count_lines, is_complete, reopen
@@ -14,6 +16,7 @@ from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
 from sage_fast.generation.encoding import Encoder, choose_encoder
 from sage_fast.generation.formats import Format, Stored, choose_format, read_only
+from sage_fast.generation.memory import room_for
 from sage_fast.generation.plan import Plan, check_grown
 from sage_fast.generation.stores import Store, make_state, open_store
 from sage_fast.pipeline import FewShotPipeline
@@ -62,6 +65,7 @@ def agree(
     if config.shard_mb is not None:
         same = old is not None and old.get("shard_mb") == config.shard_mb
         plan = replace(plan, shard=int(old["shard"]) if old and same else _shard_of(pipeline, plan, encoder, config))
+    room_for(pipeline, plan, torch.get_num_threads())
     settings = _resolve(pipeline, plan, encoder, config)
     format = choose_format(config.format, store, plan, encoder, shape_of(pipeline))
     make_state(store)

@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from sage_fast.data.images import load_image
 from sage_fast.data.writers import to_uint8
 from sage_fast.editing.distribution import sample_together
 from sage_fast.errors import InputError
+from sage_fast.generation.memory import KEPT, images_at_once
 from sage_fast.generation.plan import Part, Plan, Span
 from sage_fast.pipeline import FewShotPipeline, NovelCategory, normals
 
 __all__ = ["Category", "Latents", "Prepared", "about_images", "draw_images", "draw_latents", "draw_shard"]
 
-_KEPT_BYTES = 200 << 20  # of prepared categories; more are dropped, the one used longest ago first
-_SHOT_PIXELS = 1 << 18  # of the shots whose reconstructions are drawn at a time
+_SHOTS = 8  # whose reconstructions are drawn at a time, fewer of large ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class Prepared:
             found = self._prepare(self.plan.parts[number])
             self._bytes += found.size
         self._kept[number] = found
-        while self._bytes > _KEPT_BYTES and len(self._kept) > 1:
+        while self._bytes > KEPT and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].size
         return found
 
@@ -82,7 +83,7 @@ class Prepared:
         for file, digest in zip(part.shots, part.hashes):
             self._check_unchanged(file, digest)
         shots = torch.stack([load_image(self.plan.root / file, resolution, n_channels) for file in part.shots])
-        batch = max(1, min(8, _SHOT_PIXELS // resolution**2))
+        batch = min(_SHOTS, images_at_once(pipeline))
         novel = pipeline.prepare(shots, part.method, batch, **part.editor_options())
         return Category(part, novel, _about(pipeline, part, novel))
 
@@ -110,6 +111,19 @@ class Latents:
     def about(self) -> Iterator[dict[str, Any]]:
         """How each image comes to be: what its line in the manifest says."""
         return (line for span, category in zip(self.spans, self.categories) for line in _lines(span, category))
+
+    def cut(self, size: int) -> Iterator[Latents]:
+        """The same in stretches of at most ``size`` images."""
+        begins = [0, *accumulate(span.n for span in self.spans)]
+        for start in range(0, len(self.positions), size):
+            positions = self.positions[start : start + size]
+            spans, categories = [], []
+            for span, category, begin in zip(self.spans, self.categories, begins):
+                low, high = max(begin, start), min(begin + span.n, start + len(positions))
+                if low < high:
+                    spans.append(Span(span.part, span.first + low - begin, high - low))
+                    categories.append(category)
+            yield Latents(positions, spans, categories, self.w_plus[start : start + len(positions)])
 
 
 def about_images(prepared: Prepared, positions: range) -> Iterator[dict[str, Any]]:
@@ -152,7 +166,17 @@ def _noise(part: Part, span: Span, count: int) -> Tensor:
 
 @torch.inference_mode()
 def draw_images(pipeline: FewShotPipeline, latents: Latents) -> Tensor:
-    """The images of a micro-batch, uint8 [n, C, R, R], on the pipeline's device; all categories are drawn together."""
+    """The images of a micro-batch, uint8 [n, C, R, R], on the pipeline's device; all categories are drawn together.
+
+    What would take too much memory is drawn in parts: see :func:`sage_fast.generation.memory.images_at_once`.
+    """
+    most = images_at_once(pipeline)
+    if len(latents.positions) <= most:
+        return _draw_together(pipeline, latents)
+    return torch.cat([_draw_together(pipeline, part) for part in latents.cut(most)])
+
+
+def _draw_together(pipeline: FewShotPipeline, latents: Latents) -> Tensor:
     own_weights = any(category.novel.weight_deltas is not None for category in latents.categories)
     images = None if own_weights else pipeline.synthesize(latents.w_plus)
     drawn, at = [], 0

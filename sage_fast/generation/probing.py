@@ -15,6 +15,7 @@ from sage_fast.generation.committing import line_of
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, draw_shard
 from sage_fast.generation.formats import choose_format
+from sage_fast.generation.memory import Room, room_for
 from sage_fast.generation.run import load_pipeline, plan_of, ranks
 from sage_fast.generation.stores import open_store
 from sage_fast.pipeline import FewShotPipeline
@@ -35,6 +36,7 @@ class Estimate:
     image_bytes: float
     line_bytes: float
     world_size: int
+    room: Room
 
     @property
     def seconds(self) -> float:
@@ -52,7 +54,7 @@ class Estimate:
             f"{self.n_images} images of {self.n_categories} categories in {self.n_shards} shards: about "
             f"{self.bytes / 1e6:.1f} MB ({self.image_bytes / 1e3:.1f} kB an image) and {hours} h {rest // 60} min "
             f"{rest % 60} s on {self.world_size} rank{'s' if self.world_size > 1 else ''} "
-            f"({self.images_per_s:.1f} images/s each). Nothing was written."
+            f"({self.images_per_s:.1f} images/s each). {self.room} Nothing was written."
         )
 
 
@@ -66,6 +68,7 @@ def estimate(
     pipeline = load_pipeline(model, config)
     size, n_channels = pipeline.generator.resolution, pipeline.generator.n_channels
     made = plan_of(pipeline, shots_dir, config, plan)
+    room = room_for(pipeline, made, torch.get_num_threads())
     prepared = Prepared(pipeline, made)
     encoder = choose_config_encoder(config, n_channels)
     format = choose_format("webdataset", open_store("."), made, encoder, (n_channels, size, size))  # stores in memory
@@ -81,6 +84,7 @@ def estimate(
     return Estimate(
         len(made), len(made.categories), made.n_shards, len(positions) / seconds,
         sum(image.size for image in stored) / len(stored), line_bytes, ranks()[1],
+        room,
     )  # fmt: skip
 
 

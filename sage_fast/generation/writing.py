@@ -16,17 +16,13 @@ from torch import Tensor
 from sage_fast.generation.committing import commit
 from sage_fast.generation.drawing import Latents, Prepared, draw_images, draw_latents
 from sage_fast.generation.formats import Format, OpenShard, Stored
-from sage_fast.generation.plan import Plan
+from sage_fast.generation.memory import room_for
 from sage_fast.generation.watching import Meter
-from sage_fast.pipeline import FewShotPipeline
 
 __all__ = ["ahead", "write_shard", "write_shards"]
 
 A = TypeVar("A")
 B = TypeVar("B")
-_AHEAD = 2  # micro-batches that wait to be encoded, and shards to be committed
-_PIXEL_BYTES = 512  # that a synthesis takes for a pixel of its result, about
-_DRAWN_BYTES = 768 << 20  # that all syntheses at the same time may take
 
 
 def write_shard(format: Format, shard: int, images: np.ndarray, about: Iterable[dict[str, Any]]) -> None:
@@ -47,7 +43,8 @@ def write_shards(
 ) -> None:
     """Draw, store and commit shards: latents, networks, files (on ``workers`` threads) and commits on threads of their own.
 
-    Queues are short, so memory does not grow with the plan, and a stage that is behind holds up those before it.
+    Queues are short, by :func:`sage_fast.generation.memory.room_for`, so memory does not grow with the plan, and a stage that is
+    behind holds up those before it.
 
     Args:
         written: called with the number of images of each stretch that is stored.
@@ -55,8 +52,8 @@ def write_shards(
     """
     plan, pipeline = format.plan, prepared.pipeline
     size = max(1, min(16, plan.batch // workers))
-    n_drawers, threads = _drawers(pipeline, plan)
-    meter.start_stages(drawing=n_drawers, encoding=workers)
+    room = room_for(pipeline, plan, torch.get_num_threads())
+    meter.start_stages(drawing=room.drawers, encoding=workers)
 
     def sample(positions: range) -> Latents:
         with meter.timed("sampling"):
@@ -74,31 +71,17 @@ def write_shards(
     def queue(name: str) -> Callable[[float], None]:
         return lambda share: meter.queued.update({name: share})
 
-    with _pools((1, 1), (n_drawers, threads), (workers, 1), (1, 1)) as (sampler, drawers, encoders, committer):
+    with _pools((1, 1), (room.drawers, room.threads), (workers, 1), (1, 1)) as (sampler, drawers, encoders, committer):
         ranges = (positions for shard in shards for positions in plan.batches(shard))
-        latents = ahead(sampler, sample, ranges, n_drawers + 1, queue("latents"))
-        drawn = ahead(drawers, draw, latents, n_drawers, queue("drawings"))
+        latents = ahead(sampler, sample, ranges, room.drawers + 1, queue("latents"))
+        drawn = ahead(drawers, draw, latents, room.drawers, queue("drawings"))
         tasks = (task for whole in drawn for task in whole.cut(size))
-        stored = ahead(encoders, store, tasks, _AHEAD * -(-plan.batch // size), queue("files"))
+        stored = ahead(encoders, store, tasks, room.ahead * -(-plan.batch // size), queue("files"))
         commits: deque[Future[None]] = deque()
         for shard, open_shard, images in _whole_shards(format, stored, meter, written):
             commits.append(committer.submit(_commit, format, shard, open_shard, images, meter))
-            _reap(commits, _AHEAD, committed)
+            _reap(commits, room.commits, committed)
         _reap(commits, 0, committed)
-
-
-def _drawers(pipeline: FewShotPipeline, plan: Plan) -> tuple[int, int]:
-    """How many threads draw, and on how many threads of torch each.
-
-    A GPU has one. On a CPU micro-batches side by side wait less for one another than threads within one do, above all
-    beside threads that encode; as many as there is memory for.
-    """
-    n_threads = torch.get_num_threads()
-    if pipeline.device.type != "cpu":
-        return 1, n_threads
-    own = plan.batch * pipeline.generator.resolution**2 * _PIXEL_BYTES
-    n_drawers = max(1, min(n_threads, _DRAWN_BYTES // own))
-    return n_drawers, max(1, n_threads // n_drawers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -137,7 +137,10 @@ class _Heads(nn.Module):
         self.n_styles = n_styles
         self.down = nn.ModuleList(conv(c_in, c_in, 3, stride=2) for _ in range(n_down))
         self.reduce = conv(c_in, n_styles * width, 1)
-        self.weight = nn.Parameter(torch.randn(n_styles, width * 16, style_dim) * (0.01 / math.sqrt(width * 16)))
+        weight = torch.empty(n_styles, width * 16, style_dim)
+        if not weight.is_meta:  # where drawing imports torch's compiler
+            weight.normal_().mul_(0.01 / math.sqrt(width * 16))
+        self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.zeros(n_styles, 1, style_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +166,8 @@ def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """Convolution with zero bias; weights keep the variance of a leaky ReLU's output (1 x 1: of the input)."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
     gain = nn.init.calculate_gain("leaky_relu", SLOPE) if kernel > 1 else 1.0
-    nn.init.normal_(conv.weight, std=gain / math.sqrt(c_in * kernel**2))
+    if not conv.weight.is_meta:  # see _Heads
+        nn.init.normal_(conv.weight, std=gain / math.sqrt(c_in * kernel**2))
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv

@@ -17,6 +17,7 @@ from sage_fast.errors import InputError
 from sage_fast.models.encoders import SLOPE, conv, trunk_layers
 from sage_fast.models.image_encoder import WeightDeltas
 from sage_fast.models.irse import WIDTH, EqualLinear, Trunk
+from sage_fast.models.stylegan2_layers import normal
 
 __all__ = ["PyramidHypernet", "ResNetHypernet", "config_f_shapes"]
 
@@ -139,8 +140,8 @@ class _SharedKernels(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w1, self.b1 = (nn.Parameter(torch.randn(size) / 40) for size in ((WIDTH, WIDTH * 9), (WIDTH * 9,)))
-        self.w2, self.b2 = (nn.Parameter(torch.randn(size) / 40) for size in ((WIDTH, WIDTH**2), (WIDTH**2,)))
+        self.w1, self.b1 = (nn.Parameter(normal(*size, divisor=40)) for size in ((WIDTH, WIDTH * 9), (WIDTH * 9,)))
+        self.w2, self.b2 = (nn.Parameter(normal(*size, divisor=40)) for size in ((WIDTH, WIDTH**2), (WIDTH**2,)))
 
     def forward(self, code: Tensor) -> Tensor:
         codes = torch.addmm(self.b2, code, self.w2).unflatten(1, (WIDTH, WIDTH))
