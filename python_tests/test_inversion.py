@@ -9,6 +9,7 @@ from tiny_model import RESOLUTION, tiny_encoder, tiny_networks
 from sage_fast import inversion
 from sage_fast.errors import InputError
 from sage_fast.inversion import project
+from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.perceptual import ChainFeatures, DiscriminatorFeatures, perceptual_distance
 from sage_fast.models.stylegan2 import Generator
 
@@ -337,18 +338,48 @@ def test_a_grey_generator_and_a_network_for_colours(own):
         (lambda x: dict(n_candidates=4, start=torch.zeros(2, 4, 16)), "n_candidates has no effect"),
         (lambda x: dict(encoder=tiny_networks()[1]), "float64"),
         (lambda x: dict(encoder=_Narrow()), "encoder must give"),
+        (lambda x: dict(encoder=_Words()), "encoder must give .* got str"),
+        (lambda x: dict(encoder=encoder_of(style_dim=8)), r"gives latents \[4, 8\] .* takes \[4, 16\]"),
+        (lambda x: dict(encoder=encoder_of(style_dim=1)), r"gives latents \[4, 1\]"),
+        (lambda x: dict(encoder=encoder_of(n_latent=6)), r"gives latents \[6, 16\]"),
+        (lambda x: dict(encoder=encoder_of(n_latent=6, n_iterations=2)), r"gives latents \[6, 16\]"),
+        (lambda x: dict(encoder=encoder_of(n_channels=1)), "with 1 channels, .* draws 3 channels"),
+        (lambda x: dict(encoder="encoder.pt"), "encoder must be a network, got str"),
+        (lambda x: dict(perceptual="lpips-vgg"), "perceptual must be a network, got str"),
+        (lambda x: dict(generator="generator.pt"), "generator must be a Generator, got str"),
+        (lambda x: dict(generator=tiny_networks()[1]), "generator must be a Generator, got PyramidEncoder"),
+        (lambda x: dict(mask=torch.ones(2, 1, 8, 8).numpy()), "mask must be a tensor .* got ndarray"),
+        (lambda x: dict(start=torch.zeros(2, 4, 16).numpy()), "start must be a tensor .* got ndarray"),
+        (lambda x: dict(steps=1.5), "steps must be a whole number, at least 1, got 1.5"),
+        (lambda x: dict(steps="5"), "steps must be a whole number"),
+        (lambda x: dict(patience=2.5), "patience must be a whole number"),
+        (lambda x: dict(n_candidates=1.5), "n_candidates must be a whole number, at least 0"),
+        (lambda x: dict(seed=0.5), "seed must be a whole number"),
+        (lambda x: dict(lr=float("inf")), "lr must be a finite positive number"),
+        (lambda x: dict(tolerance="small"), "tolerance must be a finite number"),
+        (lambda x: dict(pixel_weight=float("inf")), "pixel_weight must be a finite number"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_sentence(networks, own, change, named):
-    given = dict(images=own[0][:2]) | change(own[0][:2])
+    given = dict(images=own[0][:2], generator=networks[0]) | change(own[0][:2])
     with pytest.raises(InputError, match=named) as error:
-        project(given.pop("images"), networks[0], **given)
+        project(**given)
     assert one_sentence(error)
 
 
 class _Narrow(torch.nn.Module):
     def forward(self, images):
         return images.new_zeros(len(images), 3, 16)
+
+
+class _Words(torch.nn.Module):
+    def forward(self, images):
+        return "codes"
+
+
+def encoder_of(n_latent=4, style_dim=16, n_channels=3, n_iterations=0):
+    sizes = dict(channel_base=64, channel_max=8, head_width=4)
+    return PyramidEncoder(RESOLUTION, n_latent, style_dim, n_channels, n_iterations=n_iterations, **sizes).double()
 
 
 def test_a_damaged_generator_is_named(own):

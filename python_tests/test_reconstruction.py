@@ -13,15 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_model import RESOLUTION
 
-from sage_fast import reconstruction
+from sage_fast import cli, reconstruction
 from sage_fast.data.images import load_image, to_float
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import read_manifest, save_png, to_uint8
 from sage_fast.errors import InputError
 from sage_fast.inversion import ProjectionConfig
+from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weights import load_bundle
 from sage_fast.reconstruction import InvertConfig, invert
 
+SHIPPED = Path(reconstruction.__file__).parent / "model"
 SHORT = ProjectionConfig(steps=4)
 NAMES = ["lily/0", "lily/1", "lily/2", "rose/0", "rose/1"]
 
@@ -205,6 +207,17 @@ def test_folders_must_not_overlap(tiny_bundle, shots, masks):
         invert(tiny_bundle, shots, shots / "out", projection=SHORT)
     with pytest.raises(InputError, match="the masks in"):
         invert(tiny_bundle, shots, masks, projection=SHORT, mask_dir=masks)
+
+
+def test_an_encoder_of_another_generator_is_refused_before_anything_is_written(tiny_shots, tmp_path, capsys):
+    G = Generator(RESOLUTION, 32, n_mapping=1, channels=[4, 4])
+    weights = {name: value for name, value in G.state_dict().items() if name != "latent_avg"}
+    torch.save({"g_ema": weights, "latent_avg": G.latent_avg}, tmp_path / "generator.pt")
+    given = dict(model=tmp_path / "generator.pt", encoder=SHIPPED, images=tiny_shots, out=tmp_path / "out")
+    assert cli.main(["invert", *(f"--{name}={value}" for name, value in given.items())]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "the encoder gives latents [8, 64]" in message and "takes [4, 32]" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_perceptual_network_of_the_model(tiny_bundle, tiny_shots, tmp_path):

@@ -6,6 +6,7 @@ takes seconds an image and comes closer. Latents are absolute here, as at the ge
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from sage_fast.errors import InputError
 from sage_fast.minimize import Minima, minimize_adam, minimize_lbfgs
 from sage_fast.models.hyperstyle import codes_of
-from sage_fast.models.image_encoder import ImageEncoder
+from sage_fast.models.image_encoder import ImageEncoder, check_encoder
 from sage_fast.models.perceptual import FeatureNetwork, distance_maps, normalised_features
 from sage_fast.models.stylegan2 import Generator
 
@@ -65,15 +66,18 @@ class ProjectionConfig:
                 raise InputError(
                     f"{name} must be one of {', '.join(filter(None, known))}, got '{getattr(self, name)}'."
                 )
-        for name in ("steps", "history", "patience"):
+        for name, least in (("steps", 1), ("history", 1), ("patience", 1), ("n_candidates", 0), ("seed", None)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}.")
-        for name in ("tolerance", "pixel_weight", "perceptual_weight", "latent_weight", "noise_weight", "n_candidates"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.lr is not None and not self.lr > 0:
-            raise InputError(f"lr must be positive, got {self.lr}.")
+            if name == "patience" and value is None:
+                continue
+            if not isinstance(value, int) or (least is not None and value < least):
+                bound = "" if least is None else f", at least {least}"
+                raise InputError(f"{name} must be a whole number{bound}, got {value!r}.")
+        for name in ("tolerance", "pixel_weight", "perceptual_weight", "latent_weight", "noise_weight"):
+            if not _is_finite(getattr(self, name)) or getattr(self, name) < 0:
+                raise InputError(f"{name} must be a finite number, not negative, got {getattr(self, name)!r}.")
+        if self.lr is not None and not (_is_finite(self.lr) and self.lr > 0):
+            raise InputError(f"lr must be a finite positive number, got {self.lr!r}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,12 +215,7 @@ class _Objective:
         code = None
         if self.encoder is not None:  # one at a time: the start does not depend on the batch, to the last bit
             shown = self._shown(self.targets.images, self.targets)
-            code = average + torch.cat([self._encode(image[None]) for image in shown])
-            if code.shape != (n, self.generator.n_latent, self.generator.style_dim):
-                size = [self.generator.n_latent, self.generator.style_dim]
-                raise InputError(
-                    f"encoder must give latents {size}, as the generator takes, got {list(code.shape[1:])}."
-                )
+            code = average + _check_codes([self._encode(image[None]) for image in shown], self.generator)
         if start is None:
             start = self._best_candidates() if code is None else code
         self.targets = replace(self.targets, anchor=start if code is None else code)
@@ -357,10 +356,23 @@ def _frozen(*networks: nn.Module | None) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-def _check_networks(generator: Generator, *others: nn.Module | None) -> None:
-    """Raise InputError unless all networks have one dtype and one device."""
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _check_networks(generator: Generator, encoder: nn.Module | None, perceptual: FeatureNetwork | None) -> None:
+    """Raise InputError unless they are networks of one dtype and one device, and the encoder is for the generator."""
+    if not isinstance(generator, Generator):
+        raise InputError(
+            f"generator must be a Generator, got {type(generator).__name__}; load_generator reads one from a file."
+        )
+    for name, given in (("encoder", encoder), ("perceptual", perceptual)):
+        if not isinstance(given, nn.Module | None):
+            raise InputError(f"{name} must be a network, got {type(given).__name__}; load it from its file first.")
+    if isinstance(encoder, ImageEncoder):
+        check_encoder(encoder, generator)
     like = generator.latent_avg
-    for network in others:
+    for network in (encoder, perceptual):
         weights = [] if network is None else list(network.parameters())[:1]
         if any((w.dtype, w.device) != (like.dtype, like.device) for w in weights):
             raise InputError(
@@ -393,11 +405,26 @@ def _check_images(images: Tensor, generator: Generator) -> Tensor:
     return images
 
 
+def _check_codes(codes: Sequence[Any], generator: Generator) -> Tensor:
+    """The outputs [1, L, D] of an encoder, one an image, as one tensor."""
+    expected = (1, generator.n_latent, generator.style_dim)
+    for code in codes:
+        if not torch.is_tensor(code) or code.shape != expected:
+            got = list(code.shape) if torch.is_tensor(code) else type(code).__name__
+            raise InputError(
+                f"encoder must give latents {list(expected)} for an image, as the generator takes, got {got}."
+            )
+    return torch.cat(list(codes))
+
+
 def _check_mask(mask: Tensor | None, images: Tensor) -> Tensor:
     """The mask of every image [N, 1, R, R], all ones when there is none."""
     n, _, h, w = images.shape
     if mask is None:
         return images.new_ones(n, 1, h, w)
+    if not torch.is_tensor(mask) or mask.is_complex():
+        got = mask.dtype if torch.is_tensor(mask) else type(mask).__name__
+        raise InputError(f"mask must be a tensor of numbers in [0, 1], got {got}; torch.from_numpy converts an array.")
     if mask.ndim != 4 or mask.shape[0] not in (1, n) or mask.shape[1:] != (1, h, w):
         raise InputError(
             f"mask must have shape [{n} or 1, 1, {h}, {w}], as the images have it, got {list(mask.shape)}."
@@ -415,6 +442,8 @@ def _check_start(start: Tensor | None, n: int, generator: Generator) -> Tensor |
     if start is None:
         return None
     expected = (n, generator.n_latent, generator.style_dim)
+    if not torch.is_tensor(start):
+        raise InputError(f"start must be a tensor of absolute latents {list(expected)}, got {type(start).__name__}.")
     if start.shape != expected or not bool(torch.isfinite(start).all()):
         raise InputError(f"start must be finite absolute latents {list(expected)}, got {list(start.shape)}.")
     return start.detach().to(generator.latent_avg)

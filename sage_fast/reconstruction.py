@@ -38,6 +38,7 @@ from sage_fast.data.writers import (
 )
 from sage_fast.errors import InputError
 from sage_fast.inversion import Projection, ProjectionConfig, project
+from sage_fast.models.image_encoder import check_encoder
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weights import load_bundle, load_discriminator, load_encoder, load_generator
@@ -170,6 +171,7 @@ def _load(path: StrPath | None, encoder_path: StrPath | None, config: InvertConf
         generator, noise = load_generator(path, device), "const"
     if encoder_path is not None:
         encoder = load_encoder(encoder_path, device)
+        check_encoder(encoder, generator)
     own = load_discriminator(path) if config.perceptual == "discriminator" else None
     perceptual = load_perceptual(config.perceptual, own)
     if perceptual is not None:

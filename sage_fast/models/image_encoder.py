@@ -15,7 +15,7 @@ from sage_fast.errors import InputError
 if TYPE_CHECKING:
     from sage_fast.models.stylegan2 import Generator
 
-__all__ = ["ImageEncoder", "Inversion", "WeightDeltas", "check_images", "on_base", "resized"]
+__all__ = ["ImageEncoder", "Inversion", "WeightDeltas", "check_encoder", "check_images", "on_base", "resized"]
 
 WeightDeltas = tuple[Tensor | None, ...]
 """One entry a modulated convolution, in the order of synthesis (see :func:`sage_fast.models.weight_deltas.layer_names`):
@@ -70,8 +70,9 @@ class ImageEncoder(nn.Module):
         Args:
             noise: the generator's noise while iterating, ``"none"`` or ``"const"``.
         Raises:
-            InputError: the images are not of the generator's size.
+            InputError: the images are not of the generator's size, or the encoder is for another generator.
         """
+        check_encoder(self, generator)
         check_images(images, generator)
         images = resized(images, self.resolution)
         if not self.n_iterations:
@@ -92,6 +93,18 @@ class ImageEncoder(nn.Module):
     def correction(self, images: Tensor, rendered: Tensor) -> Tensor:
         """One step of ReStyle: what to add to the offsets [N, L, D] whose reconstructions are ``rendered``."""
         return self(torch.cat([images, resized(rendered, self.resolution)], dim=1))
+
+
+def check_encoder(encoder: ImageEncoder, generator: Generator) -> None:
+    """Raise InputError unless the encoder sees the generator's image channels and gives one latent for each of its layers."""
+    gives = (encoder.n_latent, encoder.style_dim, encoder.n_channels)
+    takes = (generator.n_latent, generator.style_dim, generator.n_channels)
+    if gives != takes:
+        raise InputError(
+            f"the encoder gives latents {list(gives[:2])} of images with {gives[2]} channels, the generator of "
+            f"{generator.resolution} px takes {list(takes[:2])} and draws {takes[2]} channels; use the encoder that was "
+            "trained with it."
+        )
 
 
 def check_images(images: Tensor, generator: Generator) -> None:
