@@ -45,7 +45,7 @@ def values(compare, dtype: str, layout: str, *shape: int) -> torch.Tensor:
     """Random values in that form; bfloat16 rounds, in plain PyTorch at each step, so its parity is coarser."""
     compare.tolerance = 2e-5 if dtype == "float32" else 2e-2
     form = torch.contiguous_format if layout == "first" else torch.channels_last
-    return torch.randn(shape).to(getattr(torch, dtype)).to(memory_format=form)
+    return torch.randn(shape, device=compare.device).to(getattr(torch, dtype)).to(memory_format=form)
 
 
 @pytest.mark.parametrize("dtype, layout", FORMS)
@@ -54,7 +54,7 @@ def test_lrelu(compare, case, dtype, layout):
     if layout == "last" and len(LAYERS[case]) < 4:
         pytest.skip("no image")
     x = values(compare, dtype, layout, *LAYERS[case])
-    b = torch.randn(x.shape[1]).to(x.dtype)
+    b = torch.randn(x.shape[1], device=x.device).to(x.dtype)
     rivals = {
         "in place": lambda: F.leaky_relu_(x + shaped(b, x), 0.2).mul_(GAIN),
         "three steps": lambda: F.leaky_relu(x + shaped(b, x), 0.2) * GAIN,
@@ -66,7 +66,7 @@ def test_lrelu(compare, case, dtype, layout):
 @pytest.mark.parametrize("act", SMOOTH)
 def test_smooth(compare, act, dtype):
     x = values(compare, dtype, "first", 8, 32, 32, 32)
-    b = torch.randn(32).to(x.dtype)
+    b = torch.randn(32, device=x.device).to(x.dtype)
     compare(
         f"{act}, 32 px, 32 px layer, N 8, {dtype}",
         lambda: bias_act(x, b, act=act),
@@ -82,7 +82,7 @@ def test_with_gain_and_clamp(compare, case, act, dtype, layout):
     if layout == "last" and len(LAYERS[case]) < 4:
         pytest.skip("no image")
     x = values(compare, dtype, layout, *LAYERS[case])
-    b = torch.randn(x.shape[1]).to(x.dtype)
+    b = torch.randn(x.shape[1], device=x.device).to(x.dtype)
     steps = {"linear": lambda x: x, "sigmoid": torch.sigmoid_, "swish": lambda x: F.silu(x, inplace=True)}
     rivals = {"in place": lambda: steps[act](x + shaped(b, x)).mul_(GAIN).clamp_(-0.9, 0.9)}
     ours = lambda: bias_act(x, b, act=act, gain=GAIN, clamp=0.9)  # noqa: E731
@@ -92,8 +92,9 @@ def test_with_gain_and_clamp(compare, case, act, dtype, layout):
 @pytest.mark.parametrize("case", ["32 px, 32 px layer, N 64", "256 px, 64 px layer, N 1"])
 def test_gradient(compare, case):
     """Forward and backward, as training has it."""
-    x, b = torch.randn(LAYERS[case], requires_grad=True), torch.randn(LAYERS[case][1], requires_grad=True)
-    grad = torch.randn(LAYERS[case])
+    shape, device = LAYERS[case], compare.device
+    x, b = (torch.randn(size, device=device, requires_grad=True) for size in (shape, shape[1]))
+    grad = torch.randn(shape, device=device)
     both = lambda y: torch.cat([g.flatten() for g in torch.autograd.grad(y, (x, b), grad)])  # noqa: E731
     rivals = {"in place": lambda: both(F.leaky_relu_(x + shaped(b, x), 0.2) * GAIN)}
     compare.tolerance = 1e-4  # sums over all pixels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from array_rivals import array_library
 
 from sage_fast.ops import project_onto_basis
 
@@ -29,12 +30,16 @@ SIZES = {  # N, L, D, R
 @pytest.mark.parametrize("case", SIZES)
 def test_projection(compare, case):
     n, n_latent, dim, r = SIZES[case]
-    w_plus, basis = torch.randn(n, n_latent, dim), torch.linalg.qr(torch.randn(n_latent, dim, r))[0].contiguous()
-    matrix, w, b = basis @ basis.mT, w_plus.numpy(), basis.numpy()
+    w_plus = torch.randn(n, n_latent, dim, device=compare.device)
+    basis = torch.linalg.qr(torch.randn(n_latent, dim, r))[0].contiguous().to(compare.device)
+    matrix = basis @ basis.mT
     rivals = {
         "einsum": lambda: torch.einsum("ldr,nlr->nld", basis, torch.einsum("ldr,nld->nlr", basis, w_plus)),
         "bmm": lambda: torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1),
         "B B^T made before": lambda: torch.bmm(w_plus.transpose(0, 1), matrix).transpose(0, 1),
-        "NumPy": lambda: torch.from_numpy(((w.swapaxes(0, 1) @ b) @ b.swapaxes(1, 2)).swapaxes(0, 1)),
     }
+    if arrays := array_library(compare.device):
+        w, b = arrays.of(w_plus), arrays.of(basis)
+        products = lambda: ((w.swapaxes(0, 1) @ b) @ b.swapaxes(1, 2)).swapaxes(0, 1)  # noqa: E731
+        rivals[arrays.name] = lambda: torch.from_dlpack(products())
     compare(case, lambda: project_onto_basis(w_plus, basis), rivals, 4 * (2 * w_plus.numel() + basis.numel()))
