@@ -1,31 +1,12 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cmath>
 #include <tuple>
 
-#include "../synthesis.h"
-#include "../synthesis_epilogue.h"
-#include "common.cuh"
+#include "epilogue_arguments.cuh"
 
 namespace sage_fast {
 namespace {
 
 constexpr int kThreads = PixelGroups::kThreads;
 constexpr int kBlurThreads = 128;  // fewer: a thread of the blur keeps more registers
-
-__device__ float to_float(float v) { return v; }
-__device__ float to_float(__half v) { return __half2float(v); }
-__device__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-template <class T>
-__device__ T from_float(float v) {
-  if constexpr (sizeof(T) == 4) return v;
-  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(v);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(v);
-}
-
-template <class T>
-constexpr int kVector = 16 / sizeof(T);
 
 // 16 bytes at a time.
 template <class T>
@@ -117,79 +98,25 @@ __global__ void __launch_bounds__(kBlurThreads, 3) blurred(EpilogueArgs<T> a, in
   }
 }
 
-// Calls f(T{}) for the element type of an activation.
-template <class F>
-void dispatch_activation(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Half:
-      return f(__half{});
-    case ScalarType::BFloat16:
-      return f(__nv_bfloat16{});
-    default:
-      require(false, "the epilogues take float32, float16 and bfloat16");
-  }
-}
-
-const float* floats(const Tensor& x, const Tensor& beside, int64_t numel, const char* message) {
-  require(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == numel &&
-              x.get_device() == beside.get_device() && x.is_cuda(),
-          message);
-  return data<float>(x);
-}
-
-// The arguments of both kernels, checked. margin: how much longer the sides of x are than those of y.
-template <class T>
-EpilogueArgs<T> arguments(const Tensor& x, int64_t margin, const Tensor& factor, const Tensor& bias,
-                          const std::optional<Tensor>& noise, double strength, const std::optional<Tensor>& next,
-                          double slope, double gain, double clamp, const Tensor& y) {
-  const char* bad = "epilogue: factor, bias, noise and next_style must be contiguous float32 of x's sizes, beside it";
-  EpilogueArgs<T> a{};
-  a.n = x.size(0), a.h = x.size(1) - margin, a.w = x.size(2) - margin, a.c = x.size(3);
-  require(a.c % kVector<T> == 0 && a.c <= kThreads * kVector<T> && a.n <= 65535 && a.h > 0 && a.w > 0,
-          "epilogue: channels must fill vectors of 16 bytes, 256 of them at most; at most 65535 samples");
-  require(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "epilogue: x must be aligned to 16 bytes");
-  a.pitch = factor.dim() == 2 ? factor.size(1) : 0;
-  require(a.pitch >= a.c, "epilogue: factor must be [N, at least C]");
-  a.x = data<T>(x);
-  a.factor = floats(factor, x, a.n * a.pitch, bad);
-  a.bias = floats(bias, x, a.c, bad);
-  if (noise) {
-    a.noise_per_sample = noise->size(0) != 1;
-    a.noise = floats(*noise, x, (a.noise_per_sample ? a.n : 1) * a.h * a.w, bad);
-  }
-  a.strength = float(strength), a.slope = float(slope), a.gain = float(gain);
-  a.most = clamp < 0 ? INFINITY : float(clamp);
-  if (next) {
-    a.next = floats(*next, x, a.n * a.pitch, bad);
-    a.y = mutable_data<T>(y);
-  }
-  return a;
-}
-
 std::tuple<Tensor, Tensor> styled_epilogue(Tensor x, Tensor factor, Tensor bias, std::optional<Tensor> noise,
                                            double strength, std::optional<Tensor> next_style, Tensor image_weight,
                                            Tensor image_bias, std::optional<Tensor> skip, double slope, double gain,
                                            double clamp) {
   require(x.dim() == 4 && x.is_cuda() && x.is_contiguous(), "styled_epilogue: x must be contiguous [N, H, W, C]");
-  const char* bad = "styled_epilogue: image weights, bias and skip must be contiguous float32 of the image's sizes";
   Scope stream(x);
-  const int64_t n = x.size(0), h = x.size(1), w = x.size(2), channels = image_bias.numel();
-  require(channels >= 1 && channels <= kMaxImageChannels, "styled_epilogue: images must have 1 to 4 channels");
+  const int64_t n = x.size(0), h = x.size(1), w = x.size(2), c = x.size(3);
   Tensor y = next_style ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor image = torch::stable::new_empty(factor, {n, channels, h, w});
+  Tensor image = torch::stable::new_empty(factor, {n, image_bias.numel(), h, w});
   if (n == 0) return {y, image};
   dispatch_activation(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto a = arguments<T>(x, 0, factor, bias, noise, strength, next_style, slope, gain, clamp, y);
-    const ImageArgs to{
-        channels, floats(image_weight, x, n * channels * a.pitch, bad), floats(image_bias, x, channels, bad),
-        skip ? floats(*skip, x, n * channels * (h / 2) * (w / 2), bad) : nullptr, mutable_data<float>(image)};
-    require(!skip || (h % 2 == 0 && w % 2 == 0), "styled_epilogue: a skip needs even sides");
-    const PixelGroups groups((a.c + kVector<T> - 1) / kVector<T>);
+    const auto a =
+        epilogue_arguments<T>(n, h, w, c, x, factor, bias, noise, strength, next_style, slope, gain, clamp, y);
+    const ImageArgs to = image_arguments(a, image_weight, image_bias, skip, image);
+    require(c <= kThreads * kVector<T>, "styled_epilogue: a pixel's channels must fit into 256 vectors of 16 bytes");
+    const PixelGroups groups(a.c / kVector<T>);
     const dim3 grid(unsigned(groups.blocks(n, h * w)), unsigned(n));
-    if (channels <= 3) {
+    if (to.channels <= 3) {
       styled<T, 3><<<grid, kThreads, 0, stream>>>(a, to, groups);
     } else {
       styled<T, 4><<<grid, kThreads, 0, stream>>>(a, to, groups);
@@ -208,7 +135,8 @@ Tensor blur_epilogue(Tensor x, Tensor factor, Tensor bias, std::optional<Tensor>
   if (x.size(0) == 0) return y;
   dispatch_activation(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto a = arguments<T>(x, 1, factor, bias, noise, strength, next_style, slope, gain, clamp, y);
+    const auto a = epilogue_arguments<T>(x.size(0), x.size(1) - 1, x.size(2) - 1, x.size(3), x, factor, bias, noise,
+                                         strength, next_style, slope, gain, clamp, y);
     // a strip reads three rows more than it writes: long strips, unless that leaves multiprocessors idle
     const int64_t columns = a.n * (a.w / 2) * (a.c / kVector<T>);
     int64_t rows = 32;
