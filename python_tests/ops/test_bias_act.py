@@ -162,11 +162,13 @@ def test_low_precision(device, no_worse_than_plain, act, dtype):
 
 
 @pytest.mark.parametrize("act", SMOOTH)
-def test_smooth_activations_are_exact_to_a_few_units(device, act):
+def test_smooth_activations_are_exact_to_a_few_units(request, device, act):
+    """Of CUDA, which is built to flush what is too small for the usual digits, but for that."""
     x = torch.cat([torch.linspace(-110, 110, 40001), torch.logspace(-38, 2, 4001), -torch.logspace(-38, 2, 4001)])
     y, exact = bias_act(x.to(device), act=act).cpu().double(), bias_act_reference(x.double(), act=act)
     smallest = 2.0**-126 if act != "swish" else 2.0**-119  # x times a sigmoid that is subnormal
-    unit = torch.finfo(torch.float32).eps * exact.abs().clamp_min(smallest)
+    flushes = request.node.callspec.params["device"] != "cpu"
+    unit = (torch.finfo(torch.float32).eps * exact.abs()).clamp_min(smallest * (1 if flushes else 2.0**-23))
     assert ((y - exact).abs() / unit).max() < 4
 
 
