@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import kernels_on_host
 import pytest
 import torch
 from torch import Tensor
@@ -25,13 +26,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
+#: also CPU tensors through the CUDA kernels, which takes a few minutes: `make cuda-on-host`
+ON_HOST = ["cuda on host"] if os.environ.get("SAGE_FAST_CUDA_ON_HOST") == "1" else []
+
+
+@pytest.fixture(params=["cpu", "cuda", *ON_HOST])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """A device with kernels; the test is skipped, saying why, where there are none."""
     native = _native.load()
+    if request.param in ON_HOST:
+        kernels_on_host.load()
+        with kernels_on_host.routed():
+            yield "cpu"
+        return
     if request.param not in native.devices:
         pytest.skip(f"no kernels on '{request.param}': {native.reasons[request.param]}")
-    return request.param
+    yield request.param
 
 
 @pytest.fixture
