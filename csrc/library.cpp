@@ -35,6 +35,10 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def(
       "blur_epilogue(Tensor x, Tensor factor, Tensor bias, Tensor? noise, float strength, Tensor next_style, "
       "float slope, float gain, float clamp) -> Tensor");
+  m.def(
+      "styled_conv(Tensor x, Tensor weight, Tensor factor, Tensor bias, Tensor? noise, float strength, "
+      "Tensor? next_style, Tensor? image_weight, Tensor? image_bias, Tensor? skip, bool up, float slope, float gain, "
+      "float clamp, int columns=0) -> (Tensor, Tensor)");
   m.def("counter_normal(Tensor samples, int seed, int stream, int numel) -> Tensor");
   m.def(
       "edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, float alpha, Tensor? mask, "

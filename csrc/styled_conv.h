@@ -10,14 +10,20 @@ namespace sage_fast {
 
 struct PixelTiles {
   static constexpr int kRows = 128, kMostPatchRows = 8 * 6 * 6;
-  int n, h, w;          // of the convolution's input
-  int log_w, log_h;     // of a rectangle: 16 x 8, 8 x 8 or 4 x 4 pixels, so 16 rows never lie in two samples
-  int across, down;     // rectangles of an image
+  int n, h, w;           // of the convolution's input
+  int log_w, log_h;      // of a rectangle: 16 x 8, 8 x 8 or 4 x 4 pixels, so 16 rows never lie in two samples
+  int across, down;      // rectangles of an image
   int patch_w, patch_h;  // with the neighbours
 
   PixelTiles() = default;
   SAGE_FAST_HD PixelTiles(int64_t samples, int64_t height, int64_t width)
-      : n(int(samples)), h(int(height)), w(int(width)), log_w(w > 8 ? 4 : w > 4 ? 3 : 2), log_h(w > 4 ? 3 : 2) {
+      : n(int(samples)),
+        h(int(height)),
+        w(int(width)),
+        log_w(w > 8   ? 4
+              : w > 4 ? 3
+                      : 2),
+        log_h(w > 4 ? 3 : 2) {
     across = (w + (1 << log_w) - 1) >> log_w, down = (h + (1 << log_h) - 1) >> log_h;
     patch_w = (1 << log_w) + 2, patch_h = (1 << log_h) + 2;
   }
@@ -76,8 +82,10 @@ struct StyledConvArgs {
   PixelTiles tiles;     // over the input
   const T* weight;      // [phases, c, 9, c_in], taps row by row
   int c_in, phases;
-  int channel_tiles;  // of the kernel's width, that cover c
-  float* parts;       // [channel_tiles, n, channels, h, w] each tile's share of the image, or null with one // output
+  int channel_tiles;   // of the kernel's width, that cover c
+  int splits;          // blocks that share the input channels of one product; small images leave too few otherwise
+  float* split_sums;   // [splits, blocks, 128, width] as the threads hold them, or null with one split // output
+  float* image_parts;  // [channel_tiles, n, channels, h, w] each tile's share of the image, or null with one // output
 };
 
 }  // namespace sage_fast

@@ -40,7 +40,7 @@ NATIVE_OPS = (
     "synthesis",
 )
 #: ops with a kernel on CUDA alone: parts of its fused synthesis
-CUDA_OPS = ("styled_epilogue", "blur_epilogue", "counter_normal")
+CUDA_OPS = ("styled_epilogue", "blur_epilogue", "styled_conv", "counter_normal")
 BUILD_MODES = ("auto", "aot", "jit", "none")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 _NEEDED = {"cuda": "the CUDA toolkit (nvcc) beside a CUDA build of torch"}

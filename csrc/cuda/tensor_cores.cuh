@@ -16,6 +16,11 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#ifdef SAGE_FAST_ON_HOST
+#include <deque>
+#include <utility>
+#include <vector>
+#endif
 
 namespace sage_fast {
 
@@ -51,26 +56,26 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&to)[4], const void* ro
 
 __device__ __forceinline__ void mma_m16n8k16(__nv_bfloat16, float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};\n"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void mma_m16n8k16(__half, float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};\n"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // TF32: of float32 operands the sign, the exponent and 10 bits of the fraction; the hardware drops the rest.
 __device__ __forceinline__ void mma_m16n8k8(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};\n"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A float32 to the nearest of TF32, ties away from zero.
@@ -82,16 +87,41 @@ __device__ __forceinline__ uint32_t rounded_to_tf32(uint32_t bits) {
 
 #else
 
+// Copies of each thread of a block that it has not waited for. Until it does, what is there is not a number, so that a
+// reader who comes too early, and one whose row is taken too early, both show.
+struct Copy {
+  void* to;
+  const void* from;
+};
+struct CopyGroups {
+  std::deque<std::vector<Copy> > closed;
+  std::vector<Copy> open;
+};
+inline CopyGroups& copies_of_thread() {
+  static CopyGroups of[1024];
+  return of[threadIdx.x];
+}
+
 inline void copy_async_16(void* to, const void* from, bool wanted) {
-  if (wanted) {
-    std::memcpy(to, from, 16);
-  } else {
-    std::memset(to, 0, 16);
+  std::memset(to, 0xFF, 16);
+  copies_of_thread().open.push_back({to, wanted ? from : nullptr});
+}
+inline void commit_copies() {
+  CopyGroups& groups = copies_of_thread();
+  groups.closed.push_back(std::exchange(groups.open, {}));
+}
+template <int N>
+void wait_copies() {
+  for (auto& groups = copies_of_thread().closed; groups.size() > N; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
   }
 }
-inline void commit_copies() {}
-template <int N>
-void wait_copies() {}
 
 inline void load_matrix_x4(uint32_t (&to)[4], const void* row) {
   const void* rows[32];

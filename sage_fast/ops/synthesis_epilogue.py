@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sage_fast import _native
 
-__all__ = ["blur_epilogue", "blur_epilogue_reference", "styled_epilogue", "styled_epilogue_reference"]
+__all__ = ["activated", "blur_epilogue", "blur_epilogue_reference", "styled_epilogue", "styled_epilogue_reference"]
 
 
 def styled_epilogue(
@@ -58,7 +58,7 @@ def styled_epilogue_reference(
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch."""
     c = x.shape[-1]
-    y = _activated(x.float(), factor, bias, noise, strength, slope, gain, clamp)
+    y = activated(x.float(), factor, bias, noise, strength, slope, gain, clamp)
     image = torch.einsum("nhwc,nkc->nkhw", y, image_weight[..., :c]) + image_bias[:, None, None]
     image = image if clamp < 0 else image.clamp(-clamp, clamp)
     if skip is not None:
@@ -98,11 +98,12 @@ def blur_epilogue_reference(x, factor, bias, noise, strength, next_style, slope,
     c = x.shape[-1]
     wide = x.float().permute(0, 3, 1, 2)
     wide = F.conv2d(wide, _fir(wide).expand(c, 1, 4, 4), padding=1, groups=c).permute(0, 2, 3, 1)
-    y = _activated(wide, factor, bias, noise, strength, slope, gain, clamp)
+    y = activated(wide, factor, bias, noise, strength, slope, gain, clamp)
     return (y * next_style[:, None, None, :c]).to(x.dtype).contiguous()
 
 
-def _activated(x, factor, bias, noise, strength, slope, gain, clamp) -> Tensor:
+def activated(x, factor, bias, noise, strength, slope, gain, clamp) -> Tensor:
+    """The activation of a convolution's output [N, H, W, C] in plain PyTorch."""
     x = x * factor[:, None, None, : x.shape[-1]]
     if noise is not None:
         x = x + strength * noise[:, 0, :, :, None]
