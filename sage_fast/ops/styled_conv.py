@@ -1,9 +1,9 @@
 """A styled layer in one kernel, for inference on a GPU: a 3 x 3 convolution on tensor cores with all that follows it.
 
 Activations are [N, H, W, C] and contiguous, so the convolution is a product of matrices: pixels by the channels of their
-neighbours, times weights. An up layer, which elsewhere is a transposed convolution of stride 2 and a blur, is four convolutions at the size of
-its input with weights that hold the blur, one for each parity of the output's row and column: 4 times the multiplications of
-the transposed convolution, and nothing that is written and read between.
+neighbours, times weights. An up layer, which elsewhere is a transposed convolution of stride 2 and a blur, is four convolutions
+at the size of its input with weights that hold the blur, one for each parity of the output's row and column: 4 times the
+multiplications of the transposed convolution, and nothing that is written and read between.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def styled_conv(
 ) -> tuple[Tensor, Tensor]:
     """Convolve, and finish the layer as :func:`~sage_fast.ops.synthesis_epilogue.styled_epilogue` does.
 
-    Products are those of x's dtype with sums in float32. Of float32 they are TF32's: ``x`` is rounded to its 10 bits of fraction, of
-    ``weight`` further bits are dropped (:func:`composed_weight` has rounded them).
+    Products are those of x's dtype with sums in float32. Of float32 they are TF32's: ``x`` is rounded to its 10 bits of
+    fraction, of ``weight`` further bits are dropped (:func:`composed_weight` has rounded them).
 
     Args:
-        x: [N, H, W, C_in] float32, float16 or bfloat16, times the layer's style; C_in and C_out multiples of 8; less than 2^31 pixels.
+        x: [N, H, W, C_in] float32, float16 or bfloat16, times the layer's style; C_in and C_out multiples of 8; less than
+            2^31 pixels.
         weight: [1, C_out, 9, C_in], for ``up`` [4, C_out, 9, C_in], in the dtype of ``x``: :func:`composed_weight`.
         factor: [N, >= C_out] demodulation, float32 like all that follows; H' = H or, for ``up``, 2 H.
         bias: [C_out].
@@ -91,8 +92,8 @@ def styled_conv_reference(
 def composed_weight(weight: Tensor, up: bool, dtype: torch.dtype) -> Tensor:
     """The weight of :func:`styled_conv` from that of a 3 x 3 convolution.
 
-    For ``up``, output 2 i + p of one axis is made of inputs i - 1, i and i + 1: the transposed convolution brings tap t of input i + d
-    to place 2 (i + d) + t, and the blur brings that place to the output by its tap 2 d + t - p + 1.
+    For ``up``, output 2 i + p of one axis is made of inputs i - 1, i and i + 1: the transposed convolution brings input i + d
+    by its tap t to place 2 (i + d) + t, and the blur brings that place to the output by its tap 2 d + t - p + 1.
 
     Args:
         weight: [C_out, C_in, 3, 3] float32.

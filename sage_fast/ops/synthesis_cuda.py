@@ -1,22 +1,27 @@
-"""The fused synthesis on a GPU: convolutions by cuDNN, everything between two of them in one pass of our own.
+"""The fused synthesis on a GPU: a layer by cuDNN and one pass of our own behind it, or wholly by a kernel of our own.
 
-All styles of a synthesis are one batched product, all demodulations another. Then two kernels a layer: the convolution, and an
+All styles of a synthesis are one batched product, all demodulations another. Then each layer goes one of two ways, whichever
+was the faster at its first use (:mod:`sage_fast.ops.cuda_convolution`). Either two kernels: cuDNN's convolution, and an
 epilogue (:mod:`sage_fast.ops.synthesis_epilogue`) that demodulates, adds noise and bias, activates, takes the image and
-multiplies by the style of the next layer, so activations cross the memory twice a layer. Nothing here waits for the device
-or asks it anything: a whole synthesis can be captured as a CUDA graph.
+multiplies by the style of the next layer, so activations cross the memory twice a layer. Or
+:func:`~sage_fast.ops.styled_conv.styled_conv`, which does all of it before its sums leave the registers: once a layer. After
+the first call nothing here waits for the device or asks it anything: a whole synthesis can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sage_fast.ops.cuda_convolution import CUDNN, OWN, Layer, choose
+from sage_fast.ops.styled_conv import composed_weight, styled_conv
 from sage_fast.ops.synthesis_epilogue import blur_epilogue, styled_epilogue
 
 if TYPE_CHECKING:
@@ -46,6 +51,9 @@ class Prepared:
     weight_scales: Tensor  # [layers, 1, W] by which weights were divided
     biases: list[Tensor]  # [C_out] float32
     image_weights: Tensor  # [images, 1, channels, W]
+    composed: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # weights of styled_conv, made when a layer first wants them
 
 
 @torch.no_grad()
@@ -111,25 +119,52 @@ def _draw(
     rule = (network.slope, network.gain, -1.0 if network.clamp is None else network.clamp)
     last = len(network.layers) - 1
     x = prepared.input * styles[0, :, : prepared.input.shape[1], None, None]
-    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    x = x.permute(0, 2, 3, 1).to(dtype).contiguous()
     image: Tensor | None = None
-    for i, (layer, weight, bias) in enumerate(zip(network.layers, prepared.weights, prepared.biases)):
+    for i, layer in enumerate(network.layers):
         map_ = noise[i]
         map_ = None if map_ is None else map_.to(w_plus).contiguous()
         following = None if i == last else styles[i + 1]
-        if i % 2 == 1:
-            assert following is not None
-            x = _channels_behind(F.conv_transpose2d(x, weight, stride=2))
-            x = blur_epilogue(x, factors[i], bias, map_, layer.strength, following, *rule)
-        else:
-            x = _channels_behind(F.conv2d(x, weight, padding=1))
-            to_image = (image_weights[i // 2], network.images[i // 2].bias, image)
-            x, image = styled_epilogue(x, factors[i], bias, map_, layer.strength, following, *to_image, *rule)
-        if following is not None:
-            x = x.permute(0, 3, 1, 2)
+        behind = (factors[i], prepared.biases[i], map_, layer.strength, following)
+        to_image = None if i % 2 == 1 else (image_weights[i // 2], network.images[i // 2].bias, image)
+        ways = _ways(network, prepared, i, x, behind, to_image, rule)
+        x, new = ways[choose(_key(prepared, i, x), ways)]()
+        image = image if new is None else new
         mark()
     assert image is not None
     return image
+
+
+def _key(prepared: Prepared, i: int, x: Tensor) -> Layer:
+    n, c_in = len(x), x.shape[-1]
+    return Layer(x.device, x.dtype, n, 4 << (i + 1) // 2, c_in, len(prepared.biases[i]), i % 2 == 1)
+
+
+def _ways(
+    network: SynthesisNetwork, prepared: Prepared, i: int, x: Tensor, behind: tuple, to_image: tuple | None, rule: tuple
+) -> dict[str, Callable[[], tuple[Tensor, Tensor | None]]]:
+    """The ways to run styled layer ``i``; each gives the activations [N, H, W, C] and, with ``to_image``, the image."""
+
+    def by_cudnn() -> tuple[Tensor, Tensor | None]:
+        wide, weight = x.permute(0, 3, 1, 2), prepared.weights[i]
+        if to_image is None:
+            return blur_epilogue(_channels_behind(F.conv_transpose2d(wide, weight, stride=2)), *behind, *rule), None
+        return styled_epilogue(_channels_behind(F.conv2d(wide, weight, padding=1)), *behind, *to_image, *rule)
+
+    def own(columns: int) -> tuple[Tensor, Tensor | None]:
+        if i not in prepared.composed:
+            prepared.composed[i] = _composed(network, prepared, i, x.dtype)
+        for_image = (None, None, None) if to_image is None else to_image
+        y, image = styled_conv(x, prepared.composed[i], *behind, *for_image, i % 2 == 1, *rule, columns=columns)
+        return y, None if to_image is None else image
+
+    return {CUDNN: by_cudnn} | {way: functools.partial(own, columns) for way, columns in OWN.items()}
+
+
+def _composed(network: SynthesisNetwork, prepared: Prepared, i: int, dtype: torch.dtype) -> Tensor:
+    weight, c_out = network.layers[i].weight, len(prepared.biases[i])
+    scaled = _pad(weight, c_out, _padded(weight.shape[1]), 3, 3) / prepared.weight_scales[i].view(-1, 1, 1, 1)[:c_out]
+    return composed_weight(scaled, i % 2 == 1, dtype)
 
 
 def _modulation(prepared: Prepared, w_plus: Tensor) -> tuple[Tensor, Tensor, Tensor]:

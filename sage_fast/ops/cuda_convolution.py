@@ -1,0 +1,120 @@
+"""Which convolution a styled layer of the CUDA synthesis takes: decided here, and kept.
+
+``SAGE_FAST_CUDA_CONV`` says how: ``cudnn`` (cuDNN's, then an epilogue), ``own``
+(:func:`~sage_fast.ops.styled_conv.styled_conv`) or, where it is not set, ``auto``: each layer shape is measured in all ways at
+its first use, and the process stays with the fastest, so that a call repeats to the bit. Two processes may differ in it;
+set one of the others where they must not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from sage_fast import _native
+from sage_fast.errors import InputError
+
+__all__ = ["CUDNN", "MODES", "OWN", "Choice", "Layer", "choices", "choose", "mode"]
+
+MODES = ("auto", "cudnn", "own")
+CUDNN = "cudnn"
+OWN = {"own": 0, "own 32": 32, "own 64": 64, "own 128": 128}  # columns of styled_conv
+_ROUNDS, _REPEATS = 3, 3
+_AHEAD = (
+    1_000_000  # cycles that the GPU sleeps, in which the calls of a round are launched: their launches are not measured
+)
+
+
+class Layer(NamedTuple):
+    """What a choice depends on; ``size`` of the output, in pixels."""
+
+    device: torch.device
+    dtype: torch.dtype
+    n: int
+    size: int
+    c_in: int
+    c_out: int
+    up: bool
+
+
+class Choice(NamedTuple):
+    """The way that a layer takes, and the milliseconds of all."""
+
+    way: str
+    ms: dict[str, float]
+
+
+_choices: dict[Layer, Choice] = {}
+
+
+def mode() -> str:
+    """``SAGE_FAST_CUDA_CONV``.
+
+    Raises:
+        InputError: it is another word.
+    """
+    wanted = os.environ.get("SAGE_FAST_CUDA_CONV", "auto")
+    if wanted not in MODES:
+        raise InputError(f"SAGE_FAST_CUDA_CONV must be one of {', '.join(MODES)}, got '{wanted}'.")
+    return wanted
+
+
+def choices() -> dict[Layer, Choice]:
+    """What was measured in this process."""
+    return dict(_choices)
+
+
+def choose(layer: Layer, ways: Mapping[str, Callable[[], Any]]) -> str:
+    """The way that ``layer`` takes: a key of ``ways``, which holds a call of the whole layer for :data:`CUDNN` and each of :data:`OWN`.
+
+    Nothing is measured while a CUDA graph is captured: without an earlier choice it is cuDNN then, as it is under
+    ``torch.use_deterministic_algorithms``.
+
+    Raises:
+        InputError: ``own`` is wanted for float32, and TF32 products are not allowed.
+    """
+    wanted = mode()
+    if wanted == "own":
+        if not _has_products(layer.dtype):
+            raise InputError(
+                "SAGE_FAST_CUDA_CONV=own multiplies float32 in TF32, which torch.backends.cudnn does not allow now; "
+                "set torch.backends.cudnn.allow_tf32 = True or SAGE_FAST_CUDA_CONV=cudnn."
+            )
+        return "own"
+    on_gpu = layer.device.type == "cuda" and _native.has_kernel("styled_conv", "cuda")
+    if wanted == "cudnn" or not (on_gpu and _has_products(layer.dtype)) or torch.are_deterministic_algorithms_enabled():
+        return CUDNN
+    if layer not in _choices:
+        if torch.cuda.is_current_stream_capturing():
+            return CUDNN
+        ms = _measured(layer.device, ways)
+        _choices.setdefault(layer, Choice(min(ms, key=lambda way: (ms[way], way)), ms))
+    return _choices[layer].way
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def _measured(device: torch.device, ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Medians of milliseconds a call, the ways by turns."""
+    for run in ways.values():
+        run()  # weights are prepared, memory is found
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    stream = torch.cuda.current_stream(device)
+    for _ in range(_ROUNDS):
+        for way, run in ways.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.device(device):
+                torch.cuda._sleep(_AHEAD)
+            start.record(stream)
+            for _ in range(_REPEATS):
+                run()
+            end.record(stream)
+            end.synchronize()
+            times[way].append(start.elapsed_time(end) / _REPEATS)
+    return {way: median(values) for way, values in times.items()}
