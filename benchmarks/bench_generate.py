@@ -2,13 +2,15 @@
 on ten million images.
 
 Beside images a second stand milliseconds of processor time an image, which other programs on the machine hardly change. Every
-stage alone gets the threads that it has in the pipeline: synthesis (with fusion and 8 bits) ``--threads``, encoding and
-writing ``--workers``. Without ``--threads`` both share all cores. ``generate`` is timed as a whole: reading the shots,
-commits, manifest, card and sheet are in it. The runs of a row are interleaved; medians.
+stage alone gets the cores that it has in the pipeline: synthesis (with fusion and 8 bits) ``--threads`` of them, encoding and
+writing the other ``--workers``. (Alone on all cores each would have cores that in the pipeline the other needs, and no
+pipeline could come near the slower of the two.) How well all cores are used together says the share that synthesis and
+encoding alone have in the processor time of the whole. ``generate`` is timed as a whole: reading the shots, commits,
+manifest, card and sheet are in it. The runs of a row are interleaved; medians.
 
 The rival is written as the scripts of AGE and SAGE work: for every image the source is encoded anew, codes are drawn with
-``np.random.multivariate_normal``, one image is synthesised and saved with Pillow. It uses the same networks; "plain" runs
-them on plain PyTorch, as those scripts do.
+``np.random.multivariate_normal``, one image is synthesised and saved with Pillow. It uses the same networks (its encoder is
+smaller than theirs); "plain" runs them on plain PyTorch, as those scripts do. It and ``generate`` have all cores.
 
     python benchmarks/bench_generate.py [--sizes 32 64 256] [--threads 1] [--workers 1] [--out FOLDER]
 """
@@ -18,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -50,29 +52,31 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.pipeline import FewShotPipeline
 
 SIZES = {32: (2048, 128, 512), 64: (4096, 128, 512), 256: (16384, 512, 512)}  # channel_base, channel_max, style_dim
-IMAGES = {32: 4096, 64: 1024, 256: 192}  # of a round, at full speed some seconds
+IMAGES = {32: 4096, 64: 1024, 256: 128}  # of a round, at full speed some seconds
 N_SEEN, N_EACH, N_DIRECTIONS = 40, 20, 100
 CATEGORIES = 2  # novel ones, of one shot each: encoding it is a small part, as it is of a long run
 ROUNDS = 5
+SECONDS = 8  # that a plan of ten million images runs before its memory is read
+CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
-    parser.add_argument("--workers", type=int, default=0, help="that encode and write; 0: as many")
+    parser.add_argument("--threads", type=int, default=0, help="that draw; 0: half of the cores")
+    parser.add_argument("--workers", type=int, default=0, help="that encode and write; 0: the other cores")
     parser.add_argument("--image", default="png")
     parser.add_argument("--fusion", default="none")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["stages", "rival", "ranks", "start"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["stages", "rival", "memory", "ranks", "start"])
     parser.add_argument(
         "--out", type=Path, default=None, help="folder on the disk to be measured; None: a temporary one"
     )
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.threads = options.threads or len(os.sched_getaffinity(0))
-    options.workers = options.workers or options.threads
+    options.threads = options.threads or max(1, CORES // 2)
+    options.workers = options.workers or max(1, CORES - options.threads)
     torch.set_num_threads(options.threads)
     if options.child:
         return child(options)
@@ -92,6 +96,8 @@ def measure(size: int, folder: Path, options: argparse.Namespace) -> list[dict]:
         rows.append(against_stages(size, pipeline, shots, folder, options))
     if "rival" not in options.skip:
         rows.append(against_rival(size, pipeline, shots, folder, options))
+    if "memory" not in options.skip:
+        rows.append(peak_of(size, shots, folder, options))
     if "ranks" not in options.skip and size == min(options.sizes):
         rows.append(two_ranks(size, shots, folder, options))
     return rows
@@ -174,11 +180,13 @@ def against_stages(
     share = speeds["whole"] / min(speeds["synthesis"], speeds["encoding"])
     row = {"case": f"{size} px, {len(plan)} images", **{f"{k}_per_s": round(v, 1) for k, v in speeds.items()}}
     row |= {f"{name}_cpu_ms": round(value, 3) for name, value in cpu.items()}
-    row |= {"whole_of_slower": round(share, 3), "encoder": encoder.name, "busy": meter.line()["busy"]}
+    of_processor = (cpu["synthesis"] + cpu["encoding"]) / cpu["whole"]
+    row |= {"whole_of_slower": round(share, 3), "stages_of_processor": round(of_processor, 3)}
+    row |= {"encoder": encoder.name, "busy": meter.line()["busy"]}
     print(
         f"{row['case']:<24} {speeds['whole']:9.1f} images/s to disk; synthesis alone {speeds['synthesis']:.1f}, encoding and "
-        f"writing alone {speeds['encoding']:.1f}: {share:.0%} of the slower; processor {cpu['whole']:.3f}, "
-        f"{cpu['synthesis']:.3f}, {cpu['encoding']:.3f} ms"
+        f"writing alone {speeds['encoding']:.1f}: {share:.0%} of the slower; processor {cpu['whole']:.3f} ms, of which "
+        f"{cpu['synthesis']:.3f} and {cpu['encoding']:.3f} alone: {of_processor:.0%}"
     )
     return row
 
@@ -208,7 +216,7 @@ def medians(calls: dict[str, Callable[[Path], None]], folder: Path, rounds: int)
 
 def against_rival(size: int, pipeline: FewShotPipeline, shots: Path, folder: Path, options: argparse.Namespace) -> dict:
     """Images per second of the released scripts' way, with our kernels and with plain PyTorch."""
-    config = config_of(size, options)
+    config = replace(config_of(size, options), workers=CORES)
     n = max(4, config.n // 32)
     sources = sorted(shots.glob("*/*.png"))
 
@@ -216,6 +224,7 @@ def against_rival(size: int, pipeline: FewShotPipeline, shots: Path, folder: Pat
         with mock.patch.object(_native, "has_kernel", lambda *_: False):
             released_way(pipeline, sources, n, out)
 
+    torch.set_num_threads(CORES)
     seconds = medians(
         {
             "whole": lambda out: generate(pipeline, shots, out, config),
@@ -225,6 +234,7 @@ def against_rival(size: int, pipeline: FewShotPipeline, shots: Path, folder: Pat
         folder,
         options.rounds,
     )
+    torch.set_num_threads(options.threads)
     counts = {"whole": CATEGORIES * config.n, "rival": n, "plain": n}
     speed = {name: counts[name] / wall for name, (wall, _) in seconds.items()}
     cpu = {name: 1e3 * cpu / counts[name] for name, (_, cpu) in seconds.items()}
@@ -264,18 +274,11 @@ def two_ranks(size: int, shots: Path, folder: Path, options: argparse.Namespace)
     """Two processes of one thread against one of two threads; each says when it began and ended to draw."""
 
     def run(world_size: int, threads: int, out: Path) -> float:
-        words = [
-            sys.executable,
-            __file__,
-            f"--threads={threads}",
-            f"--workers={threads}",
-            f"--scale={options.scale * 2}",
-        ]
-        words += [f"--image={options.image}", "--child", "rank", str(size), str(shots), str(out)]
+        words = child_words(size, shots, out, options, threads, options.scale * 2)
         environments = [os.environ | {"RANK": str(r), "WORLD_SIZE": str(world_size)} for r in range(world_size)]
         ranks = [subprocess.Popen(words, env=e, stdout=subprocess.PIPE, text=True) for e in environments]
         times = [json.loads(rank.communicate()[0].splitlines()[-1]) for rank in ranks]
-        return max(end for _, end in times) - min(begin for begin, _ in times)
+        return max(end for _, end, _ in times) - min(begin for begin, _, _ in times)
 
     seconds: dict[str, list[float]] = {"one": [], "two": []}
     for number in range(max(3, options.rounds // 2)):
@@ -288,64 +291,68 @@ def two_ranks(size: int, shots: Path, folder: Path, options: argparse.Namespace)
     return row
 
 
-def start_of_ten_million(folder: Path, options: argparse.Namespace) -> dict:
-    """Seconds and memory from the call, and from the start of the process, until the first image is stored."""
-    shots = make_shots(folder / "shots_start", 32, categories=100)
-    words = [
-        sys.executable,
-        __file__,
-        f"--threads={options.threads}",
-        f"--workers={options.workers}",
-        "--child",
-        "start",
-    ]
-    done = subprocess.run(
-        [*words, "32", str(shots), str(folder / "start")], stdout=subprocess.PIPE, text=True, check=True
-    )
-    row = {"case": "10,000,000 images of 100 categories", **json.loads(done.stdout.splitlines()[-1])}
-    print(f"{row['case']:<40} first image {row['call_s']} s after the call, {row['process_s']} s after the start of the "
-          f"process, {row['peak_mib']} MiB at most in the first {row['seconds']} s")  # fmt: skip
+def peak_of(size: int, shots: Path, folder: Path, options: argparse.Namespace) -> dict:
+    """Most memory of a process that makes the networks and draws with all cores."""
+    words = child_words(size, shots, folder / f"peak_{size}", options, CORES, options.scale / 2)
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    row = {"case": f"{size} px, memory", "peak_mib": json.loads(done.stdout.splitlines()[-1])[2] >> 20}
+    print(f"{row['case']:<24} {row['peak_mib']} MiB at most, Python, PyTorch and the networks included")
     return row
 
 
-def child(options: argparse.Namespace) -> int:
-    kind, size, shots, out = options.child[0], int(options.child[1]), Path(options.child[2]), Path(options.child[3])
-    pipeline = make_pipeline(size)
-    if kind == "rank":
-        config = config_of(size, options)
-        begin = time.time()
-        generate(pipeline, shots, out, config)
-        print(json.dumps([begin, time.time()]))
-        return 0
-    called, first = time.monotonic(), []
+def child_words(
+    size: int, shots: Path, out: Path, options: argparse.Namespace, threads: int, scale: float
+) -> list[str]:
+    words = [sys.executable, __file__, f"--threads={threads}", f"--workers={threads}", f"--scale={scale}"]
+    return [*words, f"--image={options.image}", "--child", str(size), str(shots), str(out)]
 
-    class Enough(Exception):
-        pass
 
-    def progress(done: int, total: int) -> None:
-        first.append(time.monotonic())
-        assert total == 10**7
-        if time.monotonic() - called > 8:
-            raise Enough
+def start_of_ten_million(folder: Path, options: argparse.Namespace) -> dict:
+    """Seconds from the start of ``sage-fast generate`` to its first image, and its memory until ``SECONDS`` later.
 
+    With the shipped model. Beside it what a Python that imports torch alone takes, right before.
+    """
+    shots = make_shots(folder / "shots_start", 32, categories=100)
+    out = folder / "start"
+    words = [sys.executable, "-m", "sage_fast.cli", "generate", f"--shots={shots}", f"--out={out}", "-n", "100000"]
+    words += ["--device=cpu", f"--image={options.image}", f"--workers={options.workers}"]
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    alone, begin = time.monotonic() - begin, time.monotonic()
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment)
     try:
-        generate(pipeline, shots, out, GenerateConfig(n=100_000, workers=options.workers), progress)
-    except Enough:
-        pass
-    begun = time.clock_gettime(time.CLOCK_BOOTTIME) - process_age()
-    now = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({
-        "call_s": round(first[0] - called, 2), "process_s": round(first[0] + now - begun, 2),
-        "peak_mib": round(peak), "seconds": round(time.monotonic() - called, 1),
-    }))  # fmt: skip
+        while not any(out.glob(f"*/*.{options.image}")):
+            if process.poll() is not None:
+                raise SystemExit("the run of ten million images ended")
+            time.sleep(0.01)
+        first = time.monotonic() - begin
+        time.sleep(SECONDS)
+        peak = peak_memory(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    row = {"case": "10,000,000 images of 100 categories", "first_image_s": round(first, 2)}
+    row |= {"import_torch_s": round(alone, 2), "peak_mib": round(peak / 2**20)}
+    print(f"{row['case']:<40} first image {first:.2f} s after the start of the process (a bare import of torch: {alone:.2f} s); "
+          f"{row['peak_mib']} MiB at most until {SECONDS} s later")  # fmt: skip
+    return row
+
+
+def peak_memory(pid: int | str) -> int:
+    """Most bytes of memory that a process has had."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) << 10
+
+
+def child(options: argparse.Namespace) -> int:
+    """One run in a process of its own: when it began and ended, and its peak of memory."""
+    size, shots, out = int(options.child[0]), Path(options.child[1]), Path(options.child[2])
+    pipeline, config = make_pipeline(size), config_of(size, options)
+    begin = time.time()
+    generate(pipeline, shots, out, config)
+    print(json.dumps([begin, time.time(), peak_memory("self")]))
     return 0
-
-
-def process_age() -> float:
-    """Seconds since this process was started."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
