@@ -9,12 +9,15 @@ from scipy import stats
 from tiny_model import RESOLUTION, tiny_codes, tiny_encoder, tiny_networks
 
 from sage_fast.data.folders import read_images, scan_image_folder
+from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import to_uint8
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
 from sage_fast.errors import InputError
+from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.fusion import fuse_frequencies, fuse_pixels
 from sage_fast.generation import GenerateConfig, generate
 from sage_fast.models.encoder_kinds import KINDS
+from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.weight_deltas import select_deltas, synthesize
 from sage_fast.models.weights import save_bundle
 from sage_fast.pipeline import FewShotPipeline, load_dictionary, normals
@@ -290,3 +293,26 @@ def test_what_is_drawn_from_a_shot_is_drawn_with_its_weights(shots, tmp_path):
 def test_every_kind_of_encoder_generates_to_disk(bundle_of_kind, tiny_shots, tmp_path):
     summary = generate(bundle_of_kind, tiny_shots, tmp_path / "out", GenerateConfig(n=2))
     assert summary.n_new == 2 * len(summary.categories) and (tmp_path / "out" / "contact_sheet.png").exists()
+
+
+@pytest.mark.parametrize("shape", [(2, 18, 16), (2, 4, 1), (2, 4, 8), (4, 16)], ids=str)
+def test_latents_of_another_generator_are_refused_in_one_sentence(pipeline, shape):
+    for call in (pipeline.render, pipeline.synthesize):
+        with pytest.raises(InputError, match=r"w_plus must have shape \[N, 4, 16\] for this 8 px generator") as error:
+            call(torch.zeros(shape))
+        assert "\n" not in str(error.value) and ". " not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["encoder", "irrelevant", "codes"])
+def test_parts_of_another_generator_are_refused_in_one_sentence(pipeline, change):
+    names = ("generator", "encoder", "relevant", "irrelevant", "codes")
+    parts = {name: getattr(pipeline, name) for name in names}
+    codes = LatentTable(torch.zeros(2, 6, 16), torch.tensor([0, 1]), ["a", "b"])
+    other = {
+        "encoder": PyramidEncoder(8, 6, 16, channel_base=64, channel_max=8, head_width=4),
+        "irrelevant": CategoryIrrelevantDictionary(torch.zeros(4, 8, 3)),
+        "codes": codes,
+    }
+    with pytest.raises(InputError, match="The parts of the pipeline") as error:
+        FewShotPipeline(**parts | {change: other[change]})
+    assert "\n" not in str(error.value) and ". " not in str(error.value)

@@ -264,13 +264,14 @@ def _describe_tensors(path: StrPath, error: InputError) -> dict[str, Any]:
 def _describe_network(found: PublishedFile, name: str) -> dict[str, Any]:
     """One network of a file, or why it is refused."""
     try:
-        if name == "encoder":
-            assert found.encoder is not None
-            size = None if found.generator is None else n_latent_of(found.generator().arguments["resolution"])
-            return _encoder_words(build_encoder_part(found.encoder(), size))
+        size = None
+        if name == "encoder" and found.generator is not None:
+            size = n_latent_of(found.generator().arguments["resolution"])
         part = getattr(found, name)()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SageFastWarning)
+            if name == "encoder":
+                return _encoder_words(build_encoder_part(part, size))
             words = (_generator_words if name == "generator" else _discriminator_words)(part.build())
         return words | ({"float16 resolutions": part.n_fp16} if part.n_fp16 else {})
     except InputError as error:

@@ -30,7 +30,7 @@ from sage_fast.models.image_encoder import ImageEncoder, Inversion, WeightDeltas
 from sage_fast.models.published import published_directions, read_published
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import join_deltas, select_deltas, synthesize
-from sage_fast.models.weights import load_bundle, load_directions
+from sage_fast.models.weights import check_parts, load_bundle, load_directions
 
 __all__ = ["FUSIONS", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals"]
 
@@ -97,6 +97,8 @@ class FewShotPipeline:
         preset: ``"paper"``, ``"released"`` or ``"default"``: the reading of editing and fusion.
         noise: the generator's noise the encoder was trained for, ``"none"`` or ``"const"``.
         hash: names the model in manifests.
+    Raises:
+        InputError: parts of different numbers or widths of styles, or a setting that is none.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class FewShotPipeline:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got '{preset}'.")
         if noise not in ("none", "const"):
             raise InputError(f"noise must be 'none' or 'const', so that a latent stands for one image, got '{noise}'.")
+        check_parts(generator, encoder, irrelevant.directions, codes, "The parts of the pipeline")
         self.generator, self.encoder = generator.eval(), encoder.eval()
         self.relevant, self.irrelevant, self.codes = relevant, irrelevant, codes
         self.preset, self.noise, self.hash = preset, noise, hash
@@ -257,6 +260,7 @@ class FewShotPipeline:
             weight_deltas: of K shots, as :meth:`invert` gave them.
             sources: int64 [N], the shot whose deltas each image is drawn with; 0 to K - 1 when absent.
         """
+        self.generator.check_w_plus(w_plus)
         if weight_deltas is not None:
             return self._render_with(
                 w_plus, batch, weight_deltas, torch.arange(len(w_plus)) if sources is None else sources
@@ -268,6 +272,7 @@ class FewShotPipeline:
     def synthesize(self, w_plus: Tensor) -> Tensor:
         """Offsets [n, L, D] to images [n, C, R, R] in [-1, 1], drawn together and left on the device of the networks."""
         G = self.generator
+        G.check_w_plus(w_plus)
         return G(w_plus.to(G.latent_avg) + G.latent_avg, noise=self.noise).float().clamp_(-1, 1)
 
     def fuse(self, name: str, novel: NovelCategory, sources: Tensor, images: Tensor) -> Tensor:

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from sage_fast import load_dictionary
-from sage_fast.conversion import describe
+from sage_fast.conversion import convert, describe
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
+from sage_fast.inversion import project
+from sage_fast.models import published
+from sage_fast.models.checkpoints import Checkpoint
 from sage_fast.models.psp import GradualStyleEncoder
 from sage_fast.models.published import read_published
 from sage_fast.models.stylegan2 import Generator
@@ -88,6 +91,117 @@ def test_an_encoder_beside_the_decoder_is_loaded(tmp_path):
     found = load_encoder(path)
     assert (found.n_latent, found.style_dim, found.kind) == (2, 512, "psp")
     assert describe(path)["loads"] == ["generator", "encoder"]
+
+
+# --- sizes that do not agree ---
+
+
+def encoder_state(n_styles: int, prefix: str = "encoder.") -> dict[str, torch.Tensor]:
+    """The weights of a pSp encoder with a head a style: zeros that take no memory, and so fit into no file."""
+    with torch.device("meta"):
+        state = GradualStyleEncoder(n_styles).state_dict()
+    return {prefix + name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in state.items()}
+
+
+@pytest.fixture
+def keep(monkeypatch, tmp_path):
+    """Stand in for reading a file: names one, whose content is what was given."""
+    files = {}
+
+    def read(path, *_):
+        return Checkpoint(path, "torch-zip", files[path], {})
+
+    def named(name, state, **entries):
+        (tmp_path / name).touch()
+        files[tmp_path / name] = {"state_dict": state} | entries
+        return tmp_path / name
+
+    monkeypatch.setattr(published, "read_checkpoint", read)
+    return named
+
+
+def small(resolution: int, width: int = 512) -> Generator:
+    torch.manual_seed(4)
+    return Generator(resolution, width, 1, channels=[2] * (resolution.bit_length() - 2)).eval()
+
+
+def refused(call, *args) -> str:
+    with pytest.raises(InputError) as error:
+        call(*args)
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and ". " not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("opts", "rows", "words"),
+    [
+        ({"output_size": 1024}, 18, ("a decoder of 32 px (8 styles)", "expected 1024 px (18 styles)")),
+        ({"output_size": 1024}, 8, ("a decoder of 32 px (8 styles)", "expected 1024 px (18 styles)")),
+        ({"stylegan_size": 256}, 1, ("a decoder of 32 px (8 styles)", "expected 256 px (14 styles)")),
+        (
+            {"output_size": 32, "stylegan_size": 64},
+            1,
+            ("output_size=32 and stylegan_size=64", "expected one power of two"),
+        ),
+        ({"output_size": "large"}, 1, ("output_size='large'", "expected one power of two from 4 to 1024")),
+        ({"output_size": 1000}, 1, ("output_size=1000", "expected one power of two from 4 to 1024")),
+        ({"output_size": 32}, 14, ("latent_avg of shape [14, 512]", "expected 1 row or 8 for a generator of 32 px")),
+        ({}, 18, ("latent_avg of shape [18, 512]", "expected 1 row or 8 for a generator of 32 px")),
+    ],
+    ids=str,
+)
+def test_a_file_whose_sizes_contradict_each_other_is_refused_by_every_door(tmp_path, opts, rows, words):
+    state = decoder(small(32)) | {"encoder.input_layer.0.weight": torch.zeros(1, 3, 3, 3)}
+    path = write(tmp_path / "x.pt", state, opts=opts, latent_avg=torch.zeros(rows, 512))
+    found = describe(path)
+    told = [refused(load_generator, path), refused(load_encoder, path)]
+    told += [found["networks"][name]["refused"] for name in ("generator", "encoder")]
+    assert all(str(path) in text and all(word in text for word in words) for text in told)
+    assert found["loads"] == found["converts to"] == []
+    assert refused(convert, path, tmp_path / "y.pt") and not (tmp_path / "y.pt").exists()
+
+
+def test_eighteen_styles_of_old_files_are_cut_where_the_file_says_so_or_the_caller(keep):
+    state, average = decoder(small(16)) | encoder_state(18), torch.zeros(18, 512)
+    path = keep("x.pt", state, opts={"output_size": 16}, latent_avg=average)
+    with pytest.warns(SageFastWarning, match="of the encoder's 18 styles the generator of 16 px takes the first 6"):
+        assert load_encoder(path).n_latent == 6
+    assert load_encoder(path, n_latent=6).n_latent == 6
+    assert "n_latent must be 6, as the generator of the file takes, got 8" in refused(
+        lambda: load_encoder(path, n_latent=8)
+    )
+    silent = keep("y.pt", state, latent_avg=average[:6])
+    text = refused(load_encoder, silent)
+    assert "an encoder of 18 styles, expected 6 as its generator takes" in text and "n_latent=6" in text
+    assert describe(silent)["networks"]["encoder"] == {"refused": text}
+    assert load_encoder(silent, n_latent=6).n_latent == 6
+    other = keep("z.pt", decoder(small(16)) | encoder_state(8), opts={"output_size": 16})
+    assert "an encoder of 8 styles, expected 6" in refused(load_encoder, other)
+    few = keep("v.pt", decoder(small(16)) | encoder_state(4), opts={"output_size": 16})
+    assert "the encoder has 4 styles, the generator takes 6" in refused(load_encoder, few)
+
+
+def test_an_encoder_alone_has_the_styles_that_it_has_unless_told(keep):
+    path = keep("x.pt", encoder_state(18))
+    assert load_encoder(path).n_latent == 18 and load_encoder(path, n_latent=14).n_latent == 14
+    assert "the encoder has 18 styles, the generator takes 20" in refused(lambda: load_encoder(path, n_latent=20))
+    assert "n_latent must be a whole number" in refused(lambda: load_encoder(path, n_latent="14"))
+    assert "n_latent is for a published file" in refused(lambda: load_encoder(None, n_latent=8))
+    old = keep("y.pt", encoder_state(18), opts={"output_size": 256}, latent_avg=torch.zeros(8, 512))
+    assert "expected 1 row or 14 for a generator of 256 px" in refused(load_encoder, old)
+
+
+def test_eighteen_styles_enter_no_generator_of_fewer(keep):
+    G, E = small(32), load_encoder(keep("x.pt", encoder_state(18)))
+    images = torch.zeros(1, 3, 32, 32)
+    told = "the encoder gives latents [18, 512] of images with 3 channels, the generator of 32 px takes [8, 512]"
+    assert told in refused(lambda: E.invert(images, G)) and told in refused(lambda: project(images, G, E))
+    assert "[1, 8, 512]" in refused(lambda: project(images, G, start=torch.zeros(1, 18, 512)))
+    for call in (G.synthesis, G):
+        assert "[N, 8, 512] for this 32 px generator, got [1, 18, 512]" in refused(call, torch.zeros(1, 18, 512))
+    assert "[N, 8, 512] for this 32 px generator, got [18, 8, 64]" in refused(G.synthesis, torch.zeros(18, 64))
+    assert "w_plus must be a tensor of latents, got ndarray" in refused(G.synthesis, np.zeros((1, 8, 512)))
 
 
 def test_what_is_asked_for_and_not_there(tmp_path, G):

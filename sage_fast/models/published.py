@@ -6,6 +6,7 @@ docs/formats.md lists the formats. :func:`read_published` takes a file apart; th
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.checkpoints import Stub, read_checkpoint
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.published_encoders import encoder_from_state, from_absolute
 from sage_fast.models.published_nvlabs import read_nvlabs
 from sage_fast.models.published_parts import EncoderPart, PublishedFile, fill_network, reason_of
-from sage_fast.models.published_psp import read_encoders, read_statistics
+from sage_fast.models.published_psp import OLD_STYLES, declared_size, read_encoders, read_statistics
 from sage_fast.models.published_rosinality import mean_row, read_rosinality
 from sage_fast.models.published_safetensors import read_safetensors
 from sage_fast.models.published_tensorflow import read_tensorflow
@@ -93,22 +94,29 @@ def published_discriminator(path: StrPath) -> Discriminator:
     return found.discriminator().build()
 
 
-def published_encoder(path: StrPath, w_encoder: StrPath | None = None) -> ImageEncoder:
+def published_encoder(path: StrPath, w_encoder: StrPath | None = None, n_latent: int | None = None) -> ImageEncoder:
     """The encoder of a published file, float32 on the CPU; its outputs are offsets from ``latent_avg``.
 
     Args:
         w_encoder: the file of the encoder into W that a HyperStyle file was trained with.
+        n_latent: how many of its styles to take, the first ones; None: as many as the file's generator takes.
     Raises:
         InputError: as :func:`published_generator`, or the file holds an encoder that needs another file.
     """
     found = read_published(path)
     if found.encoder is None:
         raise _lacks(path, found, "encoder")
+    takes = None if found.generator is None else n_latent_of(found.generator().arguments["resolution"])
     part = found.encoder()
     if w_encoder is not None:
         part = _joined(part, path, w_encoder)
-    n_latent = None if found.generator is None else n_latent_of(found.generator().arguments["resolution"])
-    return build_encoder_part(part, n_latent)
+    if n_latent is None:
+        return build_encoder_part(part, takes)
+    if not isinstance(n_latent, int) or takes not in (None, n_latent):
+        raise InputError(
+            f"n_latent must be {takes or 'a whole number'}, as the generator of the file takes, got {n_latent!r}."
+        )
+    return build_encoder_part(part, n_latent, may_drop=True)
 
 
 def _joined(part: EncoderPart, path: StrPath, w_encoder: StrPath) -> EncoderPart:
@@ -132,14 +140,18 @@ def published_directions(path: StrPath) -> tuple[Tensor, int]:
     return found.directions, n_latent_of(found.generator().arguments["resolution"])
 
 
-def build_encoder_part(part: EncoderPart, n_latent: int | None) -> ImageEncoder:
+def build_encoder_part(part: EncoderPart, n_latent: int | None, may_drop: bool = False) -> ImageEncoder:
     """An encoder of offsets, whatever the file's outputs were relative to.
+
+    An old pSp, AGE or SAGE has 18 styles and its generator takes the first of them; where the file's options have the size of that
+    generator they are dropped, with a warning.
 
     Args:
         part: its weights and options.
         n_latent: L of the generator; None: what the options say.
+        may_drop: styles beyond L are dropped whatever the file says.
     Raises:
-        InputError: weights of another network, or one that needs another file.
+        InputError: weights of another network, more styles than the generator takes, or one that needs another file.
     """
     options = dict(part.options)
     networks = {name.partition(".")[0] for name in part.state}
@@ -153,7 +165,28 @@ def build_encoder_part(part: EncoderPart, n_latent: int | None) -> ImageEncoder:
             from_absolute(encoder, mean_row(part.latent_avg, encoder.style_dim, part.where))
     except InputError as error:
         raise InputError(f"{part.where}: {error}") from error
+    if not may_drop:
+        _check_styles(encoder, part)
     return encoder
+
+
+def _check_styles(encoder: ImageEncoder, part: EncoderPart) -> None:
+    """Raise InputError where more styles than the generator takes are no convention of old files, else say that some go."""
+    n_styles, taken = getattr(encoder, "n_styles", encoder.n_latent), encoder.n_latent
+    if n_styles <= taken:
+        return
+    size = declared_size(part.options, part.where)
+    if n_styles != OLD_STYLES or size is None:
+        raise InputError(
+            f"{part.where} has an encoder of {n_styles} styles, expected {taken} as its generator takes; give load_encoder "
+            f"n_latent={taken} to use the first of them."
+        )
+    warnings.warn(
+        f"{part.where}: of the encoder's {n_styles} styles the generator of {size} px takes the first {taken}, the others are "
+        "left out.",
+        SageFastWarning,
+        stacklevel=4,
+    )
 
 
 def _lacks(path: StrPath, found: PublishedFile, wanted: str) -> InputError:

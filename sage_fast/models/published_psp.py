@@ -17,9 +17,12 @@ from torch import Tensor
 from sage_fast.errors import InputError
 from sage_fast.models.published_parts import EncoderPart, Part, PublishedFile, floats, prefixed
 from sage_fast.models.published_rosinality import FACTS, generator_part, told
+from sage_fast.models.stylegan2 import n_latent_of
 
-__all__ = ["read_encoders", "read_statistics"]
+__all__ = ["OLD_STYLES", "declared_size", "read_encoders", "read_statistics"]
 
+#: old pSp, AGE and SAGE have so many styles whatever their generator takes
+OLD_STYLES = 18
 _WORDS = ("encoder", "decoder", "hypernet", "ax", "w_encoder")
 
 
@@ -41,8 +44,8 @@ def read_encoders(content: Any, where: str) -> PublishedFile | None:
     known = {"state_dict", "opts", "latent_avg", FACTS}
     return PublishedFile(
         format=f"{_family(networks, options)} .pt",
-        generator=None if not decoder else lambda: _decoder(decoder, average, facts, where),
-        encoder=None if not encoder else lambda: EncoderPart(encoder, options, average, where),
+        generator=None if not decoder else lambda: _decoder(decoder, average, options, facts, where),
+        encoder=None if not encoder else lambda: _encoder(encoder, average, options, where),
         has_latent_avg=average is not None,
         directions=directions,
         ignored=(
@@ -79,8 +82,56 @@ def _networks(state: Mapping[Any, Any], where: str) -> dict[str, dict[str, Tenso
     return {word: weights for word, weights in found.items() if weights}
 
 
-def _decoder(state: Mapping[str, Tensor], average: Tensor | None, facts: Any, where: str) -> Part:
-    return generator_part(state, f"{where}, entries 'decoder.*',", average, **told(facts, "decoder"))
+def declared_size(options: Mapping[str, Any], where: str) -> int | None:
+    """The resolution of the generator that a file's options speak of; None where they do not.
+
+    Raises:
+        InputError: two that differ, or no resolution of a StyleGAN2.
+    """
+    found = {name: options[name] for name in ("output_size", "stylegan_size") if options.get(name) is not None}
+    sizes = list(found.values())
+    known = [4 << i for i in range(9)]
+    if any(size not in known or size != sizes[0] for size in sizes):
+        words = " and ".join(f"{name}={size!r:.40}" for name, size in found.items())
+        raise InputError(
+            f"{where} has {words} in its options, expected one power of two from 4 to 1024; it is damaged."
+        )
+    return int(sizes[0]) if sizes else None
+
+
+def _decoder(
+    state: Mapping[str, Tensor], average: Tensor | None, options: Mapping[str, Any], facts: Any, where: str
+) -> Part:
+    part = generator_part(state, f"{where}, entries 'decoder.*',", average, **told(facts, "decoder"))
+    found, size = part.arguments["resolution"], declared_size(options, where)
+    if size not in (None, found):
+        raise InputError(
+            f"{where} has a decoder of {found} px ({n_latent_of(found)} styles), expected {size} px ({n_latent_of(size)} "
+            "styles) from the size in its options; give the file as it was saved."
+        )
+    _check_rows(average, found, size is not None, where)
+    return part
+
+
+def _encoder(
+    state: Mapping[str, Tensor], average: Tensor | None, options: Mapping[str, Any], where: str
+) -> EncoderPart:
+    size = declared_size(options, where)
+    if size is not None:
+        _check_rows(average, size, True, where)
+    return EncoderPart(state, options, average, where)
+
+
+def _check_rows(average: Tensor | None, size: int, declared: bool, where: str) -> None:
+    """Raise InputError unless the mean latent has one row, or one a style; 18 will do where the options have the size too."""
+    n_latent = n_latent_of(size)
+    if average is None or average.ndim < 2 or average.shape[0] in (1, n_latent):
+        return
+    if average.shape[0] != OLD_STYLES or not declared:
+        raise InputError(
+            f"{where} has a latent_avg of shape {list(average.shape)}, expected 1 row or {n_latent} for a generator of "
+            f"{size} px; give the file as it was saved."
+        )
 
 
 def _family(networks: Mapping[str, Mapping[str, Tensor]], options: Mapping[str, Any]) -> str:

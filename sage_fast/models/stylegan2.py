@@ -166,9 +166,9 @@ class Generator(nn.Module):
         Raises:
             InputError: ``w_plus`` has another number of styles or another width.
         """
-        if w_plus.ndim == 2:
+        if isinstance(w_plus, Tensor) and w_plus.ndim == 2:
             w_plus = self.broadcast(w_plus)
-        self._check_w_plus(w_plus)
+        self.check_w_plus(w_plus)
         maps = self._noise_maps(noise, w_plus, rng)
         if choose_road(self, w_plus, maps)[0] == "fused":
             dtype = wanted_dtype(w_plus.device, self.conv1.conv.weight.dtype)
@@ -197,7 +197,10 @@ class Generator(nn.Module):
                 image = self.to_rgbs[i](x, w[2 * i + 3], image)
         return self.to_rgbs[-1](x, w[-1]) if image is None else image
 
-    def _check_w_plus(self, w_plus: Tensor) -> None:
+    def check_w_plus(self, w_plus: Tensor) -> None:
+        """Raise InputError unless ``w_plus`` has one latent for each layer: [N, L, D]."""
+        if not isinstance(w_plus, Tensor):
+            raise InputError(f"w_plus must be a tensor of latents, got {type(w_plus).__name__}.")
         if w_plus.ndim != 3 or w_plus.shape[1:] != (self.n_latent, self.style_dim):
             raise InputError(
                 f"w_plus must have shape [N, {self.n_latent}, {self.style_dim}] for this {self.resolution} px generator, "

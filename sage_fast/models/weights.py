@@ -41,7 +41,7 @@ from sage_fast.models.published import (
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
 __all__ = [
-    "Bundle", "Directions", "add_bundle_file", "load_bundle", "load_directions", "load_discriminator", "load_encoder",
+    "Bundle", "Directions", "add_bundle_file", "check_parts", "load_bundle", "load_directions", "load_discriminator", "load_encoder",
     "load_generator", "read_bundle_file", "save_bundle",
 ]  # fmt: skip
 
@@ -119,7 +119,7 @@ def save_bundle(
     if noise not in _NOISES:
         raise InputError(f"noise must be 'none' or 'const', the encoder's setting in training, got {noise!r}.")
     table = codes if isinstance(codes, LatentTable) else LatentTable.load(codes)
-    _check_parts(generator, encoder, directions, table, "The parts of the bundle")
+    check_parts(generator, encoder, directions, table, "The parts of the bundle")
     networks: dict[str, nn.Module] = {"generator": generator, "encoder": encoder}
     if discriminator is not None:
         networks["discriminator"] = discriminator
@@ -156,7 +156,7 @@ def load_bundle(folder: StrPath | None = None, device: str | torch.device = "cpu
     dictionary = _bundle_directions(folder, index)
     read_bundle_file(folder, "codes.safetensors")
     codes = LatentTable.load(folder / "codes.safetensors")
-    _check_parts(generator, encoder, dictionary.directions, codes, f"Model folder {str(folder)!r}")
+    check_parts(generator, encoder, dictionary.directions, codes, f"Model folder {str(folder)!r}")
     return Bundle(generator, encoder, dictionary, codes, index["noise"], index["about"], _hash(index))
 
 
@@ -185,17 +185,22 @@ def load_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     w_encoder: StrPath | None = None,
+    n_latent: int | None = None,
 ) -> ImageEncoder:
     """The encoder of a bundle folder or a published file, of whatever kind, in eval mode.
 
     Args:
         w_encoder: for a published HyperStyle file, the file of the encoder into W that it was trained with.
+        n_latent: of a published encoder with more styles than the generator takes, how many to use, from the first on.
     Raises:
-        InputError: as :func:`load_generator`, or ``w_encoder`` beside what is not a HyperStyle file.
+        InputError: as :func:`load_generator`, or ``w_encoder`` beside what is not a HyperStyle file, or an encoder of
+            another number of styles than the generator in its file takes.
     """
-    if w_encoder is not None and (path is None or not Path(path).is_file()):
-        raise InputError("w_encoder is for a published HyperStyle file; a bundle holds its own, leave it out.")
-    return _load(path, "encoder", build_encoder, partial(published_encoder, w_encoder=w_encoder), device, dtype)
+    for name, given in (("w_encoder", w_encoder), ("n_latent", n_latent)):
+        if given is not None and (path is None or not Path(path).is_file()):
+            raise InputError(f"{name} is for a published file; a bundle holds what it needs, leave it out.")
+    published = partial(published_encoder, w_encoder=w_encoder, n_latent=n_latent)
+    return _load(path, "encoder", build_encoder, published, device, dtype)
 
 
 def load_directions(path: StrPath | None = None) -> Directions:
@@ -370,9 +375,10 @@ def _hash(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 
-def _check_parts(
+def check_parts(
     generator: Generator, encoder: ImageEncoder, directions: Tensor, codes: LatentTable, where: str
 ) -> None:
+    """Raise InputError unless the parts of a model have one number and width of styles and the networks one image size."""
     latents = (generator.n_latent, generator.style_dim)
     other_size = isinstance(encoder, PyramidEncoder) and encoder.resolution != generator.resolution
     if (encoder.n_latent, encoder.style_dim) != latents or other_size:
