@@ -43,9 +43,9 @@ def one_sentence(error) -> bool:
     return "\n" not in text and text.endswith(".") and len(text) < 600 and ". " not in text
 
 
-def close(ours: torch.Tensor, theirs: np.ndarray) -> bool:
-    """Equal to 1e-4 of the largest value."""
-    return bool(np.abs(ours.detach().numpy() - theirs).max() <= 1e-4 * np.abs(theirs).max())
+def close(ours: torch.Tensor, theirs: np.ndarray, share: float = 1e-4) -> bool:
+    """Equal to a share of the largest value."""
+    return bool(np.abs(ours.detach().float().numpy() - theirs).max() <= share * np.abs(theirs).max())
 
 
 # --- published files ---
@@ -72,8 +72,29 @@ def test_published_generator_computes_what_its_own_code_did(expected, monkeypatc
 
 
 @needs_fixture
-def test_published_discriminator_computes_what_its_own_code_did(expected):
-    assert close(load_discriminator(PUBLISHED)(torch.from_numpy(expected["d_in"])), expected["d_logits"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+@torch.no_grad()
+def test_published_discriminator_computes_what_its_own_code_did(expected, monkeypatch, native):
+    if not native:
+        monkeypatch.setattr(_native, "has_kernel", lambda op, device: False)
+    images = torch.from_numpy(expected["d_in"])
+    assert close(load_discriminator(PUBLISHED)(images), expected["d_logits"])
+    low = load_discriminator(PUBLISHED, dtype=torch.bfloat16)
+    assert close(low(images.bfloat16()), expected["d_logits"], 2e-2)
+
+
+@needs_fixture
+@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
+@torch.no_grad()
+def test_published_generator_stays_close_in_sixteen_bits(expected, monkeypatch, native):
+    if not native:
+        monkeypatch.setattr(_native, "has_kernel", lambda op, device: False)
+    G, low = load_generator(PUBLISHED), load_generator(PUBLISHED, dtype=torch.bfloat16)
+    short = truncate(torch.from_numpy(expected["w"]), G.latent_avg, 0.7)
+    for name, latents in {"img_psi07": short, "img_wplus": torch.from_numpy(expected["wplus"])}.items():
+        assert close(low(latents.bfloat16()), expected[name], 2e-2), name
+        with torch.autocast("cpu", torch.bfloat16):
+            assert close(G(latents), expected[name], 2e-2), name
 
 
 @needs_fixture
