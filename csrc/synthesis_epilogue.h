@@ -110,6 +110,11 @@ SAGE_FAST_HD void finish_image(const ImageArgs& to, int64_t sample, int64_t k, i
 // pixel, a vector each, and kPixels pixels at a time, whose loads are in flight together.
 struct PixelGroups {
   static constexpr int kThreads = 256, kPixels = 4;
+#ifdef SAGE_FAST_ON_HOST  // few, for several rounds in small tests
+  static constexpr int64_t kMostBlocks = 3;
+#else
+  static constexpr int64_t kMostBlocks = 2048;
+#endif
   int shift = 0;
 
   SAGE_FAST_HD explicit PixelGroups(int64_t vectors) {
@@ -127,7 +132,7 @@ struct PixelGroups {
 
   // Blocks of a sample: enough for every multiprocessor, few enough that what a thread keeps serves many pixels.
   int64_t blocks(int64_t n, int64_t pixels) const {
-    const int64_t tiles = (pixels + tile() - 1) / tile(), wanted = 2048 / n > 1 ? 2048 / n : 1;
+    const int64_t tiles = (pixels + tile() - 1) / tile(), wanted = kMostBlocks / n > 1 ? kMostBlocks / n : 1;
     return tiles < wanted ? tiles : wanted;
   }
 };

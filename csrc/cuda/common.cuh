@@ -29,10 +29,19 @@ class Scope {
   cudaStream_t stream_;
 };
 
+#ifdef SAGE_FAST_ON_HOST  // few, so that the loops over what a grid does not hold have rounds in small tests
+constexpr int64_t kMostBlocks = 3, kMostPlanes = 2;
+#else
+constexpr int64_t kMostBlocks = int64_t{1} << 20, kMostPlanes = 65535;
+#endif
+
 // Blocks of a grid-stride loop over n items.
 inline unsigned blocks_for(int64_t n, int threads) {
-  return static_cast<unsigned>(std::min<int64_t>((n + threads - 1) / threads, int64_t{1} << 20));
+  return static_cast<unsigned>(std::min<int64_t>((n + threads - 1) / threads, kMostBlocks));
 }
+
+// Depth of a grid whose blocks stride over n planes.
+inline unsigned depth_for(int64_t n) { return static_cast<unsigned>(std::min<int64_t>(n, kMostPlanes)); }
 
 #define SAGE_FAST_GRID_STRIDE(i, n)                                                                                   \
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, stride = int64_t{gridDim.x} * blockDim.x; i < (n); \

@@ -76,7 +76,7 @@ Tensor fuse_pixels(Tensor real, Tensor inverted, Tensor edited, std::optional<Te
   if (edited.numel() == 0) return out;
   require(p.h <= 65535 * kHigh, "fuse_pixels: at most 524280 rows");
   const dim3 grid(static_cast<unsigned>((p.w + kWide - 1) / kWide), static_cast<unsigned>((p.h + kHigh - 1) / kHigh),
-                  static_cast<unsigned>(std::min<int64_t>(p.n, 65535)));
+                  depth_for(p.n));
   dispatch(edited, [&](auto zero) {
     using T = decltype(zero);
     run<T><<<grid, dim3(kWide, kHigh), 0, stream>>>(data<T>(real), data<T>(inverted), data<T>(edited),

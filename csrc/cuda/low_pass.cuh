@@ -106,8 +106,7 @@ Tensor multiply(const Tensor& x, const PackedBand<T>& band, cudaStream_t stream,
   STD_CUDA_CHECK(cudaMemcpyAsync(first.mutable_data_ptr(), band.first.data(), band.first.size() * sizeof(int),
                                  cudaMemcpyHostToDevice, stream));
   const dim3 grid(static_cast<unsigned>((s.lines + kTile - 1) / kTile),
-                  static_cast<unsigned>((s.n_out + kTile - 1) / kTile),
-                  static_cast<unsigned>(std::min<int64_t>(s.planes, 65535)));
+                  static_cast<unsigned>((s.n_out + kTile - 1) / kTile), depth_for(s.planes));
   banded<T, kColumns><<<grid, dim3(kTile, kTileRows), 0, stream>>>(
       data<T>(x), static_cast<const int*>(first.const_data_ptr()), data<T>(weights), s, base, mutable_data<T>(y));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
