@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+import kernels_on_host
 import numpy as np
 import pytest
 import torch
@@ -45,6 +46,18 @@ def test_the_kernels_arithmetic_gives_the_same_words_and_normals(host_twin, seed
     assert np.array_equal(words, counter_words(np.array([sample]), seed, stream, blocks)[0])
     expected = counter_normal(torch.tensor([sample]), seed, stream, 4 * blocks)[0]
     torch.testing.assert_close(torch.from_numpy(normals).flatten(), expected, atol=1e-6, rtol=0)
+
+
+def test_the_cuda_kernel_gives_these_bits(host_twin):
+    """Run on the host, where no compiler makes other products of the same lines."""
+    kernels_on_host.load()
+    samples, seed, stream, blocks = [5, 2**40 + 1], 2**63 - 9, 17, 300
+    ours = torch.ops.sage_fast_on_host.counter_normal(torch.tensor(samples), seed, stream, 4 * blocks - 1)
+    for sample, row in zip(samples, ours):
+        words, normals = np.zeros((blocks, 4), np.uint32), np.zeros((blocks, 4), np.float32)
+        arguments = (ctypes.c_uint64(seed), ctypes.c_uint32(stream), ctypes.c_uint64(sample), ctypes.c_int64(blocks))
+        host_twin.twin_words(*arguments, pointer(words), pointer(normals))
+        assert np.array_equal(row.numpy(), normals.flatten()[:-1])
 
 
 def test_the_ends_of_the_range_keep_their_digits(host_twin):
