@@ -155,7 +155,8 @@ def _ways(
         if i not in prepared.composed:
             prepared.composed[i] = _composed(network, prepared, i, x.dtype)
         for_image = (None, None, None) if to_image is None else to_image
-        y, image = styled_conv(x, prepared.composed[i], *behind, *for_image, i % 2 == 1, *rule, columns=columns)
+        settings = (i % 2 == 1, *rule, columns)
+        y, image = styled_conv(x, prepared.composed[i], *behind, *for_image, *settings)
         return y, None if to_image is None else image
 
     return {CUDNN: by_cudnn} | {way: functools.partial(own, columns) for way, columns in OWN.items()}
