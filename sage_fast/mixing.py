@@ -29,7 +29,7 @@ from sage_fast.generation.run import ranks
 if TYPE_CHECKING:
     from sage_fast.augmenter import Augmenter
 
-__all__ = ["MixedDataset", "to_pil"]
+__all__ = ["MixedDataset", "MixedStream", "to_pil"]
 
 _POLL = 0.001  # seconds between two looks for an image that is not drawn yet
 _RUNNING, _CLOSED, _FAILED = 0, 1, 2
@@ -84,6 +84,7 @@ class MixedDataset(torch.utils.data.Dataset[Any]):
         plan = augmenter.plan
         _check(plan, ratio, cache, epochs_per_image)
         self.real, self.as_image = real, as_image
+        self.seed = seed
         self._transform: Callable[[Any], Any] | None = None
         self.transform = transform
         labels = _labels_of(real, classes)
@@ -152,7 +153,7 @@ class MixedDataset(torch.utils.data.Dataset[Any]):
         """For a process that is being started: the same cache. Else, a dataset of its own with the same samples."""
         if context.get_spawning_popen() is None:
             return _another, (self._given[:4] + (self._transform,) + self._given[5:], self.epoch)
-        shared = ("real", "as_image", "labels", "n_generated", "_transform", "_shown")
+        shared = ("real", "as_image", "labels", "n_generated", "seed", "_transform", "_shown")
         return _in_worker, ({name: self.__dict__[name] for name in shared},)
 
 
@@ -166,6 +167,47 @@ def _in_worker(shared: dict[str, Any]) -> MixedDataset:
     made = MixedDataset.__new__(MixedDataset)
     made.__dict__.update(shared, _close=lambda: None, _wake=None)
     return made
+
+
+class MixedStream(torch.utils.data.IterableDataset[Any]):
+    """The samples of a :class:`MixedDataset` one after another, each in one worker of one rank alone: for loaders without sampler.
+
+    Their order is a function of the dataset's seed and the epoch. All ranks get as many, so that up to one sample less than there
+    are ranks is left out, in each epoch others.
+
+    Args:
+        dataset: with the same real samples on all ranks; its epoch is set, and it is closed, as without the stream.
+        shuffle: False leaves the order as it is.
+    """
+
+    def __init__(self, dataset: MixedDataset, shuffle: bool = True) -> None:
+        self.dataset, self.shuffle = dataset, shuffle
+        self._rank, self._world_size = ranks()
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self._world_size
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        info = torch.utils.data.get_worker_info()
+        worker, n_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        order = np.arange(len(self.dataset))
+        if self.shuffle:
+            order = np.random.default_rng([self.dataset.seed % 2**64, self.dataset.epoch]).permutation(order)
+        for index in order[self._rank :: self._world_size][: len(self)][worker::n_workers]:
+            yield self.dataset[int(index)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """:meth:`MixedDataset.set_epoch`."""
+        self.dataset.set_epoch(epoch)
+
+    @property
+    def transform(self) -> Callable[[Any], Any] | None:
+        """That of the dataset."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Callable[[Any], Any] | None) -> None:
+        self.dataset.transform = transform
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,138 @@
+"""Real and generated samples as a stream: each in one worker of one rank, and loaders that take no sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_mixing import CLASSES, Real, to_tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from sage_fast.augmenter import Augmenter
+from sage_fast.generation import GenerateConfig
+from sage_fast.mixing import MixedStream
+
+
+@pytest.fixture(scope="module")
+def augmenter(tiny_bundle, tiny_shots):
+    return Augmenter(tiny_bundle, tiny_shots, GenerateConfig(batch=3))
+
+
+@pytest.fixture
+def dataset(augmenter):
+    with augmenter.dataset(Real(), 0.5, transform=to_tensor, seed=-3) as made:
+        yield made
+
+
+def flat(batches):
+    return torch.cat([images for images, _ in batches]).flatten(1).tolist()
+
+
+def of_rank(dataset, monkeypatch, rank, world_size):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    return MixedStream(dataset)
+
+
+def test_it_has_every_sample_once_in_an_order_of_the_epochs_own(dataset):
+    stream = MixedStream(dataset)
+    assert isinstance(stream, IterableDataset) and len(stream) == len(dataset) == 24
+    orders = []
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        found = [image.flatten().tolist() for image, _ in stream]
+        assert sorted(found) == sorted(dataset[i][0].flatten().tolist() for i in range(24))
+        orders.append([label for _, label in stream])
+    assert orders[0] == orders[2] != orders[1]
+    assert [label for _, label in MixedStream(dataset, shuffle=False)] == [dataset[i][1] for i in range(24)]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_persistent_workers_share_the_samples_of_each_epoch(dataset, method):
+    loader = DataLoader(
+        MixedStream(dataset), batch_size=4, num_workers=2, multiprocessing_context=method, persistent_workers=True
+    )
+    assert len(loader) == 6
+    seen = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        seen.append(flat(loader))
+        assert sorted(seen[-1]) == sorted(dataset[i][0].flatten().tolist() for i in range(24))
+    assert seen[0] != seen[1]
+    del loader
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_ranks_have_samples_of_their_own_and_as_many(dataset, monkeypatch, world_size):
+    labels = Labels(dataset)
+    streams = [of_rank(labels, monkeypatch, rank, world_size) for rank in range(world_size)]
+    places = [[place for place, _ in stream] for stream in streams]
+    assert {len(own) for own in places} == {24 // world_size} == {len(stream) for stream in streams}
+    together = [place for own in places for place in own]
+    assert len(set(together)) == len(together) == 24 // world_size * world_size
+    in_workers = [
+        [place.item() for place, _ in DataLoader(stream, batch_size=None, num_workers=2)] for stream in streams
+    ]
+    assert [sorted(own) for own in in_workers] == [sorted(own) for own in places]
+
+
+class Labels:
+    """A dataset's places in place of its samples."""
+
+    def __init__(self, dataset):
+        self.seed, self.epoch, self._len = dataset.seed, dataset.epoch, len(dataset)
+
+    def __len__(self):
+        return self._len
+
+    def __getitem__(self, index):
+        return torch.tensor(index), 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_of_timm(augmenter, workers):
+    create_loader = pytest.importorskip("timm.data", reason="timm is not installed").create_loader
+    with augmenter.dataset(Real(), 0.5) as dataset:
+        stream = MixedStream(dataset)
+        loader = create_loader(
+            stream, (3, 16, 16), 4, is_training=True, use_prefetcher=False, num_workers=workers,
+            persistent_workers=workers > 0,
+        )  # fmt: skip
+        assert stream.transform is not None
+        for epoch in range(2):
+            stream.set_epoch(epoch)
+            batches = list(loader)
+            assert sum(len(images) for images, _ in batches) == 24
+            assert batches[0][0].shape[1:] == (3, 16, 16)
+            assert {label for _, labels in batches for label in labels.tolist()} <= set(range(len(CLASSES)))
+        del loader
+
+
+def test_the_trainer_of_lightning(dataset, tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    seen = []
+
+    class Watch(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, _):
+            seen.extend((self.current_epoch, image.flatten().tolist()) for image in batch[0])
+            return self.weight * batch[0].float().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Epochs(lightning.Callback):
+        def on_train_epoch_start(self, trainer, _):
+            trainer.train_dataloader.dataset.set_epoch(trainer.current_epoch)
+
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[Epochs()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Watch(), DataLoader(MixedStream(dataset), batch_size=4, num_workers=2))
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        expected = sorted(dataset[i][0].flatten().tolist() for i in range(24))
+        assert sorted(image for number, image in seen if number == epoch) == expected
