@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from sage_fast import cli
 
-PAGE = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "scaling.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
@@ -81,9 +83,36 @@ def test_every_command_parses(line, monkeypatch):
         cli.main(shlex.split(line)[1:])
 
 
+@pytest.mark.parametrize("page", ["scaling.md", "generation.md"])
+def test_every_shell_block_is_one(page):
+    shell = shutil.which("bash")
+    if shell is None:
+        pytest.skip("no bash to read it")
+    found = re.findall(r"^```sh\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), flags=re.S | re.M)
+    for block in found:
+        subprocess.run([shell, "-n"], input=block, text=True, check=True)
+    assert found
+
+
+def test_the_job_of_slurm_gives_every_task_its_cores_and_its_number():
+    job = next(block for block in blocks("sh") if "#SBATCH" in block)
+    asked = dict(re.findall(r"--([\w-]+)=(\S+)", "".join(re.findall(r"^#SBATCH (.*\n)", job, flags=re.M))))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
+    assert int(re.search(r"--workers (\d+)", job)[1]) < int(asked["cpus-per-task"])
+    for words in (
+        "RANK=$SLURM_PROCID",
+        "WORLD_SIZE=$SLURM_NTASKS",
+        "LOCAL_RANK=$SLURM_LOCALID",
+        '"$SLURM_CPUS_PER_TASK"',
+    ):
+        assert words in job
+
+
 def test_the_job_of_kubernetes_is_yaml_whose_mounts_are_volumes():
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (pip install 'sage_fast[plans]')")
-    spec = yaml.safe_load(blocks("yaml")[0])["spec"]
+    job = yaml.safe_load(blocks("yaml")[0])
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
     groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
     for pod in (group["template"]["spec"] for group in groups):
         mounts = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
