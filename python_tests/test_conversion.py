@@ -125,6 +125,33 @@ def test_targets_that_are_none(tmp_path, out, to, words):
     assert os.listdir(tmp_path) == ["a.pkl"]
 
 
+def test_what_is_read_is_never_replaced(tmp_path, tiny_bundle):
+    path = convert(write_nvlabs(tmp_path / "a.pkl", *networks()), tmp_path / "a.pt")
+    (tmp_path / "link.pt").symlink_to(path)
+    (tmp_path / "hard.pt").hardlink_to(path)
+    (tmp_path / "dir").symlink_to(tmp_path)
+    before = path.read_bytes()
+    names = ("a.pt", "link.pt", "hard.pt", "dir/a.pt")
+    for given, out in [(path, tmp_path / name) for name in names] + [(tmp_path / "link.pt", path)]:
+        with pytest.raises(InputError, match="out must be another place than what is read") as error:
+            convert(given, out, "psp")
+        assert one_sentence(error) and path.read_bytes() == before
+    weights = tiny_bundle / "generator.safetensors"
+    before = weights.read_bytes()
+    for given in (tiny_bundle, weights):
+        with pytest.raises(InputError, match="out must be another place"):
+            convert(given, weights)
+    assert weights.read_bytes() == before and (tmp_path / "link.pt").is_symlink()
+
+
+@pytest.mark.parametrize("call", [describe, lambda path: convert(path, "b.pt"), lambda path: convert("a.pt", path)])
+@pytest.mark.parametrize("path", [5, None, b"a.pt", ["a.pt"]], ids=str)
+def test_a_name_must_be_one(path, call):
+    with pytest.raises(InputError, match="path must be the name of a file or folder, got") as error:
+        call(path)
+    assert one_sentence(error)
+
+
 def test_a_bundle_is_a_source_too(tiny_bundle, tmp_path):
     with pytest.warns(SageFastWarning, match="does not keep the encoder"):
         out = convert(tiny_bundle, tmp_path / "b.safetensors")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError, SageFastWarning
-from sage_fast.models.checkpoints import read_checkpoint
+from sage_fast.models.checkpoints import path_of, read_checkpoint
 from sage_fast.models.inspection import describe as describe_tensors
 from sage_fast.models.published import build_encoder_part, read_published
 from sage_fast.models.published_nvlabs import to_nvlabs
@@ -56,7 +56,7 @@ def describe(path: StrPath) -> dict[str, Any]:
     Raises:
         InputError: it is missing, damaged or of no known format.
     """
-    if Path(path).is_dir():
+    if path_of(path).is_dir():
         return _describe_bundle(path)
     try:
         found = read_published(path)
@@ -91,11 +91,13 @@ def convert(path: StrPath, out: StrPath, to: str | None = None) -> Path:
     Returns:
         ``out``.
     Raises:
-        InputError: ``path`` cannot be read, the target cannot hold a network, or ``out`` cannot be written.
+        InputError: ``path`` cannot be read, ``out`` is that file or in that folder or cannot be written, or the target
+            cannot hold a network.
     """
-    out = Path(out)
+    path, out = path_of(path), path_of(out)
     target = _target(out, to)
-    networks = _from_bundle(path) if Path(path).is_dir() else _from_published(read_published(path))
+    _check_apart(path, out)
+    networks = _from_bundle(path) if path.is_dir() else _from_published(read_published(path))
     refusal = _refusal(target, networks)
     if refusal is not None:
         raise InputError(f"{str(path)!r} cannot become a {target} file: {refusal}.")
@@ -132,6 +134,15 @@ def _target(out: Path, to: str | None) -> str:
     if _ENDINGS.get(out.suffix.lower(), found) != found and out.suffix.lower() not in (ending, ".pth"):
         raise InputError(f"a {found} file ends in {ending}, got {str(out)!r}.")
     return found
+
+
+def _check_apart(path: Path, out: Path) -> None:
+    """Raise InputError where writing would replace what is read, by whatever name."""
+    same = out.exists() and path.exists() and out.samefile(path)
+    if same or path.resolve() in out.resolve().parents:
+        raise InputError(
+            f"out must be another place than what is read, {str(path)!r}, got {str(out)!r}; give another file."
+        )
 
 
 def _from_published(found: PublishedFile) -> _Networks:

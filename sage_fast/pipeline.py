@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.fusion import fuse_both, fuse_frequencies, fuse_pixels
+from sage_fast.models.checkpoints import path_of
 from sage_fast.models.image_encoder import ImageEncoder, Inversion, WeightDeltas
 from sage_fast.models.published import published_directions, read_published
 from sage_fast.models.stylegan2 import Generator
@@ -336,7 +336,7 @@ def load_dictionary(
     Raises:
         InputError: see :func:`sage_fast.models.weights.load_directions`; or the file holds none of these.
     """
-    if path is None or not Path(path).is_file():
+    if path is None or not path_of(path).is_file():
         return CategoryIrrelevantDictionary(*load_directions(path))
     found = read_published(path)
     if found.embeddings is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
 
 import numpy as np
 import pytest
 import torch
+from nvlabs_pickles import write_nvlabs
+from safetensors.torch import save_file
 
 from sage_fast import load_dictionary
 from sage_fast.conversion import convert, describe
@@ -18,6 +21,7 @@ from sage_fast.models import published
 from sage_fast.models.checkpoints import Checkpoint
 from sage_fast.models.psp import GradualStyleEncoder
 from sage_fast.models.published import read_published
+from sage_fast.models.published_nvlabs import to_nvlabs
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weights import load_discriminator, load_encoder, load_generator
 
@@ -91,6 +95,51 @@ def test_an_encoder_beside_the_decoder_is_loaded(tmp_path):
     found = load_encoder(path)
     assert (found.n_latent, found.style_dim, found.kind) == (2, 512, "psp")
     assert describe(path)["loads"] == ["generator", "encoder"]
+
+
+def spoiled(value):
+    """A mean latent with one number replaced."""
+    average = torch.zeros(6, 12)
+    average[2, 3] = value
+    return average
+
+
+@pytest.mark.parametrize(
+    ("average", "words"),
+    [
+        (spoiled(torch.nan), "has a latent_avg that is not finite, expected an array of finite numbers"),
+        (spoiled(torch.inf), "has a latent_avg that is not finite"),
+        (torch.zeros(12, dtype=torch.complex64), "has numbers of torch.complex64 as latent_avg"),
+        (torch.zeros(12, dtype=torch.bool), "has numbers of torch.bool as latent_avg"),
+        ("average", "has a value of type str as latent_avg"),
+        ([0.0] * 12, "has a value of type list as latent_avg"),
+    ],
+    ids=str,
+)
+def test_a_mean_latent_that_is_none_is_refused_by_every_door(tmp_path, G, average, words):
+    state = decoder(G) | {"encoder.input_layer.0.weight": torch.zeros(1, 3, 3, 3)}
+    path = write(tmp_path / "x.pt", state, latent_avg=average, opts={"output_size": 16})
+    told = [refused(load_generator, path), refused(load_encoder, path)]
+    told += [describe(path)["networks"][name]["refused"] for name in ("generator", "encoder")]
+    assert all(str(path) in text and words in text for text in told)
+    port = tmp_path / "y.pt"
+    torch.save({"g_ema": decoder(G, ""), "latent_avg": average}, port)
+    assert str(port) in refused(load_generator, port) and words in refused(load_generator, port)
+
+
+def test_a_mean_latent_in_any_numbers_is_read(tmp_path, G):
+    for average in (np.ones((6, 12)), np.ones(12, dtype=np.float16), torch.ones(12, dtype=torch.int64)):
+        assert load_generator(write(tmp_path / "x", decoder(G), latent_avg=average)).latent_avg.equal(torch.ones(12))
+
+
+def test_a_mean_latent_beside_other_names_is_checked_too(tmp_path, G):
+    with torch.no_grad():
+        broken = copy.deepcopy(G)
+        broken.latent_avg[1] = torch.nan
+    save_file({f"G_ema.{name}": value for name, value in to_nvlabs(broken).items()}, tmp_path / "a.safetensors")
+    torch.save({"g_ema": broken.state_dict()}, tmp_path / "b.pt")
+    for path in (write_nvlabs(tmp_path / "c.pkl", broken), tmp_path / "a.safetensors", tmp_path / "b.pt"):
+        assert "has a latent_avg that is not finite" in refused(load_generator, path)
 
 
 # --- sizes that do not agree ---

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny_codes, tiny_encoder, tiny_networks
 
-from sage_fast import _native
+from sage_fast import _native, load_dictionary
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.stylegan2 import Discriminator, Generator, truncate
@@ -345,6 +345,36 @@ def test_a_weight_too_large_for_half_precision_is_refused_before_anything_is_wri
     with pytest.raises(InputError, match="style.1.weight"):
         save_bundle(tmp_path / "b", **given, dtype=torch.float16)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("load", [load_generator, load_discriminator, load_encoder])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(dtype=torch.int8), "dtype must be torch.float32, float64, float16 or bfloat16, got torch.int8"),
+        (dict(dtype=torch.float8_e4m3fn), "dtype must be"),
+        (dict(dtype="float32"), "dtype must be .* got 'float32'"),
+        (dict(dtype=None), "dtype must be .* got None"),
+        (dict(path=5), "path must be the name of a file or folder, got 5 .int"),
+        (dict(path=b"model"), "path must be the name of a file or folder"),
+        (dict(path=["model"]), "path must be the name of a file or folder"),
+        (dict(device=1.5), "device '1.5' cannot be used"),
+    ],
+    ids=str,
+)
+def test_loaders_refuse_what_is_no_name_dtype_or_device_in_one_sentence(tiny_bundle, load, given, words):
+    with pytest.raises(InputError, match=words) as error:
+        load(**{"path": tiny_bundle} | given)
+    assert one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "load", [load_bundle, load_directions, load_dictionary, lambda path: read_bundle_file(path, "x")]
+)
+def test_readers_of_bundles_refuse_what_is_no_name(load):
+    with pytest.raises(InputError, match="path must be the name of a file or folder, got 5 .int") as error:
+        load(5)
+    assert one_sentence(error)
 
 
 def test_weights_come_in_the_dtype_asked_for(tiny_bundle):

@@ -57,7 +57,7 @@ def read_checkpoint(path: str | os.PathLike[str], choose: Callable[[Any], Any] =
     Raises:
         InputError: it is missing, truncated, no file of weights, or holds what no such file needs.
     """
-    path = Path(path)
+    path = path_of(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise Refusal("is a directory" if path.is_dir() else "is no regular file")
@@ -73,6 +73,17 @@ def read_checkpoint(path: str | os.PathLike[str], choose: Callable[[Any], Any] =
         raise InputError(
             f"File {str(path)!r} is truncated or damaged ({_reason_of(error)}); give a published file of weights."
         ) from error
+
+
+def path_of(path: Any) -> Path:
+    """What the caller gave as the name of a file or folder, as a path.
+
+    Raises:
+        InputError: it is no name.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path must be the name of a file or folder, got {path!r:.40} ({type(path).__name__}).")
+    return Path(path)
 
 
 def state_dict_of(module: Stub) -> dict[str, Tensor]:

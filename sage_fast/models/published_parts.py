@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sage_fast.errors import InputError
 
 __all__ = [
-    "EncoderPart", "Part", "PublishedFile", "check_filter", "count", "fill_network", "fitted", "floats", "misfit", "prefixed",
-    "reason_of", "shapes_of",
+    "EncoderPart", "Part", "PublishedFile", "average_of", "check_filter", "count", "fill_network", "fitted", "floats", "misfit",
+    "prefixed", "reason_of", "shapes_of",
 ]  # fmt: skip
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -38,7 +39,8 @@ class Part:
     n_fp16: int = 0
 
     def build(self) -> Any:
-        """The network, float32, in eval mode. Raises :class:`InputError` as :func:`fill_network`."""
+        """The network, float32, in eval mode. Raises :class:`InputError` as :func:`fill_network`, or for its mean latent."""
+        average_of(self.state.get("latent_avg"), self.where)
         return fill_network(lambda: self.kind(**self.arguments), self.state, self.where)
 
 
@@ -91,6 +93,30 @@ class PublishedFile:
             "embeddings": "class embeddings", "codes": "codes", "statistics": "statistics of codes",
         }  # fmt: skip
         return [word for name, word in words.items() if getattr(self, name) is not None]
+
+
+def average_of(value: Any, where: str) -> Tensor | None:
+    """A mean latent as a file keeps it, as a tensor; None where there is none.
+
+    Raises:
+        InputError: it is no array of finite numbers.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        value = torch.as_tensor(value.astype(np.float32))
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        got = (
+            f"numbers of {value.dtype}"
+            if isinstance(value, Tensor | np.ndarray)
+            else f"a value of type {type(value).__name__}"
+        )
+        raise InputError(f"{where} has {got} as latent_avg, expected an array of finite numbers; it is damaged.")
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(
+            f"{where} has a latent_avg that is not finite, expected an array of finite numbers; it is damaged."
+        )
+    return value
 
 
 def fill_network(build: Callable[[], Network], state: Mapping[str, Tensor], where: str) -> Network:

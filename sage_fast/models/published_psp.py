@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
-from sage_fast.models.published_parts import EncoderPart, Part, PublishedFile, floats, prefixed
+from sage_fast.models.published_parts import EncoderPart, Part, PublishedFile, average_of, floats, prefixed
 from sage_fast.models.published_rosinality import FACTS, generator_part, told
 from sage_fast.models.stylegan2 import n_latent_of
 
@@ -36,7 +36,6 @@ def read_encoders(content: Any, where: str) -> PublishedFile | None:
         return None
     options = content.get("opts") if isinstance(content.get("opts"), Mapping) else {}
     average, facts = content.get("latent_avg"), content.get(FACTS)
-    average = average if isinstance(average, Tensor) else None
     encoder = {f"{word}.{name}": t for word in ("encoder", "hypernet") for name, t in networks.get(word, {}).items()}
     decoder, directions = networks.get("decoder"), networks.get("ax", {}).get("A")
     if directions is not None and directions.ndim != 3:
@@ -99,9 +98,7 @@ def declared_size(options: Mapping[str, Any], where: str) -> int | None:
     return int(sizes[0]) if sizes else None
 
 
-def _decoder(
-    state: Mapping[str, Tensor], average: Tensor | None, options: Mapping[str, Any], facts: Any, where: str
-) -> Part:
+def _decoder(state: Mapping[str, Tensor], average: Any, options: Mapping[str, Any], facts: Any, where: str) -> Part:
     part = generator_part(state, f"{where}, entries 'decoder.*',", average, **told(facts, "decoder"))
     found, size = part.arguments["resolution"], declared_size(options, where)
     if size not in (None, found):
@@ -109,14 +106,14 @@ def _decoder(
             f"{where} has a decoder of {found} px ({n_latent_of(found)} styles), expected {size} px ({n_latent_of(size)} "
             "styles) from the size in its options; give the file as it was saved."
         )
-    _check_rows(average, found, size is not None, where)
+    _check_rows(average_of(average, where), found, size is not None, where)
     return part
 
 
 def _encoder(
     state: Mapping[str, Tensor], average: Tensor | None, options: Mapping[str, Any], where: str
 ) -> EncoderPart:
-    size = declared_size(options, where)
+    size, average = declared_size(options, where), average_of(average, where)
     if size is not None:
         _check_rows(average, size, True, where)
     return EncoderPart(state, options, average, where)

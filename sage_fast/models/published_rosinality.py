@@ -12,6 +12,7 @@ from sage_fast.errors import InputError
 from sage_fast.models.published_parts import (
     Part,
     PublishedFile,
+    average_of,
     count,
     floats,
     misfit,
@@ -45,7 +46,7 @@ def read_rosinality(content: Any, where: str) -> PublishedFile | None:
         if G is None
         else lambda: generator_part(G, f"{where}, entry {key!r},", average, **told(facts, key)),
         discriminator=None if D is None else lambda: discriminator_part(D, f"{where}, entry 'd',", **told(facts, "d")),
-        has_latent_avg=isinstance(average, Tensor) or (isinstance(G, Mapping) and "latent_avg" in G),
+        has_latent_avg=average is not None or (isinstance(G, Mapping) and "latent_avg" in G),
         ignored=tuple(str(name) for name in content if name not in {key, "d", "latent_avg", FACTS}),
     )
 
@@ -67,8 +68,9 @@ def generator_part(state: Any, where: str, latent_avg: Any = None, **facts: Any)
         shapes = shapes_of(Generator, arguments)
     except (KeyError, IndexError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise misfit(where, "StyleGAN2 generator", error) from error
-    if isinstance(latent_avg, Tensor):
-        state["latent_avg"] = mean_row(latent_avg, arguments["style_dim"], where)
+    average = average_of(latent_avg, where)
+    if average is not None:
+        state["latent_avg"] = mean_row(average, arguments["style_dim"], where)
     if not any(name.startswith("noises.") for name in state):
         state |= {name: torch.zeros(shape) for name, shape in shapes.items() if name.startswith("noises.")}
     return Part(Generator, arguments, _checked(state, shapes, where), where)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError
+from sage_fast.models.checkpoints import path_of
 from sage_fast.models.encoder_kinds import build_encoder, encoder_architecture
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.image_encoder import ImageEncoder
@@ -197,7 +198,7 @@ def load_encoder(
             another number of styles than the generator in its file takes.
     """
     for name, given in (("w_encoder", w_encoder), ("n_latent", n_latent)):
-        if given is not None and (path is None or not Path(path).is_file()):
+        if given is not None and (path is None or not path_of(path).is_file()):
             raise InputError(f"{name} is for a published file; a bundle holds what it needs, leave it out.")
     published = partial(published_encoder, w_encoder=w_encoder, n_latent=n_latent)
     return _load(path, "encoder", build_encoder, published, device, dtype)
@@ -248,7 +249,7 @@ def add_bundle_file(folder: StrPath, name: str, data: bytes) -> None:
 
 
 def _bundle_folder(path: StrPath | None) -> Path:
-    folder = _SHIPPED if path is None else Path(path)
+    folder = _SHIPPED if path is None else path_of(path)
     if not folder.exists():
         remedy = "build it with sage-fast train and give its folder" if path is None else "give the folder of a bundle"
         raise InputError(f"Model {str(folder)!r} does not exist; {remedy}.")
@@ -405,7 +406,9 @@ def _load(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> Network:
-    if path is not None and Path(path).is_file():
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise InputError(f"dtype must be torch.float32, float64, float16 or bfloat16, got {dtype!r}.")
+    if path is not None and path_of(path).is_file():
         network = published(path)
     else:
         folder = _bundle_folder(path)
@@ -416,5 +419,5 @@ def _load(
 def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise InputError(f"device {str(device)!r} cannot be used ({reason_of(error)}); use 'cpu'.") from error
