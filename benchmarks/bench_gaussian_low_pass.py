@@ -76,17 +76,17 @@ def fft(x):
 
 def taps_of(n):
     """The row of pixels [2 radius + 1] that has the response on a circle of ``n``, as far as it is above 1e-6."""
-    half = torch.fft.irfft(torch.exp(-torch.fft.rfftfreq(n, 1 / n).square() / (2 * SIGMA**2)), n)[: n // 2 + 1]
-    radius = int((half.abs() > 1e-6 * half[0]).nonzero().max())
+    half = np.fft.irfft(np.exp(-(np.fft.rfftfreq(n, 1 / n) ** 2) / (2 * SIGMA**2)), n)[: n // 2 + 1]
+    radius = int((np.abs(half) > 1e-6 * half[0]).nonzero()[0].max())
     half[-1] /= 2 - n % 2  # the pixel opposite is reached from both sides
-    taps = torch.cat([half[: radius + 1].flip(0), half[1 : radius + 1]])
-    return radius, taps / taps.sum()
+    taps = np.concatenate([half[radius:0:-1], half[: radius + 1]])
+    return radius, (taps / taps.sum()).astype(np.float32)
 
 
 def convolutions(x):
     n, c, h, w = x.shape
     radius, taps = taps_of(h)
-    taps = taps.to(x.device)
+    taps = torch.tensor(taps, device=x.device)
 
     def run():
         y = F.conv2d(F.pad(x.view(n * c, 1, h, w), (radius, radius, 0, 0), mode="circular"), taps.view(1, 1, 1, -1))
@@ -107,11 +107,11 @@ def others(x):
 
         def opencv(p):
             wide = cv2.copyMakeBorder(p, *[radius] * 4, cv2.BORDER_WRAP)
-            return cv2.sepFilter2D(wide, -1, taps.numpy(), taps.numpy())[radius:-radius, radius:-radius]
+            return cv2.sepFilter2D(wide, -1, taps, taps)[radius:-radius, radius:-radius]
 
         found["OpenCV"] = lambda: torch.from_numpy(np.stack([opencv(p) for p in planes])).view(x.shape)
     if filters := imported("kornia.filters"):
-        row = taps.to(x.device)[None]
+        row = torch.tensor(taps, device=x.device)[None]
         found["kornia"] = lambda: filters.filter2d_separable(x, row, row, border_type="circular")
     return found
 
@@ -123,7 +123,7 @@ def array_forms(arrays, x, taps):
     response = arrays.xp.exp(-(fy**2 + fx**2) / (2 * SIGMA**2)).astype(images.dtype)
     forms = {f"{arrays.name} FFT": lambda: torch.from_dlpack(fft.irfft2(fft.rfft2(images) * response, s=(h, w)))}
     if arrays.ndimage:
-        row, filtered = arrays.of(taps.to(x.device)), arrays.ndimage.correlate1d
+        row, filtered = arrays.xp.asarray(taps), arrays.ndimage.correlate1d
         blurred = lambda: filtered(filtered(images, row, axis=2, mode="wrap"), row, axis=3, mode="wrap")  # noqa: E731
         forms[scipy_of(arrays)] = lambda: torch.from_dlpack(blurred())
     return forms

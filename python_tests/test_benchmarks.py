@@ -1,0 +1,104 @@
+"""The benchmarks themselves: tensors and clocks of a GPU that is not there, and their last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from clocks import CpuClock, CudaClock, copy_rate, medians, product_rate
+
+ROOT = Path(__file__).parents[1]
+ON_A_GPU = ["bias_act", "edit_latents", "fusion", "gaussian_low_pass", "least_squares_codes", "modulated_conv2d"]
+ON_A_GPU += ["project_onto_basis", "upfirdn2d"]
+#: left out: autograd (it has threads for its devices), numbers of classes (they are looked at), and forms alike
+NOT_FAKE = "not gradient and not several and not bfloat16 and not last"
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")])}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has the real guard")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_all_tensors_of_op_benchmarks_are_made_on_the_device():
+    files = [f"benchmarks/bench_{op}.py" for op in ON_A_GPU]
+    done = run("-p", "fake_gpu", "--bench-device", "cuda:0", "-k", NOT_FAKE, *files)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_the_last_line_is_one_json_object_and_stands_in_the_file(tmp_path):
+    kept = tmp_path / "rows.json"
+    words = ("--benchmark-enable", "--bench-json", str(kept), "-k", "32 and category")
+    done = run(*words, "benchmarks/bench_project_onto_basis.py")
+    assert done.returncode == 0, done.stdout[-3000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last == json.loads(kept.read_text()) and last["bench"] == "project_onto_basis"
+    (row,) = last["rows"]
+    assert row["of_copy"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"], abs=0.01)
+    assert {"einsum", "NumPy"} <= set(row["ratios"]) and "gflop_per_s" not in row
+
+
+def test_several_files_end_in_one_object_too():
+    done = run(
+        *("--benchmark-enable", "-k", "(32 and category) or (32 and one and latent)"),
+        *("benchmarks/bench_project_onto_basis.py", "benchmarks/bench_least_squares_codes.py"),
+    )
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["bench"] == "all" and {file["bench"] for file in last["files"]} == {
+        "project_onto_basis",
+        "least_squares_codes",
+    }
+
+
+class Event:
+    """What ``torch.cuda.Event`` is to a clock, by the time of this processor."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+@pytest.fixture
+def gpu_clock(monkeypatch) -> CudaClock:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return CudaClock(torch.device("cpu"))
+
+
+def test_the_clock_of_a_gpu_times_the_call_and_flushes_before_it(gpu_clock):
+    gpu_clock.scratch.fill_(1)
+    seen = []
+
+    def call():
+        seen.append(gpu_clock.scratch[-1].item())
+        time.sleep(0.005)
+
+    assert 0.005 <= gpu_clock(call, 3) < 0.05
+    assert seen == [0, 0, 0]
+
+
+def test_medians_tell_the_slower_call(gpu_clock):
+    slow, fast = (lambda: time.sleep(0.004)), (lambda: time.sleep(0.001))
+    found = medians(gpu_clock, {"slow": slow, "fast": fast}, rounds=3)
+    assert found["fast"] < found["slow"] < 20 * found["fast"]
+
+
+def test_what_the_processor_reaches():
+    clock = CpuClock(one_thread=True)
+    assert 1e8 < copy_rate(clock) < 1e13
+    assert 1e8 < product_rate(clock, torch.float32) < 1e14
