@@ -8,7 +8,7 @@ autocast. Peers run as they are published, in float32 on a CPU, with the weights
 
 On a machine with a GPU ``test_synthesis_on_a_gpu`` times whole calls there, by CUDA events, with and without a CUDA graph:
 
-    pytest benchmarks/bench_synthesis.py -k gpu --benchmark-enable -s
+    pytest benchmarks/bench_synthesis.py -k "gpu or memory" --benchmark-enable --bench-device cuda
 
 Set MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ to 4 GB, as ``make bench`` does: without them glibc maps and
 unmaps large activations at every op, which flatters us (our workspace is kept) by up to 1.9 times.
@@ -19,19 +19,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from unittest import mock
 
 import pytest
 import torch
+from clocks import medians
+from memory import peak_mib, printed_by_a_process
 from peers import load_peers
 
-from sage_fast import _native
 from sage_fast.models.graphs import GraphedSynthesis
 from sage_fast.models.inference import choose_road, fused_network
 from sage_fast.models.stylegan2 import Generator
@@ -81,6 +78,8 @@ def channels_last(network: SynthesisNetwork) -> SynthesisNetwork:
 @pytest.mark.parametrize("n", [1, 4, 8, 64])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "1024F"])
 def test_synthesis(compare, request, name, n, precision):
+    if compare.device.type != "cpu":
+        pytest.skip("on a CPU; test_synthesis_on_a_gpu is the other")
     bf16 = precision == "bfloat16"
     if bf16 and not has_products(torch.bfloat16, torch.device("cpu")):
         pytest.skip("this processor has no bfloat16 products")
@@ -110,19 +109,24 @@ def test_synthesis(compare, request, name, n, precision):
     compare(f"{name}, N {n}, {precision}", timed(lambda: G.synthesis(w_plus)), rivals, flops=work, dtype=dtype)
 
 
-# the most telling first, in case the time runs out
-GPU_CASES = list(itertools.product(["bfloat16", "float16"], ["256F", "1024F"], [1, 8, 64, 4]))
-_gpu_generator = functools.lru_cache(maxsize=1)(lambda name: generator(name).to("cuda"))
+# the most telling first, in case the time runs out; "tf32" and "float32" are float32 with and without TF32 products
+GPU_CASES = [
+    *itertools.product(["bfloat16", "float16"], ["256F", "1024F"], [1, 8, 64]),
+    *itertools.product(["tf32", "float32"], ["256F"], [1, 8, 64]),
+    *itertools.product(["tf32", "float32"], ["1024F"], [1, 8]),
+    *itertools.product(["bfloat16"], ["64", "256p"], [1, 64]),
+]
+_gpu_generator = functools.lru_cache(maxsize=1)(lambda name, device: generator(name).to(device))
 
 
 @pytest.mark.parametrize(("precision", "name", "n"), GPU_CASES)
 @torch.no_grad()
-def test_synthesis_on_a_gpu(request, capsys, precision, name, n):
-    """Medians of whole calls; a line of JSON each, at once, so that what was measured stays when the run is cut off."""
-    if "cuda" not in _native.load().devices:
-        pytest.skip(f"no kernels on 'cuda': {_native.load().reasons['cuda']}")
-    G, dtype = _gpu_generator(name), getattr(torch, precision)
-    w_plus = torch.randn(n, G.n_latent, 512, generator=torch.Generator().manual_seed(n)).cuda()
+def test_synthesis_on_a_gpu(compare, request, precision, name, n):
+    if compare.device.type != "cuda":
+        pytest.skip("needs --bench-device cuda")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    G, dtype = _gpu_generator(name, compare.device), getattr(torch, precision.replace("tf", "float"))
+    w_plus = torch.randn(n, G.n_latent, 512, generator=torch.Generator().manual_seed(n)).to(compare.device)
     noise = [getattr(G.noises, f"noise_{i}") for i in range(G.n_latent - 1)]
     network = fused_network(G)
     last = channels_last(network)
@@ -138,80 +142,46 @@ def test_synthesis_on_a_gpu(request, capsys, precision, name, n):
         "plain PyTorch, channels last": lambda: synthesis_reference(last, w_plus, noise),
         "our road, plain epilogues": plain_epilogues(lambda: synthesis_cuda.draw(network, w_plus, noise, dtype)),
     }
-    calls = {who: torch.autocast("cuda", dtype)(call) for who, call in calls.items()}
+    low = torch.autocast("cuda", dtype if dtype != torch.float32 else torch.bfloat16, enabled=dtype != torch.float32)
+    calls = {who: low(call) for who, call in calls.items()}
     for peer, draw in load_peers(request.config.getoption("--peer-path"), G).items():
         calls[peer] = functools.partial(draw, w_plus)  # chooses float16 itself
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        with torch.autocast("cuda", dtype):
-            assert choose_road(G, w_plus)[0] == "fused"
-        expected = calls["ours"]().float()
-        for who, call in calls.items():
-            error = (call().float() - expected).abs().max() / expected.abs().max()
-            assert error < 0.1, f"{who} differs by {error:.2e}"
-        if not request.config.getoption("--benchmark-enable"):
-            return
-        ms = _gpu_medians(calls)
-    images = {who: round(n / (t / 1e3), 1) for who, t in ms.items()}
-    tflops = round(n * flop(G) / min(ms["ours"], ms["ours, graph"]) / 1e9, 1)
-    row = dict(case=f"{name}, N {n}, {precision}", device=torch.cuda.get_device_name(), ms=ms, images_per_s=images)
-    with capsys.disabled():
-        print("\n" + json.dumps(row | dict(tflop_per_s=tflops)))
-
-
-def _gpu_medians(calls: dict[str, Callable[[], torch.Tensor]], rounds: int = 7) -> dict[str, float]:
-    """Milliseconds a call by CUDA events, the calls interleaved."""
-
-    def measure(call: Callable[[], torch.Tensor], repeats: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / repeats
-
-    repeats = {who: max(1, min(30, int(20 / measure(call, 2)))) for who, call in calls.items()}
-    times: dict[str, list[float]] = {who: [] for who in calls}
-    for _ in range(rounds):
-        for who, call in calls.items():
-            times[who].append(measure(call, repeats[who]))
-    return {who: round(median(values), 4) for who, values in times.items()}
+    with low:
+        assert choose_road(G, w_plus)[0] == "fused"
+    expected = calls["ours"]().float()
+    for who, call in calls.items():
+        error = (call().float() - expected).abs().max() / expected.abs().max()
+        assert error < 0.1, f"{who} differs by {error:.2e}"
+    if compare.benchmark.disabled:
+        return
+    seconds = medians(compare.clock, calls, 7)
+    images = {who: round(n / t, 1) for who, t in seconds.items()}
+    compare.add(f"{name}, N {n}, {precision}", seconds, flops=n * flop(G), dtype=dtype, images_per_s=images)
 
 
 @pytest.mark.parametrize("n", [8])
-def test_memory(request, n, capsys):
-    """Peak memory of a synthesis at 256 px above what the process held before, each in a process of its own."""
-    used = {who: _peak_in_a_process(who, n) for who in ["ours", *request.config.getoption("--peer-path")]}
-    with capsys.disabled():
-        print(f"\npeak of 256p, N {n}, MiB above the network: {used}")
+def test_memory(request, compare, n):
+    """Peak memory of a synthesis at 256 px above what was held before; on a CPU each in a process of its own."""
+    device, threads = compare.device, torch.get_num_threads()
+    peers = request.config.getoption("--peer-path")
+    if device.type == "cuda":
+        used = {"ours": _peak("ours", n, device)} | {Path(peer).name: _peak(peer, n, device) for peer in peers}
+    else:
+        used = {Path(who).name: printed_by_a_process(__file__, who, n, threads) for who in ["ours", *peers]}
+    compare.rows.append(dict(case=f"256p, N {n}, above the network", mib=used))
     for who, mib in used.items():
         assert who == "ours" or used["ours"] <= mib / 2
 
 
-def _peak_in_a_process(who: str, n: int) -> float:
-    command = [sys.executable, __file__, who, str(n), str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def _measure(who: str, n: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    G = generator("256p")
+def _peak(who: str, n: int, device: torch.device) -> float:
+    G = generator("256p").to(device)
     draw = G.synthesis if who == "ours" else next(iter(load_peers([who], G).values()))
-    w_plus = torch.randn(n, G.n_latent, 512)
+    w_plus = torch.randn(n, G.n_latent, 512, device=device)
     with torch.inference_mode():
         draw(w_plus[:1, :])  # packs weights, loads code
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-        before = _status("VmRSS")
-        draw(w_plus)
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(name: str) -> int:
-    """kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
+        return peak_mib(lambda: draw(w_plus), device)
 
 
 if __name__ == "__main__":
-    _measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    torch.set_num_threads(int(sys.argv[3]))
+    print(_peak(sys.argv[1], int(sys.argv[2]), torch.device("cpu")))
