@@ -10,6 +10,8 @@ On a machine with a GPU ``test_synthesis_on_a_gpu`` times whole calls there, by 
 
     pytest benchmarks/bench_synthesis.py -k "gpu or memory" --benchmark-enable --bench-device cuda
 
+and ``test_convolutions_on_a_gpu`` prints, layer by layer, cuDNN with an epilogue beside ``styled_conv`` in each width.
+
 Set MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ to 4 GB, as ``make bench`` does: without them glibc maps and
 unmaps large activations at every op, which flatters us (our workspace is kept) by up to 1.9 times.
 """
@@ -32,7 +34,7 @@ from peers import load_peers
 from sage_fast.models.graphs import GraphedSynthesis
 from sage_fast.models.inference import choose_road, fused_network
 from sage_fast.models.stylegan2 import Generator
-from sage_fast.ops import synthesis_cuda, synthesis_epilogue
+from sage_fast.ops import cuda_convolution, synthesis_cuda, synthesis_epilogue
 from sage_fast.ops.synthesis import SynthesisNetwork, has_products, synthesis_reference
 
 #: name -> resolution, channel_base, channel_max

@@ -30,8 +30,10 @@ TESTS="$PYTHON -m pytest -q -p no:cacheprovider"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$OUT/gpu.txt" 2>&1
 step build 200 $PYTHON setup.py build_ext --inplace
 step info 30 $PYTHON -c 'import json; from sage_fast.info import build_report; print(json.dumps(build_report()))'
-step tests_synthesis 90 $TESTS -k cuda python_tests/ops/test_synthesis.py python_tests/ops/test_synthesis_epilogue.py python_tests/ops/test_counter_normal.py python_tests/models/test_graphs.py
-step bench_synthesis_gpu 110 $TESTS -s benchmarks/bench_synthesis.py -k gpu --benchmark-enable
+step tests_synthesis 90 $TESTS -k cuda python_tests/ops/test_synthesis.py python_tests/ops/test_synthesis_epilogue.py python_tests/ops/test_styled_conv.py python_tests/ops/test_counter_normal.py python_tests/models/test_graphs.py
+step bench_convolutions 40 $TESTS -s benchmarks/bench_synthesis.py -k convolutions_on_a_gpu --benchmark-enable
+grep '^{"layer"' "$OUT/bench_convolutions.log" >"$OUT/convolutions_gpu.jsonl" 2>/dev/null
+step bench_synthesis_gpu 110 $TESTS -s benchmarks/bench_synthesis.py -k synthesis_on_a_gpu --benchmark-enable
 grep '^{"case"' "$OUT/bench_synthesis_gpu.log" >"$OUT/synthesis_gpu.jsonl" 2>/dev/null
 step tests 90 $TESTS -k "cuda or not cpu" python_tests/ops python_tests/models python_tests/test_fusion.py
 if command -v compute-sanitizer >/dev/null; then

@@ -27,6 +27,9 @@ def test_every_layer_is_timed(gradients):
     assert sum(layer.seconds for layer in layers) < 2
     table = profile_table(layers, about)
     assert all(name in table for name in NAMES) and about["reason"] in table
+    assert "convolution" not in table
+    table = profile_table(layers, about | dict(convolutions=["cudnn", "own 64", "own"]))
+    assert "convs.0     convolution: own 64" in table
 
 
 def test_the_command_and_its_trace(tmp_path, tiny_bundle, capsys):

@@ -57,7 +57,23 @@ def _roads(device: str) -> dict[str, str]:
                 else "float32: the processor has no bfloat16 products"
             )
             roads["inference under autocast bfloat16"] = f"fused ({products})"
+    if device == "cuda":
+        roads["convolutions"] = _convolutions()
     return roads
+
+
+def _convolutions() -> str:
+    """How the fused synthesis convolves on a GPU, and what was measured in this process."""
+    from sage_fast.ops.cuda_convolution import choices, mode
+
+    ways = [choice.way for choice in choices().values()]
+    measured = ", ".join(f"{way} {ways.count(way)}" for way in sorted(set(ways)))
+    about = {
+        "auto": "auto: cuDNN or styled_conv, whichever is faster at the first use of a layer shape",
+        "cudnn": "cuDNN: SAGE_FAST_CUDA_CONV",
+        "own": "styled_conv: SAGE_FAST_CUDA_CONV",
+    }
+    return about[mode()] + (f"; measured in this process: {measured}" if measured else "")
 
 
 def _all_ops() -> list[str]:

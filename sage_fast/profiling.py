@@ -17,6 +17,7 @@ from torch import Tensor
 from sage_fast.errors import InputError
 from sage_fast.models.inference import choose_road, fused_network, wanted_dtype
 from sage_fast.models.stylegan2 import Generator
+from sage_fast.ops import cuda_convolution, synthesis_cuda
 from sage_fast.ops.synthesis import synthesis_times
 
 __all__ = ["LayerTime", "ProfileConfig", "profile_synthesis", "profile_table"]
@@ -67,7 +68,8 @@ def profile_synthesis(
 
     Returns:
         The layers in the order of their names, and ``road``, ``reason``, ``products`` (the dtype of the
-        multiplications), ``seconds`` of a whole call, ``device``, ``threads``.
+        multiplications), ``seconds`` of a whole call, ``device``, ``threads``; on a GPU's fused road ``convolutions``, which
+        way each styled layer takes (:mod:`sage_fast.ops.cuda_convolution`).
     """
     device = generator.latent_avg.device
     w_plus = torch.randn(config.n, generator.n_latent, generator.style_dim).to(device).requires_grad_(config.gradients)
@@ -87,6 +89,8 @@ def profile_synthesis(
             products = str(wanted_dtype(device) if road == "fused" else getattr(torch, config.precision)).split(".")[1]
             about = dict(road=road, reason=reason, products=products, seconds=whole, device=str(device))
             about["threads"] = torch.get_num_threads()
+            if road == "fused" and device.type == "cuda":
+                about["convolutions"] = _convolutions(generator, config.n)
             if trace is not None:
                 _write_trace(generator, w_plus, Path(trace))
     finally:
@@ -108,6 +112,8 @@ def profile_table(layers: list[LayerTime], about: dict[str, Any]) -> str:
         lines.append(
             f"{name:<12}{size:>6}{f'{c_in} > {c_out}':>12}{seconds * 1e3:>10.3f}{seconds / total:>8.1%}{rate:>10}"
         )
+    for layer, way in zip(layers, about.get("convolutions", [])):
+        lines.append(f"{layer.name:<12}convolution: {way}")
     lines.append(f"{'sum':<30}{total * 1e3:>10.3f}")
     lines.append(f"{'a whole call':<30}{about['seconds'] * 1e3:>10.3f}")
     return "\n".join(lines)
@@ -126,6 +132,12 @@ def _layers(generator: Generator, n: int) -> list[LayerTime]:
         name = "to_rgb1" if i == 0 else f"to_rgbs.{i - 1}"
         found.append(LayerTime(name, size, c, channels, 0.0, 2.0 * n * c * channels * size**2))
     return found
+
+
+def _convolutions(generator: Generator, n: int) -> list[str]:
+    dtype = wanted_dtype(generator.latent_avg.device)
+    keys = synthesis_cuda.convolutions(fused_network(generator).prepared(dtype), n, dtype)
+    return [cuda_convolution.taken(key) or "not chosen" for key in keys]
 
 
 def _fused_call(generator: Generator, w_plus: Tensor) -> Callable[[], list[float]]:

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import pytest
 import torch
 
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops import cuda_convolution
-from sage_fast.ops.cuda_convolution import CUDNN, OWN, Layer, choices, choose
+from sage_fast.ops.cuda_convolution import CUDNN, OWN, Layer, choices, choose, taken
 
 LAYER = Layer(torch.device("cuda:0"), torch.bfloat16, 4, 64, 512, 256, True)
 WAYS = dict.fromkeys([CUDNN, *OWN], lambda: None)
+
+
+class Event:
+    """A clock that ways advance."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool):
+        self.waited = False
+
+    def record(self, stream: None) -> None:
+        self.time = Event.now
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.waited
+        return end.time - self.time
+
+
+def test_a_measurement(monkeypatch):
+    """Medians of rounds of each way after a call that does not count."""
+    monkeypatch.undo()
+    for name, fake in dict(Event=Event, current_stream=lambda device: None, _sleep=lambda cycles: None).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    calls = {CUDNN: [50.0, 2, 2, 2, 3, 3, 3, 90, 90, 90], "own": [99.0, 1, 2, 3, 1, 2, 3, 1, 2, 3]}
+
+    def advance(way: str) -> None:
+        Event.now += calls[way].pop(0)
+
+    ways = {way: functools.partial(advance, way) for way in calls}
+    assert cuda_convolution._measured(LAYER.device, ways) == {CUDNN: 3.0, "own": 2.0}
+    assert not any(calls.values())
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +67,7 @@ def measured(monkeypatch) -> list[dict[str, float]]:
 def test_the_fastest_is_kept(measured):
     measured += [{CUDNN: 2.0, "own": 1.5, "own 64": 1.2}, {CUDNN: 1.0, "own": 1.5, "own 64": 1.2}]
     assert choose(LAYER, WAYS) == choose(LAYER, WAYS) == "own 64"
+    assert taken(LAYER) == "own 64" and taken(LAYER._replace(n=5)) is None
     assert choose(LAYER._replace(n=5), WAYS) == CUDNN
     assert choose(LAYER, WAYS) == "own 64" and not measured
     assert choices()[LAYER] == ("own 64", {CUDNN: 2.0, "own": 1.5, "own 64": 1.2})

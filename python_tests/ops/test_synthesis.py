@@ -102,6 +102,19 @@ def test_the_cuda_road_on_the_cpu(name, n_channels):
     assert len(marks) == len(network.layers) + 1
 
 
+def test_the_cuda_road_asks_for_the_convolution_of_each_layer(monkeypatch):
+    G = generator(CHANNELS["8 px"])
+    w_plus, network, asked = latents(G, 3), fused_network(G), []
+    monkeypatch.setattr(synthesis_cuda, "choose", lambda layer, ways: asked.append((layer, [*ways])) or "cudnn")
+    synthesis_cuda.draw(network, w_plus, maps(G), torch.bfloat16)
+    prepared = network.prepared(torch.bfloat16)
+    assert [layer for layer, _ in asked] == synthesis_cuda.convolutions(prepared, 3, torch.bfloat16)
+    for i, (layer, ways) in enumerate(asked):
+        shape = prepared.weights[i].shape[:2]
+        assert {layer.c_in, layer.c_out} == set(shape) and layer.size == 4 << (i + 1) // 2 and layer.up == (i % 2 == 1)
+        assert ways == ["cudnn", "own", "own 32", "own 64", "own 128"]
+
+
 def test_the_cuda_road_divides_large_batches(monkeypatch):
     G = generator(CHANNELS["odd"])
     w_plus, network = latents(G, 5), fused_network(G)

@@ -18,7 +18,7 @@ import torch
 from sage_fast import _native
 from sage_fast.errors import InputError
 
-__all__ = ["CUDNN", "MODES", "OWN", "Choice", "Layer", "choices", "choose", "mode"]
+__all__ = ["CUDNN", "MODES", "OWN", "Choice", "Layer", "choices", "choose", "mode", "taken"]
 
 MODES = ("auto", "cudnn", "own")
 CUDNN = "cudnn"
@@ -68,11 +68,10 @@ def choices() -> dict[Layer, Choice]:
     return dict(_choices)
 
 
-def choose(layer: Layer, ways: Mapping[str, Callable[[], Any]]) -> str:
-    """The way that ``layer`` takes: a key of ``ways``, which holds a call of the whole layer for :data:`CUDNN` and each of :data:`OWN`.
+def taken(layer: Layer) -> str | None:
+    """The way that ``layer`` takes, :data:`CUDNN` or a key of :data:`OWN`; None: its first use is to decide.
 
-    Nothing is measured while a CUDA graph is captured: without an earlier choice it is cuDNN then, as it is under
-    ``torch.use_deterministic_algorithms``.
+    cuDNN's where there is nothing to choose: off the GPU, for float32 without TF32, under ``torch.use_deterministic_algorithms``.
 
     Raises:
         InputError: ``own`` is wanted for float32, and TF32 products are not allowed.
@@ -88,12 +87,21 @@ def choose(layer: Layer, ways: Mapping[str, Callable[[], Any]]) -> str:
     on_gpu = layer.device.type == "cuda" and _native.has_kernel("styled_conv", "cuda")
     if wanted == "cudnn" or not (on_gpu and _has_products(layer.dtype)) or torch.are_deterministic_algorithms_enabled():
         return CUDNN
-    if layer not in _choices:
-        if torch.cuda.is_current_stream_capturing():
-            return CUDNN
-        ms = _measured(layer.device, ways)
-        _choices.setdefault(layer, Choice(min(ms, key=lambda way: (ms[way], way)), ms))
-    return _choices[layer].way
+    return _choices[layer].way if layer in _choices else None
+
+
+def choose(layer: Layer, ways: Mapping[str, Callable[[], Any]]) -> str:
+    """The way that ``layer`` takes, after a measurement if need be; ``ways``: a call of the whole layer for each.
+
+    Nothing is measured while a CUDA graph is captured: a layer that was never measured takes cuDNN's then, and stays open.
+    """
+    way = taken(layer)
+    if way is not None:
+        return way
+    if torch.cuda.is_current_stream_capturing():
+        return CUDNN
+    ms = _measured(layer.device, ways)
+    return _choices.setdefault(layer, Choice(min(ms, key=lambda way: (ms[way], way)), ms)).way
 
 
 def _has_products(dtype: torch.dtype) -> bool:

@@ -112,8 +112,8 @@ def synthesis(
     Implements the generator of Karras et al. 2020 [StyleGAN2] with one weight for the whole batch: the style scales
     activations, demodulation scales outputs. On the CPU the 3 x 3 convolutions take 2.25 (plain, float32) multiplications a
     pixel instead of 9, by Winograd's and Toom and Cook's transforms, and each layer's epilogue is part of the way back from
-    them; see ``csrc/cpu/styled_conv.inl``. On a GPU cuDNN convolves, and an epilogue a layer does the rest in one pass; see
-    :mod:`sage_fast.ops.synthesis_cuda`.
+    them; see ``csrc/cpu/styled_conv.inl``. On a GPU cuDNN convolves, and an epilogue a layer does the rest in one pass, or one
+    kernel does both; see :mod:`sage_fast.ops.synthesis_cuda`.
 
     Args:
         network: weights, on the device of ``w_plus``.

@@ -27,7 +27,7 @@ from sage_fast.ops.synthesis_epilogue import blur_epilogue, styled_epilogue
 if TYPE_CHECKING:
     from sage_fast.ops.synthesis import SynthesisNetwork
 
-__all__ = ["MAX_CHANNELS", "Prepared", "draw", "prepare"]
+__all__ = ["MAX_CHANNELS", "Prepared", "convolutions", "draw", "prepare"]
 
 MAX_CHANNELS = 1024  # a block of 256 threads holds a pixel in vectors of 16 bytes
 _MULTIPLE = 8  # channels fill whole vectors and whole tensor-core tiles; the padding meets weights of zero
@@ -120,6 +120,7 @@ def _draw(
     last = len(network.layers) - 1
     x = prepared.input * styles[0, :, : prepared.input.shape[1], None, None]
     x = x.permute(0, 2, 3, 1).to(dtype).contiguous()
+    keys = convolutions(prepared, len(x), dtype)
     image: Tensor | None = None
     for i, layer in enumerate(network.layers):
         map_ = noise[i]
@@ -128,16 +129,20 @@ def _draw(
         behind = (factors[i], prepared.biases[i], map_, layer.strength, following)
         to_image = None if i % 2 == 1 else (image_weights[i // 2], network.images[i // 2].bias, image)
         ways = _ways(network, prepared, i, x, behind, to_image, rule)
-        x, new = ways[choose(_key(prepared, i, x), ways)]()
+        x, new = ways[choose(keys[i], ways)]()
         image = image if new is None else new
         mark()
     assert image is not None
     return image
 
 
-def _key(prepared: Prepared, i: int, x: Tensor) -> Layer:
-    n, c_in = len(x), x.shape[-1]
-    return Layer(x.device, x.dtype, n, 4 << (i + 1) // 2, c_in, len(prepared.biases[i]), i % 2 == 1)
+def convolutions(prepared: Prepared, n: int, dtype: torch.dtype) -> list[Layer]:
+    """What the choice of each styled layer's convolution depends on, for ``n`` samples."""
+    device, sizes = prepared.input.device, [prepared.input.shape[1], *map(len, prepared.biases)]
+    return [
+        Layer(device, dtype, n, 4 << (i + 1) // 2, c_in, c_out, i % 2 == 1)
+        for i, (c_in, c_out) in enumerate(zip(sizes, sizes[1:]))
+    ]
 
 
 def _ways(
