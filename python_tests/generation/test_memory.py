@@ -138,6 +138,19 @@ def test_a_batch_or_shard_that_does_not_fit_is_refused_with_one_that_does(pipeli
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    "n, words",
+    [
+        (10**9, r"^A plan has at most 1,000,000 shards, got 3,906,250 of 512 images; give larger shards"),
+        (10**20, r"^A plan has at most 1,000,000,000,000 images, got 200,000,000,000,000,000,000; ask for fewer\.$"),
+    ],
+)
+def test_a_plan_of_any_number_of_images_is_refused_or_begun(pipeline, tiny_shots, tmp_path, n, words):
+    with pytest.raises(InputError, match=words):
+        generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=n))
+    assert room_for(pipeline, plan_like(pipeline, tiny_shots, n=10**9, shard=4096), 1).bytes < LIMIT
+
+
 def test_many_shots_of_a_category_are_counted(pipeline, tiny_shots):
     large = of_size(pipeline, 256)
     plan = plan_like(large, tiny_shots)

@@ -148,3 +148,9 @@ def test_a_category_without_a_readable_shot(shots):
     (shots / "rose" / "1.png").write_bytes(b"")
     with pytest.warns(SageFastWarning), pytest.raises(InputError, match="No image can be read of 'rose'"):
         plan_of(None, shots)
+
+
+def test_a_folder_whose_name_starts_with_a_dot_is_named(shots):
+    (shots / "rose").rename(shots / ".rose")
+    with pytest.warns(SageFastWarning, match=r"start with a dot are passed over: \.rose; rename those"):
+        assert brief(plan_of(None, shots)) == [("lily", 0, 128, 1.0, "sage", 3)]

@@ -471,6 +471,29 @@ def test_a_full_disk_in_every_format(pipeline, tiny_shots, tmp_path, monkeypatch
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_the_system_refuses_to_write_is_named(pipeline, tiny_shots, tmp_path, format):
+    """A limit on the size of files stands for a disk that is full: it meets every way of writing."""
+    config = GenerateConfig(n=60, batch=16, shard=120, format=format, **FORMATS[format])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(
+            InputError, match=r"^File '.*/out/.*' cannot be written \(File too large\); choose"
+        ) as error:
+            generate(pipeline, tiny_shots, tmp_path / "out", config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert one_sentence(error)
+    assert list((tmp_path / "out").glob(".sage_fast/tmp/*")) == []
+    summary = generate(pipeline, tiny_shots, tmp_path / "out", replace(config, resume=True))
+    assert summary.n_new == 120 and summary.missing == 0
+
+
+def test_the_folder_of_the_metrics_must_be_there(pipeline, tiny_shots, tmp_path):
+    refused(tmp_path, "metrics must be a file in a folder", pipeline, tiny_shots, metrics=str(tmp_path / "no" / "x"))
+
+
 def test_a_target_that_cannot_be_written(pipeline, tiny_shots, tmp_path, monkeypatch):
     real_open = os.open
 

@@ -110,7 +110,7 @@ def test_errors_behind_fsspec_are_one_sentence(monkeypatch):
         store.place("a.png", b"", 0)
 
 
-@pytest.mark.parametrize("url", ["nonsense://x", "s4://bucket/x"])
+@pytest.mark.parametrize("url", ["nonsense://x", "s4://bucket/x", "://x"])
 def test_urls_of_unknown_kinds(url):
     with pytest.raises(InputError, match="cannot be opened") as error:
         open_store(url)

@@ -393,7 +393,7 @@ def _is_own(path: str) -> bool:
     return known or _OWN_NAMES.fullmatch(path.replace(os.sep, "/")) is not None
 
 
-def cannot_write(path: Path, error: OSError) -> InputError:
+def cannot_write(path: Path | str, error: OSError) -> InputError:
     """The sentence for a file that the system refuses to write."""
     remedy = {
         errno.ENOSPC: "free some space or choose another folder",

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from PIL import Image
 
+from sage_fast.data.writers import cannot_write
 from sage_fast.generation.encoding import Encoder, with_provenance
 from sage_fast.generation.plan import Plan
 from sage_fast.generation.stores import STATE, Store
@@ -42,15 +43,22 @@ class Stored:
 
 
 class OpenShard:
-    """A shard that is being written; on an error nothing of it stays."""
+    """A shard that is being written to ``file``; on an error nothing of it stays."""
 
-    def __init__(self, add: Callable[[Stored], None] | None, stack: ExitStack) -> None:
-        self._add, self._stack = add, stack
+    def __init__(self, file: str, add: Callable[[Stored], None] | None, stack: ExitStack) -> None:
+        self._file, self._add, self._stack = file, add, stack
 
     def add(self, image: Stored) -> None:
-        """The next image of the shard."""
+        """The next image of the shard.
+
+        Raises:
+            InputError: the disk takes no more.
+        """
         if self._add is not None:
-            self._add(image)
+            try:
+                self._add(image)
+            except OSError as error:
+                raise cannot_write(self._file, error) from error
 
     def close(self) -> None:
         """The shard is whole."""
@@ -120,7 +128,7 @@ class ImageFolders:
 
     def open(self, shard: int) -> OpenShard:
         """Nothing is to be begun: images go to their places by themselves."""
-        return OpenShard(None, ExitStack())
+        return OpenShard("", None, ExitStack())
 
     def is_missing(self, shard: int) -> bool:
         """Whether a file of a shard is gone or empty; asked on this machine alone, where it is quick."""
@@ -173,9 +181,9 @@ class TarFiles:
     def open(self, shard: int) -> OpenShard:
         """Begin a tar file."""
         stack = ExitStack()
-        return self._begin(stack.enter_context(self.target.writer(self.file(shard))), stack)
+        return self._begin(shard, stack.enter_context(self.target.writer(self.file(shard))), stack)
 
-    def _begin(self, file: BinaryIO, stack: ExitStack) -> OpenShard:
+    def _begin(self, shard: int, file: BinaryIO, stack: ExitStack) -> OpenShard:
         tar = stack.enter_context(tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT))
 
         def add(image: Stored) -> None:
@@ -186,12 +194,12 @@ class TarFiles:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
-        return OpenShard(add, stack)
+        return OpenShard(f"{self.target}/{self.file(shard)}", add, stack)
 
     def holds(self, shard: int, images: Iterable[Stored]) -> bool:
         """Whether the file is what these images make, between them too."""
         wanted, found = _Hash(), _Hash()
-        open_shard = self._begin(cast(BinaryIO, wanted), ExitStack())
+        open_shard = self._begin(shard, cast(BinaryIO, wanted), ExitStack())
         for image in images:
             open_shard.add(image)
         open_shard.close()
@@ -267,7 +275,7 @@ class ArrayFile:
         def add(image: Stored) -> None:
             file.write(image.data)
 
-        return OpenShard(add, stack)
+        return OpenShard(f"{self.target}/{self.piece(shard)}", add, stack)
 
     def is_missing(self, shard: int) -> bool:
         """Whether neither the piece nor the whole is there in its full size."""

@@ -29,6 +29,7 @@ _LIBRARIES = 288 * _MB  # Python, PyTorch, NumPy and an encoder
 _INVERSION = 64 * _MB  # one shot through the encoder
 _RECORDS = 128 * _MB
 _LINE, _SHOT = 2600, 120  # bytes of an image's record, and of each shot in it, until its shard is committed
+_MOST_SHARDS = 1_000_000  # whose numbers are in memory
 _SYNTHESIS = 192 * _MB  # largest of one call, where the batch may be cut
 _CALL = 16 * _MB  # of a thread that draws, whatever it draws
 _UNFUSED = 10  # times the activations of the fused kernels
@@ -131,6 +132,11 @@ def _check_batch(pipeline: FewShotPipeline, plan: Plan, waiting: int, free: int)
 
 
 def _check_shard(plan: Plan, record: int) -> None:
+    if plan.n_shards > _MOST_SHARDS:
+        raise InputError(
+            f"A plan has at most {_MOST_SHARDS:,} shards, got {plan.n_shards:,} of {plan.shard} images; give larger shards, or "
+            "several plans."
+        )
     if record > _RECORDS:
         raise InputError(
             f"A shard must have at most {plan.shard * _RECORDS // record} images in this plan, so that its record fits into "

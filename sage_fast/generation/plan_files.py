@@ -50,6 +50,7 @@ _NUMBERS = {
     "alpha": float,
 }
 _WORDS = ("method", "fusion")
+_MOST_IMAGES = 10**12
 _MAX_BAD_SHARE = 0.05  # shots that cannot be read are left out while they are at most this share
 
 
@@ -93,6 +94,12 @@ def read_plan(
 
 def _lines_of_folder(folder: Path, config: GenerateConfig) -> list[_Line]:
     listing = scan_image_folder(folder, flat_ok=True)
+    hidden = sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and path.is_dir())
+    if hidden:
+        warnings.warn(
+            f"Folders of {str(folder)!r} whose names start with a dot are passed over: {', '.join(hidden):.300}; rename those "
+            "that are categories.", SageFastWarning, stacklevel=4,
+        )  # fmt: skip
     check_categories(listing.categories)
     files: list[list[str]] = [[] for _ in listing.categories]
     for file, label in zip(listing.files, listing.labels):
@@ -237,6 +244,10 @@ def _chosen(lines: list[_Line], words: Sequence[str]) -> list[_Line]:
 
 
 def _parts(root: Path, lines: list[_Line], resolution: int, n_channels: int) -> list[Part]:
+    if sum(line.config.n for line in lines) > _MOST_IMAGES:
+        raise InputError(
+            f"A plan has at most {_MOST_IMAGES:,} images, got {sum(line.config.n for line in lines):,}; ask for fewer."
+        )
     hashes = _hash_shots(root, lines, resolution, n_channels)
     ends: dict[str, int] = {}
     parts: list[Part] = []

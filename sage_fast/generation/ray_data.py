@@ -10,7 +10,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -53,8 +52,10 @@ def generate_on_ray(
     Raises:
         InputError: as :func:`generate`; Ray is not installed; fewer than one worker; or several ranks.
     """
-    if find_spec("ray") is None:
-        raise InputError("generate_on_ray needs Ray; pip install 'sage_fast[ray]', or use torchrun.")
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:  # a folder named ray can be imported too
+        raise InputError("generate_on_ray needs Ray; pip install 'sage_fast[ray]', or use torchrun.") from error
     if n_workers < 1:
         raise InputError(f"n_workers must be at least 1, got {n_workers}.")
     if ranks()[1] > 1:

@@ -216,6 +216,10 @@ def _check(
         raise InputError("--overwrite does not go with several ranks, of which one would delete another's images.")
     if config.parquet and find_spec("pyarrow") is None:
         raise InputError("parquet needs pyarrow; pip install 'sage_fast[parquet]', or leave it out.")
+    if config.metrics is not None and not Path(config.metrics).absolute().parent.is_dir():
+        raise InputError(
+            f"metrics must be a file in a folder that is there, got {config.metrics!r}; make the folder first."
+        )
     if "://" in os.fspath(out):
         return
     models = [None if isinstance(model, FewShotPipeline) else model]

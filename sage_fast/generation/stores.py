@@ -308,6 +308,8 @@ def open_store(out: str | os.PathLike[str]) -> Store:
     except ImportError as error:
         raise InputError(f"Output {text!r} needs fsspec; pip install 'sage_fast[remote]', or give a folder.") from error
     try:
+        if text.startswith(":"):
+            raise ValueError("no kind of file system is named")
         system, root = url_to_fs(text)
     except (ValueError, ImportError, OSError) as error:
         raise InputError(
