@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,15 +121,17 @@ def test_the_augmenter_is_a_stage(ray, tiny_bundle, tiny_shots):
 
 
 def test_what_cannot_be_asked_for(tiny_bundle, tiny_shots, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_data, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs Ray; pip install 'sage_fast\[ray\]'"):
-        generate_on_ray(tiny_bundle, tiny_shots, tmp_path / "out")
-    monkeypatch.setattr(ray_data, "find_spec", lambda name: name)
     with pytest.raises(InputError, match="n_workers must be at least 1, got 0"):
         generate_on_ray(tiny_bundle, tiny_shots, tmp_path / "out", n_workers=0)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="unset RANK and WORLD_SIZE"):
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match="unset RANK and WORLD_SIZE"):
+            generate_on_ray(tiny_bundle, tiny_shots, tmp_path / "out")
+    (tmp_path / "ray").mkdir()  # a folder of that name is no Ray
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    with pytest.raises(InputError, match=r"needs Ray; pip install 'sage_fast\[ray\]'"):
         generate_on_ray(tiny_bundle, tiny_shots, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

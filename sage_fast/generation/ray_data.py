@@ -52,14 +52,14 @@ def generate_on_ray(
     Raises:
         InputError: as :func:`generate`; Ray is not installed; fewer than one worker; or several ranks.
     """
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:  # a folder named ray can be imported too
-        raise InputError("generate_on_ray needs Ray; pip install 'sage_fast[ray]', or use torchrun.") from error
     if n_workers < 1:
         raise InputError(f"n_workers must be at least 1, got {n_workers}.")
     if ranks()[1] > 1:
         raise InputError("Ray spreads the shards itself; unset RANK and WORLD_SIZE, or leave Ray out.")
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:  # a folder named ray can be imported too
+        raise InputError("generate_on_ray needs Ray; pip install 'sage_fast[ray]', or use torchrun.") from error
     where = model if model is None or isinstance(model, FewShotPipeline) else os.path.abspath(model)
     write = partial(_write, where, n_workers, num_gpus)
     return generate(where, shots_dir, out, config, progress, meter, plan, write)
