@@ -10,11 +10,12 @@ import pytest
 import torch
 from nvlabs_pickles import write_nvlabs
 
-from sage_fast import cli
+from sage_fast import cli, load_dictionary
 from sage_fast.conversion import TARGETS, convert, describe
 from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.models.psp import GradualStyleEncoder
 from sage_fast.models.stylegan2 import Discriminator, Generator
-from sage_fast.models.weights import load_discriminator, load_generator
+from sage_fast.models.weights import load_bundle, load_directions, load_discriminator, load_encoder, load_generator
 
 
 def networks(**changes) -> tuple[Generator, Discriminator]:
@@ -38,8 +39,11 @@ def ending(target: str) -> str:
     return ".pt" if target in ("rosinality", "psp") else ".safetensors"
 
 
-@pytest.mark.parametrize("first", TARGETS)
-@pytest.mark.parametrize("second", TARGETS)
+FILES = [target for target in TARGETS if target != "bundle"]
+
+
+@pytest.mark.parametrize("first", FILES)
+@pytest.mark.parametrize("second", FILES)
 @pytest.mark.filterwarnings("ignore:a psp file does not keep")
 def test_every_way_there_and_on_keeps_every_bit(tmp_path, first, second):
     G, D = networks()
@@ -111,7 +115,9 @@ def test_what_the_common_port_cannot_hold_is_refused_and_nothing_written(tmp_pat
     ("out", "to", "words"),
     [
         ("b.pkl", None, "no pickle"),
-        ("b.pt", "bundle", "train one with sage-fast train"),
+        ("b.pt", "bundle", "holds no encoder, which a bundle has; use --to sage_fast"),
+        (".", "bundle", "a bundle is a folder, new or empty"),
+        ("a.pkl", "bundle", "no pickle"),
         ("b.bin", None, "--to must be one of"),
         ("b.safetensors", "psp", "ends in .pt"),
         ("b.pt", "nvlabs", "ends in .safetensors"),
@@ -165,6 +171,83 @@ def test_a_bundle_is_a_source_too(tiny_bundle, tmp_path):
     }
 
 
+# --- encoders ---
+
+
+def psp_file(path, n_styles=2, average_rows=2, directions=None, **opts):
+    """A file of pSp's family: a generator of 16 px or 4 px and a ReStyle encoder on a ResNet-34."""
+    torch.manual_seed(7)
+    G = Generator(16 if n_styles > 2 else 4, 512, 1, channels=[2] * (3 if n_styles > 2 else 1))
+    E = GradualStyleEncoder(n_styles, None, "resnet34", pyramid=False, n_iterations=2)
+    state = {f"encoder.{name}": value for name, value in E.state_dict().items()}
+    state |= {f"decoder.{name}": value for name, value in G.state_dict().items() if name != "latent_avg"}
+    if directions is not None:
+        state["ax.A"] = directions
+    options = {"encoder_type": "ResNetBackboneEncoder", "output_size": G.resolution, "n_iters_per_batch": 2, **opts}
+    average = torch.randn(512).repeat(average_rows, 1)
+    torch.save({"state_dict": state, "latent_avg": average, "opts": options}, path)
+    return path
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_an_encoder_goes_into_a_bundle_and_back_with_every_bit(tmp_path):
+    path = psp_file(tmp_path / "a.pt", device="cpu", w_norm_lambda=0.5, checkpoint=None)
+    bundle = convert(path, tmp_path / "bundle", "bundle")
+    back = convert(bundle, tmp_path / "b.pt", "psp")
+    again = convert(bundle, tmp_path / "copy", "bundle")
+    first, second = weights_of(path), weights_of(back)
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    assert torch.equal(first["latent_avg"], second["latent_avg"])
+    assert {name: second["opts"][name] for name in first["opts"]} == first["opts"]
+    for load in (load_generator, load_encoder):
+        assert same(load(path), load(bundle)) and load(path).architecture() == load(bundle).architecture()
+        assert same(load(path), load(back)) and load(path).architecture() == load(back).architecture()
+    assert [(again / name).read_bytes() for name in os.listdir(bundle)] == [p.read_bytes() for p in bundle.iterdir()]
+    report = describe(bundle)
+    assert report["loads"] == ["generator", "encoder"] and report["converts to"] == list(TARGETS)
+    assert report["networks"]["encoder"] == describe(path)["networks"]["encoder"]
+    for load in (load_bundle, load_directions):
+        with pytest.raises(InputError, match="has no dictionary.safetensors; train that part") as error:
+            load(bundle)
+        assert one_sentence(error)
+
+
+def test_directions_of_age_go_along_and_come_back(tmp_path):
+    path = psp_file(tmp_path / "a.pt", n_styles=6, average_rows=6, directions=torch.randn(6, 512, 3))
+    bundle = convert(path, tmp_path / "bundle", "bundle")
+    back = convert(bundle, tmp_path / "b.pt", "psp")
+    for found in (bundle, back):
+        directions, expected = load_dictionary(found), load_dictionary(path)
+        assert torch.equal(directions.directions, expected.directions) and directions.groups == expected.groups
+    assert torch.equal(weights_of(path)["state_dict"]["ax.A"], weights_of(back)["state_dict"]["ax.A"])
+    with pytest.warns(SageFastWarning, match="does not keep the encoder, directions$"):
+        convert(bundle, tmp_path / "c.safetensors")
+
+
+def test_encoders_that_another_format_cannot_hold(tmp_path, tiny_bundle):
+    with pytest.warns(
+        SageFastWarning, match="a psp file does not keep the encoder, directions, codes, the discriminator"
+    ):
+        convert(tiny_bundle, tmp_path / "a.pt", "psp")
+    state = {f"decoder.{name}": value for name, value in networks()[0].state_dict().items() if name != "latent_avg"}
+    torch.save({"state_dict": state | {"hypernet.x": torch.zeros(1)}, "latent_avg": torch.zeros(8)}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="the W encoder of its HyperStyle is in another file") as error:
+        convert(tmp_path / "b.pt", tmp_path / "bundle", "bundle")
+    assert one_sentence(error) and not (tmp_path / "bundle").exists()
+    assert "bundle" not in describe(tmp_path / "b.pt")["converts to"]
+
+
+def test_a_whole_bundle_is_copied_with_all_that_it_has(tmp_path, tiny_bundle):
+    copy = convert(tiny_bundle, tmp_path / "copy", "bundle")
+    assert load_bundle(copy).hash == load_bundle(tiny_bundle).hash
+    with pytest.raises(InputError, match="a bundle is a folder, new or empty"):
+        convert(tiny_bundle, copy, "bundle")
+
+
 def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
     path = write_nvlabs(tmp_path / "a.pkl", *networks())
     (tmp_path / "b.pt").write_bytes(b"older")
@@ -187,7 +270,7 @@ def test_inspect_and_convert_in_the_shell(tmp_path, capsys):
     assert (found["resolution"], found["styles"], found["mapping layers"], found["clamp"]) == (16, 6, 2, 256.0)
     assert found["parameters"] == sum(p.numel() for p in G.parameters())
     assert report["loads"] == ["generator", "discriminator"] and report["latent_avg"] == "stored"
-    assert report["converts to"] == list(TARGETS)
+    assert report["converts to"] == FILES
     assert cli.main(["convert", str(path), str(tmp_path / "b.safetensors"), "--to", "nvlabs"]) == 0
     assert cli.main(["inspect", str(tmp_path / "b.safetensors")]) == 0
     assert "NVLabs names in safetensors" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from sage_fast.data.writers import read_manifest, save_png, to_uint8
 from sage_fast.errors import InputError
 from sage_fast.inversion import ProjectionConfig
 from sage_fast.models.stylegan2 import Generator
-from sage_fast.models.weights import load_bundle
+from sage_fast.models.weights import load_bundle, save_bundle
 from sage_fast.reconstruction import InvertConfig, invert
 
 SHIPPED = Path(reconstruction.__file__).parent / "model"
@@ -207,6 +207,16 @@ def test_folders_must_not_overlap(tiny_bundle, shots, masks):
         invert(tiny_bundle, shots, shots / "out", projection=SHORT)
     with pytest.raises(InputError, match="the masks in"):
         invert(tiny_bundle, shots, masks, projection=SHORT, mask_dir=masks)
+
+
+def test_a_bundle_of_networks_alone_will_do(tiny_bundle, tiny_shots, tmp_path):
+    parts = load_bundle(tiny_bundle)
+    alone = save_bundle(tmp_path / "b", generator=parts.generator, encoder=parts.encoder, noise=parts.noise)
+    one, other = (
+        invert(model, tiny_shots, tmp_path / name, InvertConfig(), SHORT)
+        for name, model in (("x", alone), ("y", tiny_bundle))
+    )
+    assert results(tmp_path / "x") == results(tmp_path / "y") and one.loss == other.loss
 
 
 def test_an_encoder_of_another_generator_is_refused_before_anything_is_written(tiny_shots, tmp_path, capsys):

@@ -185,7 +185,7 @@ class ConvertOptions:
     """Options of ``convert``."""
 
     to: str | None = (
-        None  # rosinality, psp, nvlabs or sage_fast; None: by the ending, .pt rosinality, .safetensors sage_fast
+        None  # rosinality, psp, nvlabs, sage_fast or bundle; None: by the ending, .pt rosinality, .safetensors sage_fast
     )
 
 

@@ -22,7 +22,7 @@ from sage_fast.editing.distribution import ClassDistribution
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
 from sage_fast.editing.editor import PRESETS, FewShotEditor
 from sage_fast.errors import InputError
-from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
+from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.fusion import fuse_both, fuse_frequencies, fuse_pixels
 from sage_fast.models.checkpoints import path_of
@@ -344,10 +344,7 @@ def load_dictionary(
         return CategoryRelevantDictionary.from_class_embeddings(embeddings, min(10, len(embeddings)))
     if found.codes is not None or found.statistics is not None:
         return dict(found.codes or found.statistics or {})
-    edited, n_latent = published_directions(path)
-    directions = edited.new_zeros(max(n_latent, len(edited)), *edited.shape[1:])
-    directions[: len(edited)] = edited
-    return CategoryIrrelevantDictionary(directions, layer_groups(len(directions), "released"))
+    return CategoryIrrelevantDictionary.from_released(*published_directions(path))
 
 
 def normals(seed: int, category: str, number: int, count: int) -> Tensor:

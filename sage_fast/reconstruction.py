@@ -38,10 +38,10 @@ from sage_fast.data.writers import (
 )
 from sage_fast.errors import InputError
 from sage_fast.inversion import Projection, ProjectionConfig, project
-from sage_fast.models.image_encoder import check_encoder
+from sage_fast.models.image_encoder import ImageEncoder, check_encoder
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
 from sage_fast.models.stylegan2 import Generator
-from sage_fast.models.weights import load_bundle, load_discriminator, load_encoder, load_generator
+from sage_fast.models.weights import load_discriminator, load_encoder, load_generator, read_index
 
 __all__ = ["InvertConfig", "InvertSummary", "invert"]
 
@@ -163,14 +163,14 @@ def _load(path: StrPath | None, encoder_path: StrPath | None, config: InvertConf
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder: nn.Module | None = None
+    encoder: ImageEncoder | None = None
     if path is None or Path(path).is_dir():
-        bundle = load_bundle(path, device)
-        generator, encoder, noise = bundle.generator, bundle.encoder, bundle.noise
+        generator, encoder, noise = load_generator(path, device), load_encoder(path, device), read_index(path)["noise"]
     else:
         generator, noise = load_generator(path, device), "const"
     if encoder_path is not None:
         encoder = load_encoder(encoder_path, device)
+    if encoder is not None:
         check_encoder(encoder, generator)
     own = load_discriminator(path) if config.perceptual == "discriminator" else None
     perceptual = load_perceptual(config.perceptual, own)

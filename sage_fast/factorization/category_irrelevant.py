@@ -56,6 +56,13 @@ class CategoryIrrelevantDictionary:
         self.directions = directions.detach()
         self.groups = tuple(tuple(group) for group in groups)
 
+    @classmethod
+    def from_released(cls, edited: Tensor, n_latent: int) -> CategoryIrrelevantDictionary:
+        """The directions [6, D, K] of AGE and SAGE, which edit styles 0-2 and 3-5 alone, for a generator of L styles."""
+        directions = edited.new_zeros(max(n_latent, len(edited)), *edited.shape[1:])
+        directions[: len(edited)] = edited
+        return cls(directions, layer_groups(len(directions), "released"))
+
     @property
     def n_directions(self) -> int:
         """K."""

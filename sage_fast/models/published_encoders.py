@@ -18,7 +18,7 @@ from sage_fast.models.hyperstyle import HyperStyle
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.psp import GradualStyleEncoder, WEncoder, WPlusEncoder
 
-__all__ = ["ENCODER_TYPES", "encoder_from_state", "from_absolute"]
+__all__ = ["ENCODER_TYPES", "encoder_from_state", "encoder_type_of", "from_absolute"]
 
 _PROGRESSIVE = {"Encoder4Editing", "ProgressiveBackboneEncoder", "ResNetProgressiveBackboneEncoder"}
 _HYPERNETS = {"SharedWeightsHyperNetResNet", "SharedWeightsHyperNetResNetSeparable"}
@@ -68,6 +68,22 @@ def encoder_from_state(
             f"the {len(state)} tensors given are not those of {encoder_type} ({reason}); give another file or type."
         ) from error
     return encoder.requires_grad_(True).eval()
+
+
+def encoder_type_of(encoder: ImageEncoder) -> str | None:
+    """What a published file would call an encoder of one network; None where none has such names and shapes."""
+    if isinstance(encoder, WEncoder):
+        return "BackboneEncoderUsingLastLayerIntoW"
+    if isinstance(encoder, WPlusEncoder):
+        return "BackboneEncoderUsingLastLayerIntoWPlus"
+    if not isinstance(encoder, GradualStyleEncoder):
+        return None
+    name = "ResNet" if encoder.trunk == "resnet34" else ""
+    if not encoder.pyramid:
+        return f"{name}{'Progressive' if encoder.progressive else ''}BackboneEncoder"
+    if encoder.progressive:
+        return None if name or encoder.n_iterations else "Encoder4Editing"
+    return f"{name}GradualStyleEncoder"
 
 
 def from_absolute(encoder: ImageEncoder, latent_avg: Tensor) -> None:

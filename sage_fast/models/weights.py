@@ -2,8 +2,9 @@
 
 A bundle is a folder: ``bundle.json`` (format, version, what each network was built with, sha256 of every file) beside
 ``generator.safetensors``, ``encoder.safetensors``, ``dictionary.safetensors`` (``directions`` [L, D, K]) and
-``codes.safetensors`` (a ``LatentTable``), optionally ``discriminator.safetensors`` and ``oracle.safetensors``. No file
-holds code, and none is read before its sha256 is found right. Published files are read by ``published``.
+``codes.safetensors`` (a ``LatentTable``), optionally ``discriminator.safetensors`` and ``oracle.safetensors``; a bundle of
+networks alone, as a conversion makes it, lacks dictionary and codes. No file holds code, and none is read before its sha256 is
+found right. Published files are read by ``published``.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from sage_fast.models.published import (
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
 __all__ = [
-    "Bundle", "Directions", "add_bundle_file", "check_parts", "load_bundle", "load_directions", "load_discriminator", "load_encoder",
-    "load_generator", "read_bundle_file", "save_bundle",
+    "Bundle", "Directions", "add_bundle_file", "check_parts", "load_bundle", "load_bundle_codes", "load_directions",
+    "load_discriminator", "load_encoder", "load_generator", "read_bundle_file", "read_index", "save_bundle",
 ]  # fmt: skip
 
 StrPath = str | os.PathLike[str]
@@ -91,8 +92,8 @@ def save_bundle(
     *,
     generator: Generator,
     encoder: ImageEncoder,
-    directions: Tensor,
-    codes: LatentTable | StrPath,
+    directions: Tensor | None = None,
+    codes: LatentTable | StrPath | None = None,
     groups: Sequence[Sequence[int]] | None = None,
     discriminator: Discriminator | None = None,
     noise: str = "none",
@@ -104,8 +105,8 @@ def save_bundle(
     All files are written before the first one takes its name, so a full disk leaves an older bundle as it was.
 
     Args:
-        directions: A, [L, D, K].
-        codes: the table of latents, or the file it was saved in.
+        directions: A, [L, D, K]; None: a bundle of networks alone, which edits nothing (``load_bundle`` says so).
+        codes: the table of latents, or the file it was saved in; None as ``directions``.
         groups: the groups of layers that share a code.
         noise: the generator's noise the encoder was trained for, ``"none"`` or ``"const"``.
         about: training command, losses, ...: anything JSON can hold.
@@ -119,15 +120,17 @@ def save_bundle(
         raise InputError(f"dtype must be torch.float32 or torch.float16, got {dtype}.")
     if noise not in _NOISES:
         raise InputError(f"noise must be 'none' or 'const', the encoder's setting in training, got {noise!r}.")
-    table = codes if isinstance(codes, LatentTable) else LatentTable.load(codes)
+    table = codes if isinstance(codes, LatentTable | None) else LatentTable.load(codes)
     check_parts(generator, encoder, directions, table, "The parts of the bundle")
     networks: dict[str, nn.Module] = {"generator": generator, "encoder": encoder}
     if discriminator is not None:
         networks["discriminator"] = discriminator
     content = {f"{name}.safetensors": _state_bytes(name, network, dtype) for name, network in networks.items()}
-    content["dictionary.safetensors"] = _tensor_bytes("dictionary", {"directions": directions}, dtype)
+    if directions is not None:
+        content["dictionary.safetensors"] = _tensor_bytes("dictionary", {"directions": directions}, dtype)
     folder = _make_folder(folder)
-    content["codes.safetensors"] = _table_bytes(table, folder, dtype)
+    if table is not None:
+        content["codes.safetensors"] = _table_bytes(table, folder, dtype)
     index = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -151,12 +154,10 @@ def load_bundle(folder: StrPath | None = None, device: str | torch.device = "cpu
             not there.
     """
     folder = _bundle_folder(folder)
-    index = _read_index(folder)
+    index = read_index(folder)
     generator = _bundle_network(folder, index, "generator", _generator).to(_device(device))
     encoder = _bundle_network(folder, index, "encoder", build_encoder).to(_device(device))
-    dictionary = _bundle_directions(folder, index)
-    read_bundle_file(folder, "codes.safetensors")
-    codes = LatentTable.load(folder / "codes.safetensors")
+    dictionary, codes = _bundle_directions(folder, index), load_bundle_codes(folder)
     check_parts(generator, encoder, dictionary.directions, codes, f"Model folder {str(folder)!r}")
     return Bundle(generator, encoder, dictionary, codes, index["noise"], index["about"], _hash(index))
 
@@ -207,7 +208,14 @@ def load_encoder(
 def load_directions(path: StrPath | None = None) -> Directions:
     """The category-irrelevant directions of a bundle folder, on the CPU. Raises as :func:`load_generator`."""
     folder = _bundle_folder(path)
-    return _bundle_directions(folder, _read_index(folder))
+    return _bundle_directions(folder, read_index(folder))
+
+
+def load_bundle_codes(path: StrPath | None = None) -> LatentTable:
+    """The codes of the seen images of a bundle folder. Raises as :func:`load_generator`."""
+    folder = _bundle_folder(path)
+    read_bundle_file(folder, "codes.safetensors")
+    return LatentTable.load(folder / "codes.safetensors")
 
 
 def read_bundle_file(folder: StrPath | None, name: str) -> bytes:
@@ -217,7 +225,7 @@ def read_bundle_file(folder: StrPath | None, name: str) -> bytes:
         InputError: the bundle does not list the file, or it is missing, truncated or changed.
     """
     folder = _bundle_folder(folder)
-    expected = _read_index(folder)["files"].get(name)
+    expected = read_index(folder)["files"].get(name)
     if expected is None:
         raise InputError(f"Model folder {str(folder)!r} has no {name}; train that part or give another model.")
     try:
@@ -243,7 +251,7 @@ def add_bundle_file(folder: StrPath, name: str, data: bytes) -> None:
     """
     if name in _OWN or Path(name).name != name or not name.endswith(".safetensors"):
         raise InputError(f"name must be a .safetensors name that save_bundle does not write, got {name!r}.")
-    index = _read_index(_bundle_folder(folder))
+    index = read_index(_bundle_folder(folder))
     index["files"][name] = hashlib.sha256(data).hexdigest()
     _write_all(Path(folder), {name: data}, index)
 
@@ -258,8 +266,9 @@ def _bundle_folder(path: StrPath | None) -> Path:
     return folder
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """The content of ``bundle.json``, with every entry that is read later present and of the right type."""
+def read_index(path: StrPath | None) -> dict[str, Any]:
+    """The content of a bundle's ``bundle.json``, every entry present and of the right type. Raises as :func:`load_generator`."""
+    folder = _bundle_folder(path)
     path = folder / _INDEX
     if not path.is_file():
         raise InputError(
@@ -377,7 +386,7 @@ def _hash(index: Mapping[str, Any]) -> str:
 
 
 def check_parts(
-    generator: Generator, encoder: ImageEncoder, directions: Tensor, codes: LatentTable, where: str
+    generator: Generator, encoder: ImageEncoder, directions: Tensor | None, codes: LatentTable | None, where: str
 ) -> None:
     """Raise InputError unless the parts of a model have one number and width of styles and the networks one image size."""
     latents = (generator.n_latent, generator.style_dim)
@@ -390,8 +399,12 @@ def check_parts(
     if encoder.n_channels != generator.n_channels:
         channels = f"{generator.n_channels} image channels, the encoder {encoder.n_channels}"
         raise InputError(f"{where}: the generator has {channels}; use networks trained together.")
-    for name, shape in (("directions", directions.shape[:-1]), ("codes", codes.w_plus.shape[1:])):
-        if tuple(shape) != latents:
+    shapes = {
+        "directions": None if directions is None else directions.shape[:-1],
+        "codes": None if codes is None else codes.w_plus.shape[1:],
+    }
+    for name, shape in shapes.items():
+        if shape is not None and tuple(shape) != latents:
             raise InputError(
                 f"{where}: {name} are for styles {list(shape)}, the generator at {generator.resolution} px has "
                 f"{list(latents)}; embed and train the dictionary with this generator."
@@ -412,7 +425,7 @@ def _load(
         network = published(path)
     else:
         folder = _bundle_folder(path)
-        network = _bundle_network(folder, _read_index(folder), name, build)
+        network = _bundle_network(folder, read_index(folder), name, build)
     return network.to(_device(device), dtype)
 
 
