@@ -56,6 +56,7 @@ endif
 BENCH = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 $(PYTHON)
 bench: setup
 	$(BENCH) benchmarks/bench_dictionary.py
+	$(BENCH) benchmarks/bench_inversion.py --threads 1 --steps 100
 	$(BENCH) -m pytest benchmarks --benchmark-enable --bench-compile $(PEERS)
 
 lint: setup
