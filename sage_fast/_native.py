@@ -99,7 +99,7 @@ def has_kernel(op: str, device_type: str) -> bool:
     native = _native or load()
     if device_type in native.devices:
         return op in NATIVE_OPS or (device_type == "cuda" and op in CUDA_OPS)
-    if op in NATIVE_OPS and device_type not in _warned and build_mode() != "none":
+    if op in NATIVE_OPS and device_type not in (*_warned, "meta") and build_mode() != "none":
         _warned.add(device_type)
         reason = native.reasons.get(device_type, "there are no kernels for this kind of device")
         remedy = _REMEDY.format(_NEEDED.get(device_type, "a C++ compiler"))

@@ -142,3 +142,62 @@ def test_styles_for_another_resolution():
 def test_wrong_image_size():
     with pytest.raises(InputError, match=r"images must have shape \[N, 3, 8, 8\], got \[1, 3, 16, 16\]"):
         Discriminator(8, **SMALL)(torch.randn(1, 3, 16, 16))
+
+
+def refused(message, function, *args, **more):
+    with pytest.raises(InputError, match=message):
+        function(*args, **more)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_latents_that_are_no_tensor_of_numbers_or_elsewhere(recorded):
+    g, w_plus = Generator(8, 8, 1, **SMALL), torch.randn(2, 4, 8)
+    with torch.set_grad_enabled(recorded):
+        for w in (w_plus, w_plus[:, 0]):
+            refused("w_plus must be on cpu, as the network is, got meta", g.synthesis, w.to("meta"))
+            refused(r"w_plus must be floating point \[N, 4, 8\], got torch.int64", g.synthesis, w.long())
+        refused("w_plus must be a tensor of latents, got ndarray", g.synthesis, w_plus.numpy())
+        refused("w_plus must be a tensor of latents, got NoneType", g.synthesis, None)
+        refused("w_plus must be .* convert it to 16 bits or more", g.synthesis, w_plus.to(torch.float8_e5m2))
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            assert g.synthesis(w_plus.to(dtype)).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_noise_that_does_not_fit(recorded):
+    """The fused road and the road by layers say the same."""
+    g, w_plus = Generator(8, 8, 1, **SMALL), torch.randn(2, 4, 8)
+    good = [torch.zeros(1, 1, s, s) for s in (4, 8, 8)]
+    with torch.set_grad_enabled(recorded):
+        assert torch.equal(g.synthesis(w_plus, [None, *good[1:]]), g.synthesis(w_plus, "none"))
+        for bad in (good[0], good[1][0], good[1].expand(3, -1, -1, -1), good[1].long(), good[1].numpy(), 0.5):
+            refused(r"noise map 1 must be .* \[1 or 2, 1, 8, 8\], got", g.synthesis, w_plus, [good[0], bad, good[2]])
+        elsewhere = [*good[:2], good[2].to("meta")]
+        refused("noise map 2 must be on cpu, as w_plus is, got meta", g.synthesis, w_plus, elsewhere)
+        for bad in (None, 1.0, good[:2], torch.zeros(3), "some"):
+            refused("noise must be 'const', 'none', 'random' or 3 tensors", g.synthesis, w_plus, bad)
+        refused("rng must be a torch.Generator on cpu, .* got 3", g.synthesis, w_plus, "random", rng=3)
+
+
+def test_prior_samples_labels_and_images_that_are_no_tensor_of_numbers_or_elsewhere():
+    g, z, c = Generator(8, 8, 1, c_dim=3, **SMALL), torch.randn(2, 8), torch.eye(3)[:2]
+    refused("z must be on cpu, as the network is, got meta", g.mapping, z.to("meta"), c)
+    refused(r"z must be floating point \[N, 8\], got torch.int64", g.mapping, z.long(), c)
+    refused(r"z must be floating point \[N, 8\], got None", g.mapping, None, c)
+    refused("z must be .* got a numpy.ndarray", g.mapping, z.numpy(), c)
+    refused("c must be on cpu, .* got meta", g.mapping, z, c.to("meta"))
+    refused(r"c must have shape \[2, 3\] for this network, got a list", g.mapping, z, [0, 1])
+    assert torch.equal(g.mapping(z, c.long()), g.mapping(z, c))
+    d, images = Discriminator(8, **SMALL), torch.randn(2, 3, 8, 8)
+    for run in (d, d.features):
+        refused("images must be on cpu, as the network is, got meta", run, images.to("meta"))
+        refused(r"images must be floating point \[N, 3, 8, 8\], got torch.uint8", run, images.byte())
+        refused("images must be .* got a numpy.ndarray", run, images.numpy())
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_whole_networks_on_the_meta_device(recorded):
+    g, d = Generator(16, 8, 1, **SMALL).to("meta"), Discriminator(16, **SMALL).to("meta")
+    with torch.set_grad_enabled(recorded):
+        images = g.synthesis(g.mapping(torch.zeros(2, 8, device="meta")))
+        assert images.is_meta and images.shape == (2, 3, 16, 16) and d(images).shape == (2, 1)

@@ -72,15 +72,13 @@ def test_memory_layouts(device, laid_out):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0)])
-def test_empty(device, shape):
-    x, b = (
-        torch.empty(shape, device=device, requires_grad=True),
-        torch.zeros(shape[1], device=device, requires_grad=True),
-    )
+def test_empty(device, shape, dtype):
+    x, b = (torch.zeros(s, device=device, dtype=dtype, requires_grad=True) for s in (shape, shape[1]))
     y = bias_act(x, b, act="lrelu")
     y.sum().backward()
-    assert y.shape == x.grad.shape == shape and b.grad.tolist() == [0] * shape[1]
+    assert y.dtype == dtype and y.shape == x.grad.shape == shape and b.grad.tolist() == [0] * shape[1]
 
 
 def test_a_number(device):

@@ -8,6 +8,7 @@ import torch
 
 from sage_fast.errors import InputError
 from sage_fast.ops import combine_rows, combine_rows_reference
+from sage_fast.ops.combine_rows import _picked
 
 SIZES = [(1, 1, 1), (5, 17, 9), (9, 600, 70), (4, 0, 3), (0, 5, 3), (3, 5, 0)]  # N, m, K
 
@@ -102,3 +103,24 @@ def test_refuses_rows_and_columns_that_are_not_there():
         combine_rows_reference(weights, table, centre, rows + 40, columns)
     with pytest.raises(InputError, match="columns must be 0 to "):
         combine_rows_reference(weights, table, centre, rows, columns - 80)
+
+
+def test_rows_and_columns_that_nobody_looked_at_are_nan():
+    """On a GPU a look would wait, and plain indexing there would end the process's use of it."""
+    _, table, centre, rows, columns = arguments()
+    rows, columns = rows.clone(), columns.clone()
+    good = _picked(table, centre, rows, columns)
+    rows[1], columns[0], columns[2] = len(table), -1, table.shape[1] + 5
+    found = _picked(table, centre, rows, columns)
+    assert found[1].isnan().all() and found[:, [0, 2]].isnan().all()
+    good[1] = good[:, [0, 2]] = torch.nan
+    assert torch.equal(found.nan_to_num(9.0), good.nan_to_num(9.0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_goes_on_after_rows_that_are_not_there():
+    given = [t.cuda() for t in arguments()]
+    y = combine_rows(*given[:3], given[3] + 40, given[4])
+    assert y.isnan().all() and combine_rows(*given).isfinite().all()
+    with pytest.raises(InputError, match="rows must be empty"):
+        combine_rows(given[0], given[1][:0], *given[2:])

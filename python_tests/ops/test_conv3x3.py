@@ -192,8 +192,9 @@ def test_bad_input(cpu_kernel):
         conv3x3(x, weight[:, :8])
     with pytest.raises(InputError, match=r"weight must have shape \[16, C_out, 3, 3\]"):
         conv3x3_transposed(x, weight)
-    with pytest.raises(InputError, match="stride must be 1 or 2, got 3"):
-        conv3x3(x, weight, stride=3)
+    for stride in (3, True, 2.0):
+        with pytest.raises(InputError, match=f"stride must be 1 or 2, got {stride}"):
+            conv3x3(x, weight, stride=stride)
     op, last = torch.ops.sage_fast.conv3x3, x.contiguous(memory_format=torch.channels_last)
     for args, message in (
         ((x, weight, 1), "channels last"),
@@ -211,3 +212,22 @@ def test_bad_input(cpu_kernel):
         torch.ops.sage_fast.conv3x3_transposed(last, weight, 1)
     with pytest.raises(ValueError, match="y must match x"):
         torch.ops.sage_fast.conv3x3_taps(last, grad[:1].contiguous(memory_format=torch.channels_last), 1)
+
+
+@pytest.mark.parametrize("channels", [3, 16])  # by PyTorch, and through the transform's domain
+def test_too_little_for_a_result(channels):
+    weight = torch.zeros(channels, channels, 3, 3)
+    for op in (conv3x3, conv3x3_reference):
+        for size, stride, least in (((0, 0), 1, 1), ((0, 8), 1, 1), ((0, 0), 2, 3), ((1, 1), 2, 3), ((2, 9), 2, 3)):
+            with pytest.raises(InputError, match=f"x must have at least {least} rows and columns, got"):
+                op(torch.zeros(2, channels, *size), weight, stride=stride)
+        assert op(torch.zeros(2, channels, 3, 4), weight, stride=2).shape == (2, channels, 1, 1)
+        for bad in (weight[:0], weight[:, :0]):
+            with pytest.raises(InputError, match="weight must have at least one channel on either side, got"):
+                op(torch.zeros(2, bad.shape[1], 8, 8), bad)
+    for op in (conv3x3_transposed, conv3x3_transposed_reference):
+        with pytest.raises(InputError, match="x must have at least 1 rows and columns, got"):
+            op(torch.zeros(2, channels, 0, 0), weight)
+        for bad in (weight[:0], weight[:, :0]):
+            with pytest.raises(InputError, match="weight must have at least one channel on either side, got"):
+                op(torch.zeros(2, bad.shape[0], 8, 8), bad)

@@ -8,6 +8,7 @@ import torch
 
 from sage_fast.errors import InputError
 from sage_fast.ops import edit_latents, edit_latents_reference
+from sage_fast.ops.edit_latents import _base, _kept
 
 
 def arguments(n=5, n_latent=3, dim=59, k=7, dtype=torch.float32, rows=None) -> list[torch.Tensor]:
@@ -170,7 +171,10 @@ def test_nan_and_infinity_stay_in_their_sample_and_layer(value):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(directions=torch.zeros(8, 5)), r"directions must have shape \[L, D, K\], got \[8, 5\]"),
+        (
+            dict(directions=torch.zeros(8, 5)),
+            r"directions must be floating point \[L, D, K\], got torch.float32 \[8, 5\]",
+        ),
         (
             dict(codes=torch.zeros(4, 3, 6)),
             r"codes must be floating point \[N, 3, 5\], as directions have, got torch.float32 \[4, 3, 6\]",
@@ -198,3 +202,30 @@ def test_bad_input(op, change, message):
     given = dict(class_embedding=torch.zeros(4, 3, 8), codes=torch.zeros(4, 3, 5), directions=torch.zeros(3, 8, 5))
     with pytest.raises(InputError, match=message):
         op(**given | change)
+
+
+def test_a_class_that_nobody_looked_at_is_nan():
+    """On a GPU a look would wait, and plain indexing there would end the process's use of it."""
+    e, index = torch.randn(4, 3, 8), torch.tensor([2, 4, -1, 0])
+    found = _base(e, index)
+    assert found[1:3].isnan().all() and torch.equal(found[[0, 3]], e[[2, 0]])
+    mask = torch.zeros(4, 3, 5, dtype=torch.bool)
+    assert _kept(torch.ones(4, 3, 5), mask, index).sum() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_a_gpu_goes_on_after_a_class_that_is_not_there(dtype):
+    e, codes, directions, mask = (t.cuda() for t in (*arguments(),))
+    e, codes, directions = (t.to(dtype).requires_grad_() for t in (e, codes, directions))
+    index = torch.arange(len(codes), device="cuda") % len(e)
+    bad, masks = index.clone(), mask.expand(len(e), *mask.shape[-2:]).contiguous()
+    bad[1], bad[2] = len(e), -(2**40)
+    for m in (None, mask, masks):
+        y, good = (edit_latents(e, codes, directions, 0.7, m, i) for i in (bad, index))
+        assert y[1:3].isnan().all() and torch.equal(y[3:], good[3:])
+        gradients = torch.autograd.grad(y[3:].sum(), (e, codes, directions))
+        torch.cuda.synchronize()
+        assert all(g.isfinite().all() for g in gradients)
+    with pytest.raises(InputError, match="class_index must be empty"):
+        edit_latents(e[:0], codes, directions, class_index=bad)

@@ -55,10 +55,12 @@ def test_equals_numpy(op):
     np.testing.assert_allclose(op(*three, 0.8, 0.3, 3.0), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("op", [fuse_frequencies, fuse_frequencies_reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8)])
-def test_empty(device, shape):
-    x = torch.empty(shape, device=device, requires_grad=True)
-    fuse_frequencies(x.detach(), x.detach(), x).sum().backward()
+def test_empty(device, shape, dtype, op):
+    x = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+    op(x.detach(), x.detach(), x).sum().backward()
     assert x.grad.shape == shape
 
 

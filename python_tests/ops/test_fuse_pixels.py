@@ -58,6 +58,22 @@ def test_empty(device, shape):
     assert torch.ops.sage_fast.fuse_pixels(x, x, x, None, 0.5, 0, 1.3).shape == shape
 
 
+@pytest.mark.parametrize("op", [fuse_pixels, fuse_pixels_reference])
+@pytest.mark.parametrize("dtypes", ["float32", "float64", "float16", "bfloat16", "float16 float32", "float64 bfloat16"])
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0)])
+def test_empty_in_every_dtype(device, shape, dtypes, op):
+    first, last = (torch.empty(shape, dtype=getattr(torch, d), device=device) for d in (dtypes.split() * 2)[:2])
+    last.requires_grad_()
+    y = op(first, first, last, low=first)
+    y.sum().backward()
+    assert y.shape == last.grad.shape == shape and y.dtype == torch.promote_types(first.dtype, last.dtype)
+
+
+def test_empty_arrays_of_float16():
+    x = np.empty((2, 3, 0, 8), np.float16)
+    assert fuse_pixels(x, x, x).shape == x.shape and fuse_pixels(x, x, x).dtype == x.dtype
+
+
 @pytest.mark.parametrize("blend", BLENDS)
 @pytest.mark.parametrize("sources, has_low", [(1, True), (2, False)])
 def test_gradcheck(device, sources, has_low, blend):

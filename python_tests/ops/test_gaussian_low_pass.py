@@ -83,11 +83,15 @@ def test_memory_layouts(device, laid_out):
     torch.testing.assert_close(gaussian_low_pass(x), gaussian_low_pass_reference(x), atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8)])
-def test_empty(device, shape):
-    x = torch.empty(shape, device=device, requires_grad=True)
-    gaussian_low_pass(x).sum().backward()
-    assert x.grad.shape == shape
+@pytest.mark.parametrize("op", [gaussian_low_pass, gaussian_low_pass_reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("border", ["circular", "reflect"])
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0)])
+def test_empty(device, shape, border, dtype, op):
+    x = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+    y = op(x, border=border)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape and y.dtype == dtype
 
 
 @pytest.mark.parametrize("op", [gaussian_low_pass, gaussian_low_pass_reference])

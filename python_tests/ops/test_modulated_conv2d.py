@@ -15,6 +15,11 @@ FIR = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 
 WAYS = {"same": dict(), "up": dict(up=2, resample_filter=FIR), "down": dict(down=2, resample_filter=FIR)}
 
 
+def settings(way: str, device: str) -> dict[str, object]:
+    """What belongs to a way, with its filter where the images are."""
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in WAYS[way].items()}
+
+
 def arguments(n=2, c_in=3, c_out=4, k=3, size=(9, 7), dtype=torch.float32, device="cpu") -> list[torch.Tensor]:
     """x [N, C_in, H, W], weight [C_out, C_in, k, k], style [N, C_in]."""
     rng = torch.Generator().manual_seed(n + c_in + k)
@@ -54,7 +59,7 @@ def scipy_modulated(x, weight, style, demodulate, way) -> np.ndarray:
 def test_equals_reference(device, way, k, demodulate, dtype):
     for size in ((59, 97), (4, 4), (2, 3)):
         x, weight, style = arguments(k=k, size=size, dtype=dtype, device=device)
-        options = WAYS[way] | dict(demodulate=demodulate)
+        options = settings(way, device) | dict(demodulate=demodulate)
         expected = modulated_conv2d_reference(x, weight, style, **options)
         result = modulated_conv2d(x, weight, style, **options)
         torch.testing.assert_close(result, expected, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=1e-5)
@@ -67,7 +72,7 @@ def test_a_weight_of_each_samples_own(device, way, k, demodulate):
     x, weight, style = arguments(n=3, k=k, size=(8, 6), dtype=torch.float64, device=device)
     weights = weight * torch.tensor([1.0, -2.0, 0.5], device=device, dtype=torch.float64).view(3, 1, 1, 1, 1)
     weights = weights + torch.linspace(-1, 1, weights.numel(), device=device, dtype=torch.float64).view_as(weights)
-    options = WAYS[way] | dict(demodulate=demodulate)
+    options = settings(way, device) | dict(demodulate=demodulate)
     expected = torch.cat([modulated_conv2d(x[i : i + 1], weights[i], style[i : i + 1], **options) for i in range(3)])
     torch.testing.assert_close(modulated_conv2d(x, weights, style, **options), expected, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(
@@ -79,7 +84,8 @@ def test_a_weight_of_each_samples_own(device, way, k, demodulate):
 
 def test_memory_layouts(device, laid_out):
     tensors = [laid_out(t) for t in arguments(n=3, device=device)]
-    for options in WAYS.values():
+    for way in WAYS:
+        options = settings(way, device)
         expected = modulated_conv2d_reference(*tensors, **options)
         torch.testing.assert_close(modulated_conv2d(*tensors, **options), expected, atol=1e-5, rtol=1e-5)
 
@@ -89,10 +95,29 @@ def test_memory_layouts(device, laid_out):
 def test_sizes_with_and_without_images(op, way, size):
     for n in (0, 1, 2):
         x, weight, style = arguments(n=n, size=(8, 6))
-        y = op(x.requires_grad_(), weight, style, **WAYS[way])
-        assert y.shape == (n, 4, *size)
-        y.sum().backward()
-        assert x.grad.shape == x.shape
+        for shared in (True, False):
+            x = x.detach().requires_grad_()
+            own = weight.detach().clone() if shared else weight.expand(n, -1, -1, -1, -1).clone()
+            y = op(x, own.requires_grad_(), style, **WAYS[way])
+            assert y.shape == (n, 4, *size)
+            y.sum().backward()
+            assert x.grad.shape == x.shape and own.grad.shape == own.shape
+
+
+@pytest.mark.parametrize("op", [modulated_conv2d, modulated_conv2d_reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "k, way, size", [(1, "same", 8), (3, "same", 8), (3, "up", 16), (1, "down", 4), (3, "down", 4)]
+)
+def test_empty(device, k, way, size, dtype, op):
+    """No images; the least images there are have a pixel, or two a side to go down."""
+    x, weight, style = arguments(n=0, k=k, size=(8, 8), dtype=dtype, device=device)
+    options = settings(way, device)
+    y = op(x, weight, style, **options)
+    assert y.shape == (0, 4, size, size) and y.dtype == dtype
+    least = 2 if way == "down" else 1
+    x, weight, style = arguments(k=k, size=(least, least), dtype=dtype, device=device)
+    assert op(x, weight, style, **options).shape[2:] == (least * size // 8,) * 2
 
 
 @pytest.mark.parametrize("op", [modulated_conv2d, modulated_conv2d_reference])
@@ -129,7 +154,7 @@ def test_each_image_has_its_own_style(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_equal_those_of_the_reference(device, way):
     tensors = [t.requires_grad_() for t in arguments(dtype=torch.float64, device=device)]
-    ours, theirs = (op(*tensors, **WAYS[way]) for op in (modulated_conv2d, modulated_conv2d_reference))
+    ours, theirs = (op(*tensors, **settings(way, device)) for op in (modulated_conv2d, modulated_conv2d_reference))
     grad = torch.randn_like(ours)
     torch.testing.assert_close(torch.autograd.grad(ours, tensors, grad), torch.autograd.grad(theirs, tensors, grad))
 
@@ -139,7 +164,7 @@ def test_gradients_equal_those_of_the_reference(device, way):
 def test_gradcheck(device, way, demodulate):
     tensors = arguments(n=1, c_in=2, c_out=1, size=(4, 2), dtype=torch.float64, device=device)
     tensors = [t.requires_grad_() for t in tensors]
-    options = WAYS[way] | dict(demodulate=demodulate)
+    options = settings(way, device) | dict(demodulate=demodulate)
     assert torch.autograd.gradcheck(lambda *t: modulated_conv2d(*t, **options), tensors)
     assert torch.autograd.gradgradcheck(lambda *t: modulated_conv2d(*t, **options), tensors)
 
@@ -169,7 +194,9 @@ def test_nan_and_infinity_stay_in_their_image(device, way):
     for value in (float("nan"), float("inf")):
         x, weight, style = arguments(device=device)
         x[0, 1, 4, 3] = value
-        y, expected = (op(x, weight, style, **WAYS[way]) for op in (modulated_conv2d, modulated_conv2d_reference))
+        y, expected = (
+            op(x, weight, style, **settings(way, device)) for op in (modulated_conv2d, modulated_conv2d_reference)
+        )
         assert not y[0].isfinite().all()
         assert torch.equal(y.isfinite(), expected.isfinite()) and y[1].isfinite().all()
 
@@ -185,6 +212,17 @@ def test_nan_and_infinity_stay_in_their_image(device, way):
         (dict(weight=torch.zeros(4, 3, 3, 3, device="meta")), "weight must be floating point on cpu, .* on meta"),
         (dict(style=torch.zeros(1, 3, dtype=torch.int64)), "style must be floating point on cpu, .* got torch.int64"),
         (dict(style=torch.zeros(2, 5)), r"style must have shape \[1, 3\], one factor per input channel, got \[2, 5\]"),
+        (dict(x=torch.zeros(1, 3, 0, 0)), r"x must have at least 1 rows and columns with down=1, got \[1, 3, 0, 0\]"),
+        (dict(x=torch.zeros(1, 3, 0, 0), up=2, resample_filter=FIR), "x must have at least 1 rows and columns"),
+        (dict(x=torch.zeros(1, 3, 1, 8), down=2, resample_filter=FIR), "x must have at least 2 rows .* with down=2"),
+        (dict(weight=torch.zeros(0, 3, 3, 3)), "weight must have at least one channel on either side, got"),
+        (
+            dict(x=torch.zeros(1, 0, 8, 8), weight=torch.zeros(4, 0, 3, 3), style=torch.zeros(1, 0)),
+            "weight must have at least",
+        ),
+        (dict(up=2, resample_filter=torch.ones(0, 4)), r"resample_filter must have shape .* got \[0, 4\]"),
+        (dict(up=2, resample_filter=FIR.clone().requires_grad_()), "pass resample_filter.detach"),
+        (dict(up=True), "up and down must be .* got True and 1"),
         (dict(up=3), "up and down must be 1 and 1, 2 and 1, or 1 and 2, got 3 and 1"),
         (dict(up=2, down=2, resample_filter=FIR), "got 2 and 2"),
         (dict(up=2), "resample_filter is needed with up=2 or down=2"),

@@ -329,7 +329,7 @@ def test_bad_input(device):
         synthesis(network, w_plus.to("meta"), maps(G))
     with pytest.raises(InputError, match="noise must hold 3 maps"):
         synthesis(network, w_plus, maps(G)[:2])
-    with pytest.raises(InputError, match=r"noise map 1 must have shape \[1 or 2, 1, 8, 8\]"):
+    with pytest.raises(InputError, match=r"noise map 1 must be floating point \[1 or 2, 1, 8, 8\]"):
         synthesis(network, w_plus, [maps(G)[0]] * 3)
     with pytest.raises(InputError, match="dtype must be one that the kernels"):
         synthesis(network, w_plus, maps(G), torch.float64)

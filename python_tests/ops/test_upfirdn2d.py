@@ -43,8 +43,8 @@ def images(*shape: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_kernel_equals_reference(device, dtype, f, name):
     x = images(2, 3, 59, 97, dtype=dtype, device=device)
-    expected = upfirdn2d_reference(x, f, **SETTINGS[name])
-    torch.testing.assert_close(upfirdn2d(x, f, **SETTINGS[name]), expected, **TOLERANCE[dtype])
+    expected = upfirdn2d_reference(x, f.to(device), **SETTINGS[name])
+    torch.testing.assert_close(upfirdn2d(x, f.to(device), **SETTINGS[name]), expected, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (3, 5), (4, 4), (17, 16)])
@@ -54,7 +54,7 @@ def test_kernel_equals_reference_on_tiny_images(device, shape, up, down):
     for f in (BINOMIAL, RANDOM, torch.tensor([[2.0]]), torch.zeros(2, 3), torch.rand(32, 1), torch.rand(7)):
         options = dict(up=up, down=down, padding=(31, 3, 16, 31))
         torch.testing.assert_close(
-            upfirdn2d(x, f, **options), upfirdn2d_reference(x, f, **options), atol=1e-5, rtol=1e-5
+            upfirdn2d(x, f.to(device), **options), upfirdn2d_reference(x, f.to(device), **options), atol=1e-5, rtol=1e-5
         )
 
 
@@ -66,12 +66,15 @@ def test_channels_last(device, dtype, c, name):
     x = images(2, c, 21, 18, dtype=dtype, device=device)
     for f in (BINOMIAL, RANDOM):
         last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-        y, expected = upfirdn2d(last, f, **SETTINGS[name]), upfirdn2d_reference(x, f, **SETTINGS[name])
+        y, expected = (
+            upfirdn2d(last, f.to(device), **SETTINGS[name]),
+            upfirdn2d_reference(x, f.to(device), **SETTINGS[name]),
+        )
         torch.testing.assert_close(y, expected, **TOLERANCE[dtype])
         assert y.is_contiguous(memory_format=torch.channels_last)
         (grad,) = torch.autograd.grad(y.sum(), last)
         plain = x.detach().requires_grad_()
-        (expected,) = torch.autograd.grad(upfirdn2d_reference(plain, f, **SETTINGS[name]).sum(), plain)
+        (expected,) = torch.autograd.grad(upfirdn2d_reference(plain, f.to(device), **SETTINGS[name]).sum(), plain)
         torch.testing.assert_close(grad, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -83,8 +86,11 @@ def test_strips_of_channels(device, same_bits_for_all_thread_counts, padding, do
     """More rows than a band, columns that do not fill the last strip, edges with pixels beyond the image, a NaN inside."""
     x = images(2, c, 71, 133, device=device).to(dtype).to(memory_format=torch.channels_last)
     x[1, 5, 40, 20] = float("nan")
-    compute = lambda: upfirdn2d(x, BINOMIAL, down=down, padding=padding, gain=2.0)  # noqa: E731
-    y, exact = compute(), upfirdn2d_reference(x.double(), BINOMIAL.double(), down=down, padding=padding, gain=2.0)
+    compute = lambda: upfirdn2d(x, BINOMIAL.to(device), down=down, padding=padding, gain=2.0)  # noqa: E731
+    y, exact = (
+        compute(),
+        upfirdn2d_reference(x.double(), BINOMIAL.double().to(device), down=down, padding=padding, gain=2.0),
+    )
     rounding = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     torch.testing.assert_close(y.double(), exact, atol=2e-6, rtol=rounding, equal_nan=True)
     assert y.isnan().sum() > 0 and y.is_contiguous(memory_format=torch.channels_last)
@@ -99,14 +105,19 @@ def test_any_number_of_planes(device, planes, size, name):
     x = images(1, planes, *size, device=device)
     options = SETTINGS[name] | (dict(padding=5) if size == (1, 1) else {})
     torch.testing.assert_close(
-        upfirdn2d(x, BINOMIAL, **options), upfirdn2d_reference(x, BINOMIAL, **options), **TOLERANCE[torch.float32]
+        upfirdn2d(x, BINOMIAL.to(device), **options),
+        upfirdn2d_reference(x, BINOMIAL.to(device), **options),
+        **TOLERANCE[torch.float32],
     )
 
 
 def test_wide_rows_are_cut(device):
     for shape, options in (((1, 600, 3, 90), dict(up=2, padding=2)), ((1, 1, 3, 40000), dict(down=2, padding=3))):
         x = images(*shape, device=device).to(memory_format=torch.channels_last)
-        y, expected = upfirdn2d(x, BINOMIAL, **options), upfirdn2d_reference(x, BINOMIAL, **options)
+        y, expected = (
+            upfirdn2d(x, BINOMIAL.to(device), **options),
+            upfirdn2d_reference(x, BINOMIAL.to(device), **options),
+        )
         torch.testing.assert_close(y, expected, **TOLERANCE[torch.float32])
 
 
@@ -118,20 +129,23 @@ def test_more_than_2_to_the_31_values(device, last):
     if last:
         x = torch.zeros(1, 256, 256, 33000, dtype=torch.bfloat16, device=device).permute(0, 3, 1, 2)
         x[0, -1, -1, -1] = 16
-    y = upfirdn2d(x, BINOMIAL, padding=(2, 1, 2, 1))
+    y = upfirdn2d(x, BINOMIAL.to(device), padding=(2, 1, 2, 1))
     assert y[0, -1, -2:, -2:].tolist() == (16 * BINOMIAL[:2, :2]).tolist() and y[0, -2, -1, -1] == 0
 
 
 def test_memory_layouts(device, laid_out):
     x = laid_out(images(3, 4, 9, 11, device=device))
     for f in (BINOMIAL, BINOMIAL.t(), laid_out(RANDOM[None])[0]):
-        torch.testing.assert_close(upfirdn2d(x, f, up=2, padding=2), upfirdn2d_reference(x, f, up=2, padding=2))
+        torch.testing.assert_close(
+            upfirdn2d(x, f.to(device), up=2, padding=2), upfirdn2d_reference(x, f.to(device), up=2, padding=2)
+        )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8)])
-def test_empty(device, shape):
-    x = torch.empty(shape, device=device, requires_grad=True)
-    y = upfirdn2d(x, BINOMIAL, up=2, padding=(2, 1, 2, 1))
+def test_empty(device, shape, dtype):
+    x = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+    y = upfirdn2d(x, BINOMIAL.to(device), up=2, padding=(2, 1, 2, 1))
     assert y.shape == (*shape[:2], 16, 16)
     y.sum().backward()
     assert x.grad.shape == shape
@@ -142,14 +156,16 @@ def test_filter_of_float32_in_float64(device):
     rng, x = torch.Generator().manual_seed(1), images(1, 1, 9, 9, dtype=torch.float64, device=device)
     for side in torch.rand(20, 3, generator=rng):
         f = torch.outer(side, side)
-        torch.testing.assert_close(upfirdn2d(x, f), upfirdn2d_reference(x, f), **TOLERANCE[torch.float64])
+        torch.testing.assert_close(
+            upfirdn2d(x, f.to(device)), upfirdn2d_reference(x, f.to(device)), **TOLERANCE[torch.float64]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
 def test_filter_of_another_dtype(device, dtype):
     f, x = torch.tensor([1, 3, 3, 1], dtype=dtype), images(1, 2, 9, 9, device=device)
-    assert upfirdn2d(x, f).dtype == torch.float32
-    torch.testing.assert_close(upfirdn2d(x, f), upfirdn2d_reference(x, f.float()))
+    assert upfirdn2d(x, f.to(device)).dtype == torch.float32
+    torch.testing.assert_close(upfirdn2d(x, f.to(device)), upfirdn2d_reference(x, f.float().to(device)))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -182,7 +198,10 @@ def test_equals_scipy_upfirdn_along_both_axes(op):
 def test_gradient_equals_that_of_the_reference(device, name):
     for f in (BINOMIAL, RANDOM):
         x = images(2, 2, 12, 15, device=device).requires_grad_()
-        y, expected = upfirdn2d(x, f, **SETTINGS[name]), upfirdn2d_reference(x, f, **SETTINGS[name])
+        y, expected = (
+            upfirdn2d(x, f.to(device), **SETTINGS[name]),
+            upfirdn2d_reference(x, f.to(device), **SETTINGS[name]),
+        )
         grad = torch.randn_like(expected)
         (ours,), (theirs,) = torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad)
         torch.testing.assert_close(ours, theirs, **TOLERANCE[torch.float32])
@@ -194,8 +213,8 @@ def test_gradient_equals_that_of_the_reference(device, name):
 def test_gradcheck(device, name):
     x = images(1, 1, 7, 6, dtype=torch.float64, device=device).requires_grad_()
     for f in (BINOMIAL.double(), RANDOM.double()):
-        assert torch.autograd.gradcheck(lambda x, f=f: upfirdn2d(x, f, **SETTINGS[name]), x)
-        assert torch.autograd.gradgradcheck(lambda x, f=f: upfirdn2d(x, f, **SETTINGS[name]) ** 2, x)
+        assert torch.autograd.gradcheck(lambda x, f=f: upfirdn2d(x, f.to(device), **SETTINGS[name]), x)
+        assert torch.autograd.gradgradcheck(lambda x, f=f: upfirdn2d(x, f.to(device), **SETTINGS[name]) ** 2, x)
 
 
 def test_opcheck(device):
@@ -241,7 +260,10 @@ def test_nan_and_infinity_spread_as_in_the_reference(device, name, value, layout
     for f in (BINOMIAL, RANDOM):
         x = images(1, 2, 9, 9, device=device).to(memory_format=layout)
         x[0, 0, 4, 5] = value
-        y, expected = upfirdn2d(x, f, **SETTINGS[name]), upfirdn2d_reference(x, f, **SETTINGS[name])
+        y, expected = (
+            upfirdn2d(x, f.to(device), **SETTINGS[name]),
+            upfirdn2d_reference(x, f.to(device), **SETTINGS[name]),
+        )
         assert torch.isfinite(y[0, 1]).all()
         special = ~expected.isfinite()
         assert special.any()
@@ -256,7 +278,7 @@ def test_threads(same_bits_for_all_thread_counts):
 
 
 def test_upsampling_keeps_a_constant_image(device):
-    y = upfirdn2d(torch.ones(1, 1, 8, 8, device=device), BINOMIAL, up=2, padding=(2, 1, 2, 1), gain=4.0)
+    y = upfirdn2d(torch.ones(1, 1, 8, 8, device=device), BINOMIAL.to(device), up=2, padding=(2, 1, 2, 1), gain=4.0)
     torch.testing.assert_close(y[:, :, 2:-2, 2:-2], torch.ones(1, 1, 12, 12, device=device))
 
 
@@ -279,9 +301,12 @@ def test_sizes_follow_the_documented_formula():
         (dict(down=1.5), "down must be a positive integer below 2\\^31, got 1.5"),
         (dict(up=True), "up must be a positive integer below 2\\^31, got True"),
         (dict(up=2**62, padding=20), "up must be a positive integer below 2\\^31, got 4611686018427387904"),
-        (dict(padding=2**40), "padding must be .*, each below 2\\^31, got 1099511627776"),
-        (dict(f=torch.ones(4, dtype=torch.complex64)), "f must be real, got torch.complex64"),
-        (dict(padding=(1, 1)), r"padding must be one integer or \(left, right, top, bottom\), each below 2\^31, got \(1, 1\)"),
+        (dict(padding=2**40), "padding must be .*, each at most 65536, got 1099511627776"),
+        (dict(f=torch.ones(4, dtype=torch.complex64)), "f must be real, .* got torch.complex64"),
+        (dict(padding=2**16 + 1, down=2**16), "padding must be .*, each at most 65536, got 65537"),
+        (dict(padding=2**28, down=2**28), "padding must be .*, each at most 65536, got 268435456"),
+        (dict(flip_filter="no"), "flip_filter must be True or False, got 'no'"),
+        (dict(padding=(1, 1)), r"padding must be one integer or \(left, right, top, bottom\), each at most 65536, got \(1, 1\)"),
         (dict(padding=1.5), "padding must be .*, got 1.5"),
         (dict(padding=(1, 1, 0.5, 1)), r"padding must be .*, got \(1, 1, 0.5, 1\)"),
         (dict(padding=-3), r"padding \[-3, -3, -3, -3\] leaves images of 2 x 2 px, expected at least the filter's 4 x 4"),
@@ -292,3 +317,12 @@ def test_bad_input(op, change, message):
     arguments = dict(x=torch.zeros(1, 3, 8, 8), f=BINOMIAL) | change
     with pytest.raises(InputError, match=message):
         op(**arguments)
+
+
+def test_the_most_padding_there_may_be(device):
+    """One output meets the image's corner, the others zeros alone; more padding the kernel refuses by itself, too."""
+    x, f = torch.ones(1, 1, 8, 8, device=device), torch.ones(2, 2, device=device)
+    y = upfirdn2d(x, f, padding=2**16, down=2**16)
+    assert y.tolist() == [[[[0, 0, 0], [0, 4, 0], [0, 0, 0]]]]
+    with pytest.raises(ValueError, match="padding must be at most 2\\^16"):
+        torch.ops.sage_fast.upfirdn2d(x, f, 1, 2**28, *[2**28] * 4, False, 1.0)

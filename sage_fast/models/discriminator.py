@@ -28,6 +28,7 @@ from sage_fast.models.stylegan2_layers import (
     sparing,
     wide,
 )
+from sage_fast.ops.inputs import require_floats, require_same_device
 
 __all__ = ["Discriminator"]
 
@@ -125,7 +126,7 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor, c: Tensor | None = None) -> Tensor:
         """Logits [N, 1] of images [N, C, H, W] (and labels ``c`` [N, c_dim]); large means real."""
         self._check_images(images)
-        check_label(c, self.c_dim, len(images))
+        check_label(c, self.c_dim, images)
         with exact(images.device.type):
             logits = self._logits(wide(images), c)
         return logits if torch.is_grad_enabled() else logits.to(images.dtype)
@@ -151,11 +152,13 @@ class Discriminator(nn.Module):
         return x, images
 
     def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1:] != (self.n_channels, self.resolution, self.resolution):
-            size = self.resolution
+        size = self.resolution
+        require_floats("images", images, 4, f"[N, {self.n_channels}, {size}, {size}]")
+        if images.shape[1:] != (self.n_channels, self.resolution, self.resolution):
             raise InputError(
                 f"images must have shape [N, {self.n_channels}, {size}, {size}], got {list(images.shape)}."
             )
+        require_same_device("images", images, next(self.parameters()), "the network")
 
 
 def _from_rgb(n_channels: int, width: int, clamp: float | None) -> nn.Sequential:

@@ -36,6 +36,8 @@ from sage_fast.models.stylegan2_layers import (
     sparing,
     wide,
 )
+from sage_fast.ops.inputs import require_floats, require_same_device
+from sage_fast.ops.synthesis import check_noise_map
 from sage_fast.ops.synthesis import synthesis as fused_synthesis
 
 __all__ = ["Discriminator", "Generator", "MappingNetwork", "StyledConv", "ToRGB", "n_latent_of", "truncate"]
@@ -160,15 +162,18 @@ class Generator(nn.Module):
         Args:
             w_plus: [N, L, D] absolute latents (``latent_avg`` included), or [N, D] for the same one in every layer.
             noise: ``"const"`` the stored maps, ``"none"``, ``"random"`` fresh maps from ``rng`` (default: torch's own
-                generator), or L - 1 tensors [N or 1, 1, h, w].
+                generator), or L - 1 tensors [N or 1, 1, h, w], None for a layer without.
         Returns:
             Images [N, C, H, W], nominally in [-1, 1] (not clamped).
         Raises:
-            InputError: ``w_plus`` has another number of styles or another width.
+            InputError: ``w_plus`` has another number of styles or another width, or it or the noise is no tensor of floating
+                point where the network is.
         """
         if isinstance(w_plus, Tensor) and w_plus.ndim == 2:
             w_plus = self.broadcast(w_plus)
         self.check_w_plus(w_plus)
+        require_floats("w_plus", w_plus, 3, f"[N, {self.n_latent}, {self.style_dim}]")
+        require_same_device("w_plus", w_plus, self.input.input, "the network")
         maps = self._noise_maps(noise, w_plus, rng)
         if choose_road(self, w_plus, maps)[0] == "fused":
             dtype = wanted_dtype(w_plus.device, self.conv1.conv.weight.dtype)
@@ -183,7 +188,7 @@ class Generator(nn.Module):
 
     def _layer_by_layer(self, w: Sequence[Tensor], maps: Sequence[Tensor | None]) -> Tensor:
         """The synthesis by differentiable layers; w: L latents [N, D]."""
-        x = wide(self.input(len(w[0])))
+        x = wide(self.input(w[0].shape[0]))  # len() would make it a number for torch.export
         x = x.to(w[0].dtype) if w[0].dtype == self.conv1.conv.weight.dtype else x
         x = self.conv1(x, w[0], maps[0])
         image = None if self.to_rgb1 is None else self.to_rgb1(x, w[1])
@@ -215,12 +220,16 @@ class Generator(nn.Module):
         if noise == "const":
             return stored
         if noise == "random":
-            shapes = [(len(like), *m.shape[1:]) for m in stored]
+            if rng is not None and (not isinstance(rng, torch.Generator) or rng.device.type != like.device.type):
+                raise InputError(f"rng must be a torch.Generator on {like.device}, as w_plus is, got {rng!r:.60}.")
+            shapes = [(like.shape[0], *m.shape[1:]) for m in stored]
             return [torch.randn(s, generator=rng, device=like.device, dtype=like.dtype) for s in shapes]
-        if isinstance(noise, str) or len(noise) != n_maps:
+        if not isinstance(noise, (list, tuple)) or len(noise) != n_maps:
             raise InputError(
                 f"noise must be 'const', 'none', 'random' or {n_maps} tensors [N, 1, h, w], got {noise!r:.60}."
             )
+        for i, map_ in enumerate(noise):
+            check_noise_map(i, map_, like)
         return noise
 
 

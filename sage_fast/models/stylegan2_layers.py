@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sage_fast.errors import InputError
 from sage_fast.ops import bias_act, modulated_conv2d, upfirdn2d
 from sage_fast.ops.conv3x3 import conv3x3
+from sage_fast.ops.inputs import require_floats, require_same_device, seen
 
 __all__ = [
     "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
@@ -64,9 +65,12 @@ class MappingNetwork(nn.Sequential):
         self.embed = Linear(c_dim, embed_dim) if c_dim else None
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        if z.ndim != 2 or z.shape[1] != self.z_dim:
+        require_floats("z", z, 2, f"[N, {self.z_dim}]")
+        if z.shape[1] != self.z_dim:
             raise InputError(f"z must have shape [N, {self.z_dim}], got {list(z.shape)}.")
-        check_label(c, self.c_dim, len(z))
+        if (weight := next(self.parameters(), None)) is not None:
+            require_same_device("z", z, weight, "the network")
+        check_label(c, self.c_dim, z)
         with exact(z.device.type):
             x = self[0](wide(z))
             if self.embed is not None:
@@ -236,7 +240,7 @@ class _ModulatedConv(nn.Module):
         fir = self.blur.kernel / 4 if self.up == 2 else None
         weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype)) * self.scale
         # [N, ...] where each sample has its own (models.weight_deltas); one that all share is a good deal faster
-        weight = weight if len(weight) == len(x) > 1 else weight[0]
+        weight = weight if weight.shape[0] > 1 and weight.shape[0] == x.shape[0] else weight[0]
         return modulated_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
 
 
@@ -286,7 +290,9 @@ def sparing(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 def exact(device_type: str) -> AbstractContextManager[object]:
     """Products in the dtype of their factors where no gradients are recorded; training keeps its autocast."""
-    return nullcontext() if torch.is_grad_enabled() else torch.autocast(device_type, enabled=False)
+    if torch.is_grad_enabled() or device_type == "meta":
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def channel_list(resolution: int, base: int, most: int, channels: Sequence[int] | None) -> list[int]:
@@ -325,9 +331,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def check_label(c: Tensor | None, c_dim: int, n: int) -> None:
+def check_label(c: Tensor | None, c_dim: int, like: Tensor) -> None:
+    """``like``: [N, ...], what the labels belong to."""
     if c_dim == 0 and c is None:
         return
-    if c is None or c.ndim != 2 or c.shape != (n, c_dim):
-        got = "none" if c is None else str(list(c.shape))
-        raise InputError(f"c must have shape [{n}, {c_dim}] for this network, got {got}.")
+    n = like.shape[0]
+    if not isinstance(c, Tensor) or c.ndim != 2 or c.shape[0] != n or c.shape[1] != c_dim or c.is_complex():
+        raise InputError(f"c must have shape [{n}, {c_dim}] for this network, got {seen(c)}.")
+    require_same_device("c", c, like, "the rest")

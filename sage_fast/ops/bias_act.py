@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import takes_arrays
+from sage_fast.ops.inputs import FLOATS, number, require_real, require_same_device, seen
 
 __all__ = ["ACTIVATIONS", "bias_act", "bias_act_reference"]
 
@@ -50,7 +51,6 @@ _CURVATURE: dict[int, Callable[[Tensor], Tensor]] = {
     4: lambda r: torch.exp(-r),
     5: lambda r: 1 - 2 * r,
 }
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -68,7 +68,8 @@ def bias_act(
 
     Args:
         x: any shape, floating.
-        b: bias [x.shape[dim]] or None; taken in the dtype of x, or as float32 where x has 16 bits.
+        b: bias [x.shape[dim]] or None, real; taken in the dtype of x, or as float32 where x has 16 bits.
+        dim: axis of x that the bias goes along.
         act: one of ``ACTIVATIONS``.
         alpha: slope of ``lrelu`` (default 0.2) or scale of ``elu`` (default 1) on the negative side.
         gain: factor; None takes the activation's own (sqrt(2) for relu, lrelu and swish, as [StyleGAN2] does, else 1).
@@ -76,12 +77,13 @@ def bias_act(
     Returns:
         The shape, dtype and memory format of x.
     Raises:
-        InputError: an unknown activation, a bias of another length, a negative clamp, or alpha for an activation without.
+        InputError: an unknown activation, a bias of another length, kind or device, a negative clamp, alpha for an activation
+            without, or a setting that is no number.
     """
-    alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
+    alpha, gain, clamp = _tidy(x, b, dim, act, alpha, gain, clamp)
     dtype = x.dtype
     kernel, slope = _kernel(act, alpha, gain, clamp, dtype == torch.float64)
-    if kernel is not None and dtype in _DTYPES:
+    if kernel is not None:
         if _native.has_kernel("bias_act", "cpu" if x.is_cpu else x.device.type):
             if b is not None and b.dtype != dtype and not (b.dtype == torch.float32 and dtype in _HALVES):
                 b = b.to(dtype)
@@ -106,6 +108,8 @@ def _kernel(act: str, alpha: float, gain: float, clamp: float | None, float64: b
 def _on_host(host, x, b, dim, act, alpha, gain, clamp):
     if x.dtype.name not in ("float32", "float64", "float16") or (clamp is not None and not clamp >= 0):
         return None
+    if (b is None and dim != 1) or (b is not None and b.dtype.kind not in "fiub"):
+        return None
     alpha, gain = _settings(act, alpha, gain)
     kernel, slope = _kernel(act, alpha, gain, clamp, x.dtype.name == "float64")
     if kernel is None:
@@ -125,7 +129,7 @@ def bias_act_reference(
     clamp: float | None = None,
 ) -> Tensor:
     """The same in plain PyTorch."""
-    alpha, gain = _tidy(x, b, dim, act, alpha, gain, clamp)
+    alpha, gain, clamp = _tidy(x, b, dim, act, alpha, gain, clamp)
     return _composed(x, b, dim, act, alpha, gain, clamp)
 
 
@@ -146,31 +150,37 @@ def _biased(x: Tensor, b: Tensor | None, dim: int) -> Tensor:
     return x + (b if b.dtype == x.dtype else b.to(x.dtype)).view(shape)
 
 
-def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float]:
-    settings = _settings(act, alpha, gain)
-    if not x.is_floating_point():
-        raise InputError(f"x must be floating point, got {x.dtype}.")
-    if clamp is not None and not clamp >= 0:
-        raise InputError(f"clamp must be None or at least 0, got {clamp}.")
-    if b is not None:
+def _tidy(x, b, dim, act, alpha, gain, clamp) -> tuple[float, float, float | None]:
+    alpha, gain = _settings(act, alpha, gain)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise InputError(f"x must be floating point, got {seen(x)}; convert it to 16 bits or more.")
+    if clamp is not None:
+        clamp = number("clamp", clamp)
+        if not clamp >= 0:
+            raise InputError(f"clamp must be None or at least 0, got {clamp}.")
+    if b is not None or dim != 1:  # without a bias the default says nothing, and x may have any number of axes
         shape = x.shape
-        if b.device != x.device:
-            raise InputError(f"b must be on {x.device}, as x is, got {b.device}.")
-        if not -len(shape) <= dim < len(shape):
-            raise InputError(f"dim must be an axis of x, which has {len(shape)}, got {dim}.")
+        if not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
+            raise InputError(f"dim must be an axis of x, which has {len(shape)}, got {dim!r:.60}.")
+    if b is not None:
+        require_real("b", b)
+        require_same_device("b", b, x, "x")
         if b.shape != (shape[dim],):
             raise InputError(f"b must have shape [{shape[dim]}], the length of x along dim {dim}, got {list(b.shape)}.")
-    return settings
+    return alpha, gain, clamp
 
 
 def _settings(act: str, alpha: float | None, gain: float | None) -> tuple[float, float]:
     """alpha and gain, the activation's own where None."""
-    if act not in ACTIVATIONS:
-        raise InputError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}.")
+    if not isinstance(act, str) or act not in ACTIVATIONS:
+        raise InputError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r:.60}.")
     if alpha is not None and act not in ("lrelu", "elu"):
         raise InputError(f"alpha has no meaning for act='{act}'; leave it out.")
     _, default_alpha, default_gain = ACTIVATIONS[act]
-    return float(default_alpha if alpha is None else alpha), float(default_gain if gain is None else gain)
+    return (
+        default_alpha if alpha is None else number("alpha", alpha),
+        default_gain if gain is None else number("gain", gain),
+    )
 
 
 def _setup_context(ctx, inputs, output):

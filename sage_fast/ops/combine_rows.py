@@ -7,8 +7,9 @@ from torch import Tensor
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops.inputs import require_floats, require_tensor
 
-__all__ = ["combine_rows", "combine_rows_reference"]
+__all__ = ["combine_rows", "combine_rows_reference", "pulled_in", "require_below"]
 
 
 def combine_rows(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -26,7 +27,8 @@ def combine_rows(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, c
     Returns:
         [N, K].
     Raises:
-        InputError: shapes or dtypes that do not belong together.
+        InputError: shapes or dtypes that do not belong together; on a CPU, a row or column that is not there. Elsewhere a
+            look at them would wait for the device, and what they would give is NaN.
     """
     _check(weights, table, centre, rows, columns)
     native = weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.float64)
@@ -45,15 +47,17 @@ def combine_rows_reference(weights: Tensor, table: Tensor, centre: Tensor, rows:
 
 
 def _picked(table: Tensor, centre: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return table[rows][:, columns] - centre[columns]
+    """[m, K], NaN in rows and columns that are not there."""
+    (rows, known_rows), (columns, known_columns) = pulled_in(rows, table.shape[0]), pulled_in(columns, table.shape[1])
+    known = known_rows[:, None] & known_columns
+    return torch.where(known, table[rows][:, columns] - centre[columns], torch.nan)
 
 
 def _check(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns: Tensor) -> None:
-    if weights.ndim != 2 or table.ndim != 2 or not weights.is_floating_point():
-        raise InputError(
-            f"weights must be floating point [N, m] and table [M, C], got {weights.dtype} {list(weights.shape)} and "
-            f"{list(table.shape)}."
-        )
+    require_floats("weights", weights, 2, "[N, m]")
+    require_floats("table", table, 2, "[M, C]")
+    for name, tensor in (("centre", centre), ("rows", rows), ("columns", columns)):
+        require_tensor(name, tensor)
     if centre.shape != table.shape[1:]:
         raise InputError(f"centre must have shape [{table.shape[1]}], as table has columns, got {list(centre.shape)}.")
     for name, tensor in (("table", table), ("centre", centre)):
@@ -71,12 +75,27 @@ def _check(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns
 
 
 def require_below(name: str, index: Tensor, limit: int) -> None:
-    """Raise InputError for a number of ``index`` outside 0 to limit - 1; on a CPU only: elsewhere the look would wait."""
-    if index.device.type != "cpu" or not index.numel() or torch.compiler.is_compiling():
+    """Raise InputError for a number of ``index`` outside 0 to limit - 1; on a CPU only: elsewhere the look would wait.
+
+    There :func:`pulled_in` makes of them what is inside, unless nothing is.
+    """
+    if torch.compiler.is_compiling() or not index.numel():
+        return
+    if limit == 0:
+        raise InputError(f"{name} must be empty, since there is nothing to choose from, got {index.numel()} numbers.")
+    if index.device.type != "cpu":
         return
     lowest, highest = (int(end) for end in torch.aminmax(index))
     if lowest < 0 or highest >= limit:
         raise InputError(f"{name} must be 0 to {limit - 1}, got {lowest} to {highest}.")
+
+
+def pulled_in(index: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """``index`` with what is outside 0 to limit - 1 at the nearest end, and where it was inside.
+
+    On a GPU, indexing with what is outside would end every later use of the device by this process.
+    """
+    return index.clamp(0, max(limit - 1, 0)), (index >= 0) & (index < limit)
 
 
 def _setup_context(ctx, inputs, output):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops.inputs import require_floats, require_same_device
 
 __all__ = ["conv3x3", "conv3x3_reference", "conv3x3_transposed", "conv3x3_transposed_reference"]
 
@@ -30,7 +31,7 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     Returns:
         [N, C_out, H, W], or with stride 2 [N, C_out, (H - 1) // 2, (W - 1) // 2].
     Raises:
-        InputError: shapes that do not belong together, or another stride.
+        InputError: shapes, dtypes or devices that do not belong together, images too small for a result, or another stride.
     """
     _check(x, weight, 1, stride)
     x = _autocast(x)
@@ -55,7 +56,7 @@ def conv3x3_transposed(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [N, C_out, 2 H + 1, 2 W + 1].
     Raises:
-        InputError: shapes that do not belong together.
+        InputError: shapes, dtypes or devices that do not belong together, or images without pixels.
     """
     _check(x, weight, 0, 2)
     x = _autocast(x)
@@ -72,7 +73,7 @@ def conv3x3_transposed_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 def _autocast(x: Tensor) -> Tensor:
     """Images as PyTorch's convolution would take them; the weights may stay as they are."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+    if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -81,25 +82,37 @@ def _kernel_pays(x: Tensor, weight: Tensor, side: float, stride: int) -> bool:
     """``side``: of the smaller of the two images, without what stride 2 adds."""
     if x.device.type != "cpu" or not _native.has_kernel("conv3x3", "cpu"):  # cuDNN has such transforms of its own
         return False
-    tiles = x.shape[0] * int(side * side) // 16
+    # a graph is to serve every batch, so it is captured without a look at this one
+    enough = torch.compiler.is_compiling() or _enough_tiles(x.shape[0] * int(side * side) // 16)
     return (
         (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and stride == 1))
         and weight.dtype == torch.float32
         and x.shape[2] == x.shape[3]
         and side % 4 == x.shape[1] % 16 == weight.shape[0] % 16 == weight.shape[1] % 16 == 0
-        and (tiles >= _MIN_TILES or tiles == 0)
+        and enough
         and max(weight.shape) <= 4096
     )
 
 
+def _enough_tiles(tiles: int) -> bool:
+    return tiles >= _MIN_TILES or tiles == 0
+
+
 def _check(x: Tensor, weight: Tensor, axis: int, stride: int) -> None:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise InputError(f"x must be floating point [N, C_in, H, W], got {x.dtype} {list(x.shape)}.")
-    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or weight.shape[axis] != x.shape[1]:
+    """``axis``: that of the weight which goes over the channels of ``x``; 0 for the transposed convolution."""
+    require_floats("x", x, 4, "[N, C_in, H, W]")
+    require_floats("weight", weight, 4, "[C_out, C_in, 3, 3]" if axis == 1 else "[C_in, C_out, 3, 3]")
+    require_same_device("weight", weight, x, "x")
+    if weight.shape[2:] != (3, 3) or weight.shape[axis] != x.shape[1]:
         shape = f"[C_out, {x.shape[1]}, 3, 3]" if axis == 1 else f"[{x.shape[1]}, C_out, 3, 3]"
         raise InputError(f"weight must have shape {shape}, as x has channels, got {list(weight.shape)}.")
-    if stride not in (1, 2):
-        raise InputError(f"stride must be 1 or 2, got {stride}.")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise InputError(f"weight must have at least one channel on either side, got {list(weight.shape)}.")
+    if type(stride) is not int or stride not in (1, 2):
+        raise InputError(f"stride must be 1 or 2, got {stride!r:.60}.")
+    least = 3 if axis == 1 and stride == 2 else 1
+    if x.shape[2] < least or x.shape[3] < least:
+        raise InputError(f"x must have at least {least} rows and columns, got {list(x.shape)}.")
 
 
 def _last(x: Tensor) -> Tensor:

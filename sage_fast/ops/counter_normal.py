@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops.inputs import require_tensor
 
 __all__ = ["counter_normal", "counter_normal_reference", "counter_words"]
 
@@ -28,8 +29,12 @@ def counter_normal(samples: Tensor, seed: int, stream: int, numel: int) -> Tenso
     Returns:
         [N, numel] float32.
     """
+    require_tensor("samples", samples)
     if samples.ndim != 1 or samples.dtype != torch.int64:
         raise InputError(f"samples must be int64 [N], got {samples.dtype} {list(samples.shape)}.")
+    for name, value in (("seed", seed), ("stream", stream), ("numel", numel)):
+        if not isinstance(value, int):
+            raise InputError(f"{name} must be an integer, got {value!r:.60}.")
     if not 0 <= stream < 2**32 or not 0 <= numel <= 2**34:
         raise InputError(f"stream must have 32 bits and numel be at most 2^34, got {stream} and {numel}.")
     seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits, with a sign

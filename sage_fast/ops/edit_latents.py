@@ -8,7 +8,8 @@ from torch import Tensor
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import of_one_float, takes_arrays
-from sage_fast.ops.combine_rows import require_below
+from sage_fast.ops.combine_rows import pulled_in, require_below
+from sage_fast.ops.inputs import number, require_floats, require_tensor
 
 __all__ = ["edit_latents", "edit_latents_reference"]
 
@@ -39,23 +40,25 @@ def edit_latents(
     Returns:
         [N, L, D]. A sample's bits depend on its own row alone, except that up to three samples are summed in another order.
     Raises:
-        InputError: shapes or dtypes that do not belong together.
+        InputError: shapes or dtypes that do not belong together; on a CPU, a ``class_index`` that is not there. Elsewhere a
+            look at it would wait for the device, and the sample is NaN.
     """
-    _check(class_embedding, codes, directions, mask, class_index)
-    _require_classes(class_index, class_embedding)
+    alpha = _check(class_embedding, codes, directions, alpha, mask, class_index)
     mask = _rows_of(mask)
     native = codes.dtype in (torch.float32, torch.float64)
     if native and _native.has_kernel("edit_latents", "cpu" if codes.is_cpu else codes.device.type):
         op = torch.ops.sage_fast.edit_latents.default
-        return _native.call(op, (class_embedding, codes, directions), float(alpha), mask, class_index)
+        return _native.call(op, (class_embedding, codes, directions), alpha, mask, class_index)
     # [L, N, K] x [L, K, D]: one batched product over the layers
     edits = torch.bmm(_kept(codes, mask, class_index).transpose(0, 1), directions.mT).transpose(0, 1)
-    base = class_embedding if class_index is None else class_embedding[class_index]
+    base = _base(class_embedding, class_index)
     return torch.add(base, edits, alpha=alpha)
 
 
 def _on_host(host, class_embedding, codes, directions, alpha, mask, class_index):
     if not of_one_float(class_embedding, codes, directions):
+        return None
+    if mask is not None and mask.dtype.kind not in "biuf":
         return None
     mask = mask if mask is None else mask.astype(bool, copy=False)
     return host.edit_latents(class_embedding, codes, directions, alpha, mask, class_index)
@@ -70,16 +73,18 @@ def edit_latents_reference(
     class_index: Tensor | None = None,
 ) -> Tensor:
     """The same, as the equation is printed."""
-    _check(class_embedding, codes, directions, mask, class_index)
-    _require_classes(class_index, class_embedding)
-    base = class_embedding if class_index is None else class_embedding[class_index]
+    alpha = _check(class_embedding, codes, directions, alpha, mask, class_index)
+    base = _base(class_embedding, class_index)
     kept = _kept(codes, _rows_of(mask), class_index)
     return base + alpha * torch.einsum("ldk,nlk->nld", directions, kept)
 
 
-def _require_classes(class_index: Tensor | None, class_embedding: Tensor) -> None:
-    if class_index is not None:
-        require_below("class_index", class_index, len(class_embedding))
+def _base(class_embedding: Tensor, class_index: Tensor | None) -> Tensor:
+    """The embedding of each sample, NaN where its class is not there."""
+    if class_index is None:
+        return class_embedding
+    rows, known = pulled_in(class_index, len(class_embedding))
+    return torch.where(known[:, None, None], class_embedding[rows], torch.nan)
 
 
 def _rows_of(mask: Tensor | None) -> Tensor | None:
@@ -91,17 +96,27 @@ def _kept(codes: Tensor, mask: Tensor | None, class_index: Tensor | None) -> Ten
     """Codes with zeros where ``mask`` bool [1 or B, L, K] is off."""
     if mask is None:
         return codes
-    return torch.where(mask[class_index] if class_index is not None and len(mask) > 1 else mask, codes, 0)
+    if class_index is not None and len(mask) > 1:
+        mask = mask[pulled_in(class_index, len(mask))[0]]
+    return torch.where(mask, codes, 0)
 
 
 def _check(
-    class_embedding: Tensor, codes: Tensor, directions: Tensor, mask: Tensor | None, class_index: Tensor | None
-) -> None:
-    of_directions, of_codes, of_embedding = directions.shape, codes.shape, class_embedding.shape
-    if len(of_directions) != 3:
-        raise InputError(f"directions must have shape [L, D, K], got {list(of_directions)}.")
-    n_latent, dim, k = of_directions
-    if len(of_codes) != 3 or of_codes[1] != n_latent or of_codes[2] != k or not codes.is_floating_point():
+    class_embedding: Tensor,
+    codes: Tensor,
+    directions: Tensor,
+    alpha: float,
+    mask: Tensor | None,
+    class_index: Tensor | None,
+) -> float:
+    require_floats("directions", directions, 3, "[L, D, K]")
+    require_floats("codes", codes, 3, "[N, L, K]")
+    require_tensor("class_embedding", class_embedding)
+    for name, choice in (("mask", mask), ("class_index", class_index)):
+        if choice is not None:
+            require_tensor(name, choice)
+    (n_latent, dim, k), of_codes, of_embedding = directions.shape, codes.shape, class_embedding.shape
+    if of_codes[1] != n_latent or of_codes[2] != k:
         raise InputError(
             f"codes must be floating point [N, {n_latent}, {k}], as directions have, got {codes.dtype} {list(of_codes)}."
         )
@@ -133,6 +148,9 @@ def _check(
     for name, choice in (("mask", mask), ("class_index", class_index)):
         if choice is not None and choice.device != device:
             raise InputError(f"{name} must be on {device}, as codes are, got {choice.device}.")
+    if class_index is not None:
+        require_below("class_index", class_index, rows)
+    return number("alpha", alpha)
 
 
 def _setup_context(ctx, inputs, output):
@@ -146,7 +164,8 @@ def _backward(ctx, grad):
     by_layer = grad.transpose(0, 1)  # [L, N, D]
     grad_embedding = grad_codes = grad_directions = None
     if ctx.needs_input_grad[0] and class_index is not None:
-        grad_embedding = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_add(0, class_index, grad)
+        inside, _ = pulled_in(class_index, ctx.rows)
+        grad_embedding = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_add(0, inside, grad)
     elif ctx.needs_input_grad[0]:
         grad_embedding = grad if ctx.rows == len(grad) else grad.sum(0, keepdim=True)
     if ctx.needs_input_grad[1]:

@@ -11,6 +11,7 @@ from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import of_one_float, takes_arrays
 from sage_fast.ops.gaussian_low_pass import fft_is_ahead, gaussian_low_pass, gaussian_low_pass_reference, kernel_pays
+from sage_fast.ops.inputs import number, require_floats, require_same_device
 
 __all__ = ["check_images", "fuse_frequencies", "fuse_frequencies_reference"]
 
@@ -35,10 +36,11 @@ def fuse_frequencies(
         InputError: images of unequal shape, or a sigma that is not positive.
     """
     check_images(real, inverted, edited)
+    gamma1, gamma2, sigma = number("gamma1", gamma1), number("gamma2", gamma2), number("sigma", sigma)
     pays = edited.numel() and 0 < sigma < math.inf and kernel_pays("fuse_frequencies", edited, sigma)
     if pays and alike(real, inverted, edited):
         op = torch.ops.sage_fast.fuse_frequencies.default
-        return _native.call(op, (real, inverted, edited), float(gamma1), float(gamma2), float(sigma))
+        return _native.call(op, (real, inverted, edited), gamma1, gamma2, sigma)
     return _compose(gaussian_low_pass, real, inverted, edited, gamma1, gamma2, sigma)
 
 
@@ -54,6 +56,7 @@ def fuse_frequencies_reference(
 ) -> Tensor:
     """The same in plain PyTorch."""
     check_images(real, inverted, edited)
+    gamma1, gamma2 = number("gamma1", gamma1), number("gamma2", gamma2)
     return _compose(gaussian_low_pass_reference, real, inverted, edited, gamma1, gamma2, sigma)
 
 
@@ -65,21 +68,20 @@ def _compose(low_pass, real, inverted, edited, gamma1, gamma2, sigma) -> Tensor:
 
 def check_images(real: Tensor, inverted: Tensor, edited: Tensor) -> None:
     """Raise InputError unless all are [N, C, H, W], the first two perhaps with one image for all."""
-    check_sources(edited, real=real, inverted=inverted, edited=edited)
+    check_sources(edited, real=real, inverted=inverted)
 
 
 def check_sources(edited: Tensor, /, **sources: Tensor) -> None:
     """Raise InputError unless the named images are [N or 1, C, H, W] of ``edited``, on its device."""
+    require_floats("edited", edited, 4, "[N, C, H, W]")
     for name, images in sources.items():
-        if images.ndim != 4 or not images.is_floating_point():
-            raise InputError(f"{name} must be floating point [N, C, H, W], got {images.dtype} {list(images.shape)}.")
+        require_floats(name, images, 4, "[N, C, H, W]")
+        require_same_device(name, images, edited, "edited")
         if images.shape[1:] != edited.shape[1:] or len(images) not in (1, len(edited)):
             raise InputError(
                 f"{name} must have shape {list(edited.shape)}, as edited has, or one image for all, got "
                 f"{list(images.shape)}."
             )
-        if images.device != edited.device:
-            raise InputError(f"{name} must be on {edited.device}, as edited is, got {images.device}.")
 
 
 def alike(*images: Tensor) -> bool:

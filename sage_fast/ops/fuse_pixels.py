@@ -10,6 +10,7 @@ from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import of_one_float, takes_arrays
 from sage_fast.ops.fuse_frequencies import alike, check_images, check_sources
+from sage_fast.ops.inputs import number
 
 __all__ = ["BLENDS", "blend_images", "blur_mask", "difference_mask", "fuse_pixels", "fuse_pixels_reference"]
 
@@ -44,13 +45,13 @@ def fuse_pixels(
     Raises:
         InputError: images of unequal shape, or an unknown blend.
     """
-    _check(real, inverted, edited, blend, low)
+    beta = _check(real, inverted, edited, beta, blend, low)
     takes = edited.dtype in (torch.float32, torch.float64) and alike(
         real, inverted, edited if low is None else low, edited
     )
     if takes and _native.has_kernel("fuse_pixels", edited.device.type):
         op = torch.ops.sage_fast.fuse_pixels.default
-        return _native.call(op, (real, inverted, edited, low), float(beta), BLENDS.index(blend), _BLUR)
+        return _native.call(op, (real, inverted, edited, low), beta, BLENDS.index(blend), _BLUR)
     return fuse_pixels_reference(real, inverted, edited, beta, blend, low)
 
 
@@ -69,7 +70,7 @@ def fuse_pixels_reference(
     low: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch."""
-    _check(real, inverted, edited, blend, low)
+    beta = _check(real, inverted, edited, beta, blend, low)
     if low is not None:
         edited = (edited + low).clamp(-1, 1)
     return blend_images(real, inverted, edited, difference_mask(real, inverted, edited, beta), blend)
@@ -84,6 +85,8 @@ def difference_mask(real: Tensor, inverted: Tensor, edited: Tensor, beta: float)
 
 def blur_mask(mask: Tensor) -> Tensor:
     """3 x 3 Gaussian of a mask [N, 1, H, W]; beyond the border the mask is mirrored about its outermost pixels."""
+    if mask.numel() == 0:
+        return mask
     side = torch.exp(torch.tensor(-1 / (2 * _BLUR**2), device=mask.device, dtype=mask.dtype))
     row = torch.stack([side, torch.ones_like(side), side]) / (2 * side + 1)
     for length, padding in zip(mask.shape[:1:-1], ((1, 1, 0, 0), (0, 0, 1, 1)), strict=True):
@@ -100,12 +103,13 @@ def blend_images(real: Tensor, inverted: Tensor, edited: Tensor, mask: Tensor, b
     return edited + mask * (real + 1)  # in [0, 1]: edited + M real
 
 
-def _check(real: Tensor, inverted: Tensor, edited: Tensor, blend: str, low: Tensor | None) -> None:
+def _check(real: Tensor, inverted: Tensor, edited: Tensor, beta: float, blend: str, low: Tensor | None) -> float:
     check_images(real, inverted, edited)
     if low is not None:
         check_sources(edited, low=low)
     if blend not in BLENDS:
-        raise InputError(f"blend must be one of {', '.join(BLENDS)}, got '{blend}'.")
+        raise InputError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r:.60}.")
+    return number("beta", beta)
 
 
 def _setup_context(ctx, inputs, output):

@@ -11,6 +11,7 @@ from torch import Tensor
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import of_one_float, takes_arrays
+from sage_fast.ops.inputs import number, require_floats
 
 __all__ = ["gaussian_low_pass", "gaussian_low_pass_reference"]
 
@@ -39,12 +40,12 @@ def gaussian_low_pass(images: Tensor, sigma: float = 5.0, border: str = "circula
     Raises:
         InputError: not images, a sigma that is not positive (in pixels: nor finite), an unknown border or unit.
     """
-    _check(images, sigma, border, unit)
+    sigma = _check(images, sigma, border, unit)
     if math.isinf(sigma) or images.numel() == 0:
         return images.clone()
     if kernel_pays("gaussian_low_pass", images, sigma, unit):
         op = torch.ops.sage_fast.gaussian_low_pass.default
-        return _native.call(op, (images,), float(sigma), border == "reflect", unit == "pixels")
+        return _native.call(op, (images,), sigma, border == "reflect", unit == "pixels")
     return gaussian_low_pass_reference(images, sigma, border, unit)
 
 
@@ -70,7 +71,9 @@ def gaussian_low_pass_reference(
     images: Tensor, sigma: float = 5.0, border: str = "circular", unit: str = "frequency"
 ) -> Tensor:
     """The same with PyTorch's FFT (in float32 at least), of the mirrored image where the border reflects."""
-    _check(images, sigma, border, unit)
+    sigma = _check(images, sigma, border, unit)
+    if images.numel() == 0:
+        return images.clone()
     h, w = images.shape[2:]
     x = images if images.dtype == torch.float64 else images.float()
     if border == "reflect":  # rows 0 to H - 1, then H - 2 to 1: as periodic as mirrored
@@ -94,9 +97,9 @@ def _response(n: int, sigma: float, unit: str) -> Tensor:
     return torch.fft.fft(taps / taps.sum()).real
 
 
-def _check(images: Tensor, sigma: float, border: str, unit: str) -> None:
-    if images.ndim != 4 or not images.is_floating_point():
-        raise InputError(f"images must be floating point [N, C, H, W], got {images.dtype} {list(images.shape)}.")
+def _check(images: Tensor, sigma: float, border: str, unit: str) -> float:
+    require_floats("images", images, 4, "[N, C, H, W]")
+    sigma = number("sigma", sigma)
     if border not in BORDERS:
         raise InputError(f"border must be one of {', '.join(BORDERS)}, got '{border}'.")
     if unit not in UNITS:
@@ -104,6 +107,7 @@ def _check(images: Tensor, sigma: float, border: str, unit: str) -> None:
     if not sigma > 0 or (unit == "pixels" and math.isinf(sigma)):
         kind = "positive, in cycles per image" if unit == "frequency" else "positive and finite, in pixels"
         raise InputError(f"sigma must be {kind}, got {sigma}.")
+    return sigma
 
 
 def _setup_context(ctx, inputs, output):

@@ -8,6 +8,7 @@ from torch import Tensor
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import of_one_float, takes_arrays
+from sage_fast.ops.inputs import require_floats, require_tensor
 
 __all__ = ["least_squares_codes", "least_squares_codes_reference"]
 
@@ -45,10 +46,9 @@ def least_squares_codes_reference(delta_w: Tensor, pseudo_inverse: Tensor) -> Te
 
 
 def _check(delta_w: Tensor, pseudo_inverse: Tensor) -> None:
-    shape, inverse = delta_w.shape, pseudo_inverse.shape
-    if len(shape) != 3 or not delta_w.is_floating_point():
-        raise InputError(f"delta_w must be floating point [N, L, D], got {delta_w.dtype} {list(shape)}.")
-    _, n_latent, dim = shape
+    require_floats("delta_w", delta_w, 3, "[N, L, D]")
+    require_tensor("pseudo_inverse", pseudo_inverse)
+    (_, n_latent, dim), inverse = delta_w.shape, pseudo_inverse.shape
     if len(inverse) != 3 or inverse[0] != n_latent or inverse[2] != dim:
         raise InputError(
             f"pseudo_inverse must have shape [L, K, D] with L = {n_latent}, D = {dim}, got {list(inverse)}."

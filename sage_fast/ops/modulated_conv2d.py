@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from sage_fast.errors import InputError
 from sage_fast.ops.conv3x3 import conv3x3, conv3x3_transposed
-from sage_fast.ops.upfirdn2d import upfirdn2d, upfirdn2d_reference
+from sage_fast.ops.inputs import FLOATS, number, require_floats, seen
+from sage_fast.ops.upfirdn2d import check_filter, upfirdn2d, upfirdn2d_reference
 
 __all__ = ["modulated_conv2d", "modulated_conv2d_reference"]
 
@@ -40,9 +41,12 @@ def modulated_conv2d(
     Returns:
         [N, C_out, H * up / down, W * up / down].
     Raises:
-        InputError: shapes that do not fit, or a resample filter that is missing or without use.
+        InputError: shapes or devices that do not fit, no channels or pixels (two a side with ``down``), or a resample filter
+            that is missing or without use.
     """
-    _check(x, weight, style, up, down, resample_filter)
+    eps = _check(x, weight, style, up, down, resample_filter, eps)
+    if weight.ndim == 5 and len(x) == 0:
+        weight = weight.sum(0)  # of no samples: groups cannot be none
     if weight.ndim == 5:
         weight = _modulated(weight, style[:, None], demodulate, eps)
         return _convolve(x, weight, up, down, resample_filter)
@@ -74,13 +78,15 @@ def modulated_conv2d_reference(
     eps: float = 1e-8,
 ) -> Tensor:
     """The same, as the equations are printed: a weight for each sample, one convolution a sample."""
-    _check(x, weight, style, up, down, resample_filter)
+    eps = _check(x, weight, style, up, down, resample_filter, eps)
     weights = weight if weight.ndim == 5 else weight.expand(len(x), -1, -1, -1, -1)
     outputs = []
     for image, w, s in zip(x, weights, style):
         w = _modulated(w, s, demodulate, eps)
         outputs.append(_convolve(image[None], w, up, down, resample_filter, plain=True))
-    return torch.cat(outputs) if outputs else _convolve(x, weight, up, down, resample_filter, plain=True)
+    if outputs:
+        return torch.cat(outputs)
+    return _convolve(x, weight.sum(0) if weight.ndim == 5 else weight, up, down, resample_filter, plain=True)
 
 
 def _modulated(weight: Tensor, style: Tensor, demodulate: bool, eps: float) -> Tensor:
@@ -127,14 +133,12 @@ def _transposed(x: Tensor, weight: Tensor) -> Tensor:
     return y.reshape(n, -1, *y.shape[2:])
 
 
-def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tensor | None) -> None:
-    if x.ndim != 4 or not x.is_floating_point():
-        raise InputError(f"x must be floating point [N, C_in, H, W], got {x.dtype} {list(x.shape)}.")
+def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tensor | None, eps: float) -> float:
+    require_floats("x", x, 4, "[N, C_in, H, W]")
     for name, tensor in (("weight", weight), ("style", style)):
-        if not tensor.is_floating_point() or tensor.device != x.device:
-            raise InputError(
-                f"{name} must be floating point on {x.device}, as x is, got {tensor.dtype} on {tensor.device}."
-            )
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.device != x.device:
+            where = f" on {tensor.device}" if isinstance(tensor, Tensor) else ""
+            raise InputError(f"{name} must be floating point on {x.device}, as x is, got {seen(tensor)}{where}.")
     if weight.ndim not in (4, 5) or weight.shape[-2] != weight.shape[-1] or weight.shape[-1] % 2 == 0:
         raise InputError(f"weight must have shape [C_out, C_in, k, k] with k odd, got {list(weight.shape)}.")
     if weight.ndim == 5 and len(weight) != len(x):
@@ -145,10 +149,17 @@ def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tens
         raise InputError(
             f"style must have shape {list(x.shape[:2])}, one factor per input channel, got {list(style.shape)}."
         )
-    if (up, down) not in ((1, 1), (2, 1), (1, 2)):
-        raise InputError(f"up and down must be 1 and 1, 2 and 1, or 1 and 2, got {up} and {down}.")
+    if 0 in weight.shape[-4:]:
+        raise InputError(f"weight must have at least one channel on either side, got {list(weight.shape)}.")
+    if type(up) is not int or type(down) is not int or (up, down) not in ((1, 1), (2, 1), (1, 2)):
+        raise InputError(f"up and down must be 1 and 1, 2 and 1, or 1 and 2, got {up!r:.60} and {down!r:.60}.")
+    if x.shape[2] < down or x.shape[3] < down:
+        raise InputError(f"x must have at least {down} rows and columns with down={down}, got {list(x.shape)}.")
     if (f is None) == (up * down == 2):
         needed = "needed with up=2 or down=2" if f is None else "ignored without up=2 or down=2; leave it out"
         raise InputError(f"resample_filter is {needed}.")
-    if f is not None and f.ndim != 2:
-        raise InputError(f"resample_filter must have shape [kh, kw], got {list(f.shape)}.")
+    if f is not None:
+        check_filter("resample_filter", f, x)
+        if f.ndim != 2:
+            raise InputError(f"resample_filter must have shape [kh, kw], got {list(f.shape)}.")
+    return number("eps", eps)

@@ -10,6 +10,7 @@ from torch import Tensor
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import of_one_float, takes_arrays
+from sage_fast.ops.inputs import require_floats, require_tensor
 
 __all__ = ["project_onto_basis", "project_onto_basis_reference"]
 
@@ -57,10 +58,9 @@ def project_onto_basis_reference(w_plus: Tensor, basis: Tensor) -> Tensor:
 
 
 def _check(w_plus: Tensor, basis: Tensor) -> None:
-    shape, of_basis = w_plus.shape, basis.shape
-    if len(shape) != 3 or not w_plus.is_floating_point():
-        raise InputError(f"w_plus must be floating point [N, L, D], got {w_plus.dtype} {list(shape)}.")
-    _, n_latent, dim = shape
+    require_floats("w_plus", w_plus, 3, "[N, L, D]")
+    require_tensor("basis", basis)
+    (_, n_latent, dim), of_basis = w_plus.shape, basis.shape
     if len(of_basis) != 3 or of_basis[0] != n_latent or of_basis[1] != dim:
         raise InputError(f"basis must have shape [L, D, R] with L = {n_latent}, D = {dim}, got {list(of_basis)}.")
     if basis.dtype != w_plus.dtype or basis.device != w_plus.device:

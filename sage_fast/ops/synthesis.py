@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops import synthesis_cuda
+from sage_fast.ops.inputs import FLOATS, require_same_device, require_tensor, seen
 
 __all__ = [
     "ImageLayer",
     "StyledLayer",
     "SynthesisNetwork",
+    "check_noise_map",
     "has_products",
     "synthesis",
     "synthesis_reference",
@@ -227,6 +229,7 @@ def synthesis_reference(network: SynthesisNetwork, w_plus: Tensor, noise: Sequen
 
 
 def _check(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None]) -> None:
+    require_tensor("w_plus", w_plus)
     expected = (2 * len(network.images), network.layers[0].affine.shape[1])
     if w_plus.ndim != 3 or w_plus.shape[1:] != expected or w_plus.dtype != torch.float32:
         raise InputError(
@@ -237,11 +240,18 @@ def _check(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | N
     if len(noise) != len(network.layers):
         raise InputError(f"noise must hold {len(network.layers)} maps, one a styled layer, got {len(noise)}.")
     for i, map_ in enumerate(noise):
-        size = 4 << ((i + 1) // 2)
-        if map_ is not None and map_.shape not in ((1, 1, size, size), (len(w_plus), 1, size, size)):
-            raise InputError(
-                f"noise map {i} must have shape [1 or {len(w_plus)}, 1, {size}, {size}], got {list(map_.shape)}."
-            )
+        check_noise_map(i, map_, w_plus)
+
+
+def check_noise_map(i: int, noise: Tensor | None, w_plus: Tensor) -> None:
+    """Raise InputError unless ``noise`` is a map for styled layer ``i`` and latents ``w_plus`` [N, ...], or None."""
+    if noise is None:
+        return
+    size, n = 4 << ((i + 1) // 2), w_plus.shape[0]
+    maps = isinstance(noise, Tensor) and noise.dtype in FLOATS and noise.shape[1:] == (1, size, size)
+    if not maps or noise.shape[0] not in (1, n):
+        raise InputError(f"noise map {i} must be floating point [1 or {n}, 1, {size}, {size}], got {seen(noise)}.")
+    require_same_device(f"noise map {i}", noise, w_plus, "w_plus")
 
 
 @_native.when_loaded

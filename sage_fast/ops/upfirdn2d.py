@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops._arrays import takes_arrays
+from sage_fast.ops.inputs import FLOATS, number, require_floats, require_real, require_same_device
 
-__all__ = ["upfirdn2d", "upfirdn2d_reference"]
+__all__ = ["check_filter", "upfirdn2d", "upfirdn2d_reference"]
 
 Padding = int | Sequence[int]
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MOST_PADDING = 2**16  # kMostPadding of csrc/upfirdn2d.h
 
 
 @takes_arrays("x", "f")
@@ -37,27 +38,29 @@ def upfirdn2d(
 
     Args:
         x: images [N, C, H, W], floating.
-        f: filter [kh, kw], or [k] for the outer product of itself; at most 32 a side, of any dtype.
+        f: filter [kh, kw], or [k] for the outer product of itself; at most 32 a side, of any real dtype, where x is.
         up, down: integer factors, the same for rows and columns.
-        padding: one integer, or (left, right, top, bottom), counted in upsampled pixels.
+        padding: one integer, or (left, right, top, bottom), counted in upsampled pixels; each at most 2^16.
         gain: factor on the result; ``up ** 2`` keeps the brightness of a filter that sums to one.
     Returns:
         [N, C, OH, OW] with OH = (H * up + top + bottom - kh) // down + 1, in the dtype and memory format of x.
     Raises:
-        InputError: a shape, factor or padding that leaves no output.
+        InputError: a shape, factor or padding that leaves no output, or a filter that is not real or elsewhere than x.
     """
-    pad = _tidy(x, f, up, down, padding)
-    if x.dtype in _DTYPES and _native.has_kernel("upfirdn2d", x.device.type):
+    pad, gain = _tidy(x, f, up, down, padding, flip_filter, gain)
+    if _native.has_kernel("upfirdn2d", x.device.type):
         if x.device.type != "cpu":  # where a kernel cannot look at the filter first
-            f = (torch.outer(f, f) if f.ndim == 1 else f).to(x)
-        elif f.device != x.device or f.dtype not in _DTYPES:
-            f = f.to(x)
+            f = (torch.outer(f, f) if f.ndim == 1 else f).to(x.dtype)
+        elif f.dtype not in FLOATS:
+            f = f.to(x.dtype)
         return _native.call(torch.ops.sage_fast.upfirdn2d.default, (x, f), up, down, *pad, flip_filter, gain)
     return upfirdn2d_reference(x, f, up, down, pad, flip_filter, gain)
 
 
 def _on_host(host, x, f, up, down, padding, flip_filter, gain):
     if x.dtype.name not in ("float32", "float64", "float16"):
+        return None
+    if f.dtype.kind not in "fiub":
         return None
     if f.dtype.kind != "f":
         f = f.astype(x.dtype)
@@ -74,8 +77,8 @@ def upfirdn2d_reference(
     gain: float = 1.0,
 ) -> Tensor:
     """The same in plain PyTorch, step by step."""
-    left, right, top, bottom = _tidy(x, f, up, down, padding)
-    f = (torch.outer(f, f) if f.ndim == 1 else f).to(x)
+    (left, right, top, bottom), gain = _tidy(x, f, up, down, padding, flip_filter, gain)
+    f = (torch.outer(f, f) if f.ndim == 1 else f).to(x.dtype)
     n, c, h, w = x.shape
     # 1. zeros after each pixel
     x = x.reshape(n, c, h, 1, w, 1)
@@ -90,23 +93,21 @@ def upfirdn2d_reference(
     return x[:, :, ::down, ::down].reshape(n, c, *_out_size(height, width, f, down)) * gain
 
 
-def _tidy(x: Tensor, f: Tensor, up: int, down: int, padding: Padding) -> tuple[int, int, int, int]:
+def _tidy(
+    x: Tensor, f: Tensor, up: int, down: int, padding: Padding, flip_filter: bool, gain: float
+) -> tuple[tuple[int, int, int, int], float]:
+    require_floats("x", x, 4, "images [N, C, H, W]")
+    check_filter("f", f, x)
     shape, sides = x.shape, f.shape
-    if len(shape) != 4 or not x.is_floating_point():
-        raise InputError(f"x must be floating point images [N, C, H, W], got {x.dtype} {list(shape)}.")
-    if len(sides) not in (1, 2) or not all(1 <= k <= 32 for k in sides):
-        raise InputError(f"f must have shape [k] or [kh, kw] with sides from 1 to 32, got {list(sides)}.")
-    if f.is_complex():
-        raise InputError(f"f must be real, got {f.dtype}.")
-    if f.requires_grad:
-        raise InputError("f must not require a gradient: upfirdn2d does not learn its filter; pass f.detach().")
     for name, factor in (("up", up), ("down", down)):
         if type(factor) is not int or not 1 <= factor < 2**31:
             raise InputError(f"{name} must be a positive integer below 2^31, got {factor!r}.")
+    if not isinstance(flip_filter, int):  # bool is one
+        raise InputError(f"flip_filter must be True or False, got {flip_filter!r:.60}.")
     pad = (padding,) * 4 if isinstance(padding, int) else tuple(padding) if isinstance(padding, Sequence) else ()
-    if len(pad) != 4 or not all(isinstance(p, int) and abs(p) < 2**31 for p in pad):
+    if len(pad) != 4 or not all(isinstance(p, int) and -(2**31) < p <= _MOST_PADDING for p in pad):
         raise InputError(
-            f"padding must be one integer or (left, right, top, bottom), each below 2^31, got {padding!r}."
+            f"padding must be one integer or (left, right, top, bottom), each at most {_MOST_PADDING}, got {padding!r:.100}."
         )
     height, width = shape[2] * up + pad[2] + pad[3], shape[3] * up + pad[0] + pad[1]
     if shape[2] < 1 or shape[3] < 1 or height < sides[0] or width < sides[-1]:
@@ -114,7 +115,19 @@ def _tidy(x: Tensor, f: Tensor, up: int, down: int, padding: Padding) -> tuple[i
             f"padding {list(pad)} leaves images of {height} x {width} px, expected at least the filter's "
             f"{sides[0]} x {sides[-1]}; x is {list(shape)}."
         )
-    return pad
+    return pad, number("gain", gain)
+
+
+def check_filter(name: str, f: Tensor, x: Tensor) -> None:
+    """Raise InputError unless ``f``, which the caller calls ``name``, is a filter for images ``x``."""
+    require_real(name, f)
+    require_same_device(name, f, x, "x")
+    if f.ndim not in (1, 2) or not all(1 <= k <= 32 for k in f.shape):
+        raise InputError(f"{name} must have shape [k] or [kh, kw] with sides from 1 to 32, got {list(f.shape)}.")
+    if f.requires_grad:
+        raise InputError(
+            f"{name} must not require a gradient: upfirdn2d does not learn its filter; pass {name}.detach()."
+        )
 
 
 def _out_size(height: int, width: int, f: Tensor, down: int) -> tuple[int, int]:

@@ -54,10 +54,11 @@ def resample(images: Tensor, inverse: Tensor, margins: tuple[int, int, int, int]
     height, width = images.shape[2:]
     padded = F.pad(images, margins, mode="reflect")
     # pixel i of the padded image is pixel 2i of the upsampled one: the filter's centre is its tap 5
-    fine = upfirdn2d(padded, _LOW_PASS, up=2, padding=(6, 5, 6, 5), gain=4.0)
+    taps = _LOW_PASS.to(images.device)
+    fine = upfirdn2d(padded, taps, up=2, padding=(6, 5, 6, 5), gain=4.0)
     grid = _grid(inverse, (height, width), margins, fine)
     # sample m of these is at pixel (m - 5) / 2 of the result
-    return upfirdn2d(_Sample.apply(fine, grid), _LOW_PASS, down=2, flip_filter=True)
+    return upfirdn2d(_Sample.apply(fine, grid), taps, down=2, flip_filter=True)
 
 
 def _grid(inverse: Tensor, size: tuple[int, int], margins: tuple[int, int, int, int], fine: Tensor) -> Tensor:
