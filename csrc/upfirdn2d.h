@@ -5,11 +5,15 @@
 
 namespace sage_fast {
 
+// Beyond any image. The kernels hold rows with the zeros around them, so it bounds their memory, whatever `down`
+// leaves.
+constexpr int64_t kMostPadding = 1 << 16;
+
 struct UpfirdnParams {
   int64_t planes, h, w, inner;  // input [planes, h, w, inner]: inner is 1, or C where the channels come last
   int64_t kh, kw;               // filter [kh, kw]
   int64_t up, down;
-  int64_t left, right, top, bottom;  // in upsampled pixels; negative: crop
+  int64_t left, right, top, bottom;  // in upsampled pixels, at most kMostPadding; negative: crop
   bool flip;                         // true: correlate, false: convolve
   double gain;
 
@@ -21,7 +25,7 @@ inline void check(const UpfirdnParams& p) {
   constexpr int64_t most = int64_t{1} << 31;
   require(p.up >= 1 && p.down >= 1 && p.up < most && p.down < most, "upfirdn2d: up and down must be 1 to 2^31 - 1");
   for (int64_t pad : {p.left, p.right, p.top, p.bottom}) {
-    require(pad > -most && pad < most, "upfirdn2d: padding must be below 2^31");
+    require(pad > -most && pad <= kMostPadding, "upfirdn2d: padding must be at most 2^16 and above -2^31");
   }
   require(p.kh >= 1 && p.kw >= 1 && p.kh <= 32 && p.kw <= 32, "upfirdn2d: f must have sides from 1 to 32");
   require(p.h >= 1 && p.w >= 1, "upfirdn2d: x must have at least one row and column");
