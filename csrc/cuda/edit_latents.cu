@@ -9,8 +9,9 @@ constexpr int kThreads = 256, kDim = 64, kSamples = 32, kDepth = 32;  // of a bl
 constexpr int kEach = kDim * kSamples / kThreads;                     // values a thread
 
 // embeddings [rows, layers, dim], codes [n, layers, k], directions [layers, dim, k], mask [mask_rows, layers, k] or
-// null, index [n] or null -> out [n, layers, dim]. A block takes one layer, kDim values and kSamples samples; its
-// pieces of the directions and of the masked codes lie in shared memory, kDepth directions at a time.
+// null, index [n] or null -> out [n, layers, dim], NaN for a sample whose index is no row. A block takes one layer,
+// kDim values and kSamples samples; its pieces of the directions and of the masked codes lie in shared memory, kDepth
+// directions at a time.
 template <class T>
 __global__ void run(const T* __restrict__ embeddings, const T* __restrict__ codes, const T* __restrict__ directions,
                     const bool* __restrict__ mask, const int64_t* __restrict__ index, EditParams p,
@@ -18,11 +19,8 @@ __global__ void run(const T* __restrict__ embeddings, const T* __restrict__ code
   __shared__ T a[kDepth][kDim + 1], c[kDepth][kSamples + 1];
   const int64_t layer = blockIdx.z, first_d = int64_t{blockIdx.y} * kDim, first_i = int64_t{blockIdx.x} * kSamples;
   const int d = threadIdx.x % kDim, s = threadIdx.x / kDim;
-  const auto row_of = [&](int64_t i) -> int64_t {
-    const int64_t row = index != nullptr ? index[i] : p.rows > 1 ? i : 0;
-    if (row < 0 || row >= p.rows) __trap();
-    return row;
-  };
+  const auto row_of = [&](int64_t i) -> int64_t { return index != nullptr ? index[i] : p.rows > 1 ? i : 0; };
+  const auto is_row = [&](int64_t row) { return row >= 0 && row < p.rows; };
 
   T sum[kEach] = {};
   for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
@@ -34,7 +32,10 @@ __global__ void run(const T* __restrict__ embeddings, const T* __restrict__ code
     for (int at = threadIdx.x / kDepth; at < kSamples; at += kThreads / kDepth) {
       const int64_t i = first_i + at;
       bool used = i < p.n && k0 + j < p.k;
-      if (used && mask != nullptr) used = mask[((p.mask_rows > 1 ? row_of(i) : 0) * p.layers + layer) * p.k + k0 + j];
+      if (used && mask != nullptr) {
+        const int64_t row = p.mask_rows > 1 ? row_of(i) : 0;
+        used = is_row(row) && mask[(row * p.layers + layer) * p.k + k0 + j];
+      }
       c[j][at] = used ? codes[i * p.code_row + layer * p.code_layer + k0 + j] : T(0);
     }
     __syncthreads();
@@ -49,7 +50,8 @@ __global__ void run(const T* __restrict__ embeddings, const T* __restrict__ code
   for (int e = 0; e < kEach; ++e) {
     const int64_t i = first_i + s + e * (kThreads / kDim), at = first_d + d;
     if (i < p.n && at < p.dim) {
-      const T base = embeddings[row_of(i) * p.embedding_row + layer * p.embedding_layer + at];
+      const int64_t row = row_of(i);
+      const T base = is_row(row) ? embeddings[row * p.embedding_row + layer * p.embedding_layer + at] : T(NAN);
       out[(i * p.layers + layer) * p.dim + at] = base + static_cast<T>(p.alpha) * sum[e];
     }
   }
