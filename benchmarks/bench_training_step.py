@@ -1,17 +1,23 @@
 """A step of adversarial training: generator and discriminator, R1 every sixteenth step.
 
 The rivals take the same step with the same weights: plain PyTorch inside our networks, and with ``--peer-path`` the
-networks of NVlabs (in float32: their half precision is CUDA's). Time is that of a step plus a sixteenth of an R1 step;
-optimizers are left out, they are torch's on all sides.
+networks of NVlabs as published: on a CPU in float32, on a GPU in float16 at the four largest sizes, whatever the row's
+precision is, which is ours and plain PyTorch's. Time is that of a step plus a sixteenth of an R1 step; optimizers are left out,
+they are torch's on all sides. Peak memory is that of both steps above the networks and their batch.
+
+    pytest benchmarks/bench_training_step.py --benchmark-enable --bench-device cuda --peer-path ~/stylegan3
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from memory import peak_mib, printed_by_a_process
 from peers import load_trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +27,8 @@ from sage_fast.models.discriminator import Discriminator
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 
-CONFIGS = {"32s": (32, 2048, 128), "64s": (64, 4096, 128)}
+CONFIGS = {"32s": (32, 2048, 128), "64s": (64, 4096, 128), "256p": (256, 16384, 512)}  # 256p: on a GPU
+PRECISIONS = ["float32", "bfloat16", "tf32"]  # tf32: float32 with TF32 products, on a GPU
 BATCH = 16
 
 
@@ -93,27 +100,42 @@ class Step:
         return penalty.detach()[None]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_training_step(compare, request, name, precision):
+def steps(name: str, device: torch.device, peers: list[str]) -> tuple[dict[str, tuple[Step, Callable]], Tensor, Tensor]:
+    """who -> step and the context it runs in; latents and images of a batch."""
     resolution, base, most = CONFIGS[name]
     torch.manual_seed(0)
-    G = Generator(resolution, 512, 1, channel_base=base, channel_max=most)
-    D = Discriminator(resolution, channel_base=base, channel_max=most)
-    real, w_plus = torch.randn(BATCH, 3, resolution, resolution), torch.randn(BATCH, G.n_latent, 512)
+    G = Generator(resolution, 512, 1, channel_base=base, channel_max=most).to(device)
+    D = Discriminator(resolution, channel_base=base, channel_max=most).to(device)
+    real = torch.randn(BATCH, 3, resolution, resolution, device=device)
+    w_plus = torch.randn(BATCH, G.n_latent, 512, device=device)
     ours = Step(G.synthesis, D, G, D)
-    contexts = {"ours": (ours, nullcontext), "plain PyTorch": (ours, plain_ops)}
-    for peer, (net, draw, their_D, judge) in load_trainers(request.config.getoption("--peer-path"), G, D).items():
-        contexts[peer] = (Step(draw, judge, net, their_D), nullcontext)
+    found: dict[str, tuple[Step, Callable]] = {"ours": (ours, nullcontext), "plain PyTorch": (ours, plain_ops)}
+    for peer, (net, draw, their_D, judge) in load_trainers(peers, G, D).items():
+        found[peer] = (Step(draw, judge, net, their_D), nullcontext)
+    return found, w_plus, real
+
+
+def lowered(device: torch.device, precision: str, who: str) -> AbstractContextManager:
+    """Autocast for us and for plain PyTorch; NVlabs' networks choose float16 themselves."""
+    enabled = precision == "bfloat16" and who in ("ours", "plain PyTorch")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_step(compare, request, name, precision):
+    skip_on_a_cpu(compare.device, name, precision)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    contexts, w_plus, real = steps(name, compare.device, request.config.getoption("--peer-path"))
     compare.compiled = False  # torch.compile differentiates once only, and R1 asks for twice
-    compare.tolerance, compare.rounds = 0.1 if precision == "bfloat16" else 1e-3, 5
+    compare.tolerance = 1e-3 if precision == "float32" and compare.device.type == "cpu" else 0.1
+    compare.rounds = 5
 
     def call(who: str, part: str) -> Callable[[], Tensor]:
         step, context = contexts[who]
 
         def run() -> Tensor:
-            bf16 = precision == "bfloat16" and step is ours
-            with context(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with context(), lowered(compare.device, precision, who):
                 return step.main(w_plus, real) if part == "step" else step.r1(real)
 
         return run
@@ -137,3 +159,46 @@ def test_training_step(compare, request, name, precision):
         compare.rows.append(
             {**rows["step"], "case": f"{name}, N {BATCH}, {precision}, in all", "ms": round(mine, 3), "ratios": ratios}
         )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_memory(compare, request, name, precision):
+    """On a CPU each side in a process of its own."""
+    skip_on_a_cpu(compare.device, name, precision)
+    if compare.benchmark.disabled:
+        pytest.skip("nothing to compare")
+    peers = request.config.getoption("--peer-path")
+    used = {}
+    for who in ["ours", "plain PyTorch", *peers]:
+        about = (name, precision, who)
+        if compare.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            used[Path(who).name] = peak(compare.device, *about)
+        else:
+            used[Path(who).name] = printed_by_a_process(__file__, *about, torch.get_num_threads())
+    compare.rows.append(dict(case=f"{name}, N {BATCH}, {precision}", mib=used))
+
+
+def skip_on_a_cpu(device: torch.device, name: str, precision: str) -> None:
+    if device.type == "cpu" and (name == "256p" or precision == "tf32"):
+        pytest.skip("for a GPU")
+
+
+def peak(device: torch.device, name: str, precision: str, who: str) -> float:
+    """``who``: "ours", "plain PyTorch" or a clone's folder."""
+    contexts, w_plus, real = steps(name, device, [] if who in ("ours", "plain PyTorch") else [who])
+    step, context = contexts.get(who) or list(contexts.values())[-1]
+
+    def both(n: int) -> None:
+        with context(), lowered(device, precision, who):
+            step.main(w_plus[:n], real[:n])
+            step.r1(real[:n])
+
+    both(1)  # loads code; gradients are held from here on
+    return peak_mib(lambda: both(BATCH), device)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[4]))
+    print(peak(torch.device("cpu"), *sys.argv[1:4]))

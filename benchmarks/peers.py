@@ -37,17 +37,21 @@ def load_peers(paths: list[str], generator: Generator) -> dict[str, Draw]:
 def load_trainers(
     paths: list[str], generator: Generator, discriminator: Discriminator
 ) -> dict[str, tuple[torch.nn.Module, Draw, torch.nn.Module, Draw]]:
-    """name -> (network, its synthesis, discriminator, its logits) with our weights, for each clone by NVlabs."""
-    found = {}
+    """name -> (network, its synthesis, discriminator, its logits) with our weights, for each clone by NVlabs.
+
+    On the device of ``generator``: on a GPU as published, in float16 at the four largest sizes, on a CPU in float32.
+    """
+    found, device = {}, generator.latent_avg.device
+    fp32 = device.type == "cpu"
     for path in map(Path, paths):
         for name, module in (("sg3", "training.networks_stylegan2"), ("ada", "training.networks")):
             if (path / (module.replace(".", "/") + ".py")).exists():
-                net, D = _nvlabs_networks(path, module, generator, discriminator)
+                net, D = (one.to(device) for one in _nvlabs_networks(path, module, generator, discriminator))
                 found[name] = (
                     net,
-                    lambda w, net=net: net(w, noise_mode="const", force_fp32=True),
+                    lambda w, net=net: net(w, noise_mode="const", force_fp32=fp32),
                     D,
-                    lambda x, D=D: D(x, None, force_fp32=True),
+                    lambda x, D=D: D(x, None, force_fp32=fp32),
                 )
                 break
     return found
@@ -112,6 +116,7 @@ def _nvlabs_networks(
         channel_base=max(size * c for size, c in sizes.items()),
         channel_max=max(generator.channels),
         num_fp16_res=0 if generator.latent_avg.device.type == "cpu" else 4,
+        conv_clamp=None if generator.latent_avg.device.type == "cpu" else 256,  # as their train.py asks with float16
     )
     with _imports_from(path):
         networks = importlib.import_module(module)
