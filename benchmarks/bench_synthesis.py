@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -159,6 +160,29 @@ def test_synthesis_on_a_gpu(compare, request, precision, name, n):
     seconds = medians(compare.clock, calls, 7)
     images = {who: round(n / t, 1) for who, t in seconds.items()}
     compare.add(f"{name}, N {n}, {precision}", seconds, flops=n * flop(G), dtype=dtype, images_per_s=images)
+
+
+# what each leaves to the convolutions differs most: layers of one tile, of few, of many
+LAYER_CASES = [("bfloat16", "256F", 1), ("bfloat16", "256F", 8), ("bfloat16", "1024F", 8), ("float32", "256F", 8)]
+
+
+@pytest.mark.parametrize(("precision", "name", "n"), LAYER_CASES)
+@torch.no_grad()
+def test_convolutions_on_a_gpu(compare, capsys, monkeypatch, precision, name, n):
+    """Milliseconds of each styled layer in each way of `ops.cuda_convolution`, by its own measurement; a line of JSON a layer."""
+    if compare.device.type != "cuda" or compare.benchmark.disabled:
+        pytest.skip("needs --bench-device cuda and --benchmark-enable")
+    monkeypatch.setenv("SAGE_FAST_CUDA_CONV", "auto")
+    monkeypatch.setattr(cuda_convolution, "_choices", {})
+    G, dtype = _gpu_generator(name, compare.device), getattr(torch, precision)
+    w_plus = torch.randn(n, G.n_latent, 512, generator=torch.Generator().manual_seed(n)).to(compare.device)
+    noise = [getattr(G.noises, f"noise_{i}") for i in range(G.n_latent - 1)]
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        synthesis_cuda.draw(fused_network(G), w_plus, noise, dtype)
+    with capsys.disabled():
+        for layer, choice in cuda_convolution.choices().items():
+            about = dict(layer=f"{name}, N {n}, {precision}", **layer._asdict(), way=choice.way)
+            print("\n" + json.dumps(about | dict(ms={way: round(t, 5) for way, t in choice.ms.items()}), default=str))
 
 
 @pytest.mark.parametrize("n", [8])
