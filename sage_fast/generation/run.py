@@ -76,7 +76,8 @@ class Summary:
         kept = f", {self.n_kept} were there already" if self.n_kept else ""
         count = f"{len(self.categories)} categor{'y' if len(self.categories) == 1 else 'ies'}"
         if self.missing:
-            return f"{self.n_new} images of {count} were drawn{kept}; {self.missing} shards of other ranks are not there yet."
+            shards = "1 shard of another rank is" if self.missing == 1 else f"{self.missing} shards of other ranks are"
+            return f"{self.n_new} images of {count} were drawn{kept}; {shards} not there yet."
         return f"{self.n_new} images of {count} were drawn{kept}; see {self.out.rstrip('/')}/contact_sheet.png."
 
 
