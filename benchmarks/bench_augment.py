@@ -68,6 +68,8 @@ def in_plain_pytorch(apply: Apply) -> Apply:
 @pytest.mark.parametrize("part", ["forward", "forward and gradient"])
 @pytest.mark.parametrize("size", [32, 64])
 def test_ada(compare, request, size, part):
+    if compare.device.type != "cpu":
+        pytest.skip("on a CPU")
     augment, rng = Augment(AugmentConfig("ada", p=P)), torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, size, size, requires_grad=part != "forward")
     pipes = load_augment_pipes(request.config.getoption("--peer-path"), P)

@@ -12,7 +12,9 @@ The rival is written as the scripts of AGE and SAGE work: for every image the so
 ``np.random.multivariate_normal``, one image is synthesised and saved with Pillow. It uses the same networks (its encoder is
 smaller than theirs); "plain" runs them on plain PyTorch, as those scripts do. It and ``generate`` have all cores.
 
-    python benchmarks/bench_generate.py [--sizes 32 64 256] [--threads 1] [--workers 1] [--out FOLDER]
+On a GPU (``--device cuda``) the stages alone are measured: synthesis there, with the copy of its 8-bit images to the host.
+
+    python benchmarks/bench_generate.py [--sizes 32 64 256] [--threads 1] [--workers 1] [--out FOLDER] [--device cpu]
 """
 
 from __future__ import annotations
@@ -69,12 +71,15 @@ def main() -> int:
     parser.add_argument("--fusion", default="none")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the networks")
     parser.add_argument("--skip", nargs="*", default=[], choices=["stages", "rival", "memory", "ranks", "start"])
     parser.add_argument(
         "--out", type=Path, default=None, help="folder on the disk to be measured; None: a temporary one"
     )
     parser.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device.type != "cpu":
+        options.skip = ["rival", "memory", "ranks", "start"]
     options.threads = options.threads or max(1, CORES // 2)
     options.workers = options.workers or max(1, CORES - options.threads)
     torch.set_num_threads(options.threads)
@@ -85,12 +90,13 @@ def main() -> int:
         if "start" not in options.skip:
             rows.append(start_of_ten_million(Path(folder), options))
     about = {"bench": "generate", "threads": options.threads, "workers": options.workers, "image": options.image}
+    about["device"] = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "cpu"
     print(json.dumps(about | {"fusion": options.fusion, "torch": torch.__version__, "rows": rows}))
     return 0
 
 
 def measure(size: int, folder: Path, options: argparse.Namespace) -> list[dict]:
-    pipeline, shots = make_pipeline(size), make_shots(folder / f"shots_{size}", size)
+    pipeline, shots = make_pipeline(size, options.device), make_shots(folder / f"shots_{size}", size)
     rows = []
     if "stages" not in options.skip:
         rows.append(against_stages(size, pipeline, shots, folder, options))
@@ -103,7 +109,7 @@ def measure(size: int, folder: Path, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def make_pipeline(size: int) -> FewShotPipeline:
+def make_pipeline(size: int, device: torch.device = torch.device("cpu")) -> FewShotPipeline:
     """Networks of the usual sizes with random weights; the speed of none depends on what it has learned."""
     base, most, dim = SIZES[size]
     rng = torch.Generator().manual_seed(0)
@@ -119,7 +125,8 @@ def make_pipeline(size: int) -> FewShotPipeline:
     relevant = CategoryRelevantDictionary(N_SEEN).fit(codes.w_plus, codes.labels)
     groups = [[layer] for layer in range(generator.n_latent)]
     irrelevant = CategoryIrrelevantDictionary(directions.contiguous(), groups)
-    return FewShotPipeline(generator, encoder.requires_grad_(False), relevant, irrelevant, codes, hash=f"random {size}")
+    generator, encoder = generator.to(device), encoder.requires_grad_(False).to(device)
+    return FewShotPipeline(generator, encoder, relevant, irrelevant, codes, hash=f"random {size}")
 
 
 def make_shots(folder: Path, size: int, categories: int = CATEGORIES, each: int = 1) -> Path:
@@ -149,11 +156,11 @@ def against_stages(
     prepared = Prepared(pipeline, plan)
     batches = [positions for shard in range(plan.n_shards) for positions in plan.batches(shard)]
     latents = [draw_latents(prepared, positions) for positions in batches]
-    pixels = [draw_images(pipeline, one) for one in latents]
+    pixels = [draw_images(pipeline, one).cpu() for one in latents]
     encoder = choose_config_encoder(config, 3)
 
     def synthesis(_: Path) -> None:
-        side_by_side(lambda one: draw_images(pipeline, one), latents, options.threads)
+        side_by_side(lambda one: draw_images(pipeline, one).cpu(), latents, options.threads)
 
     def encoding(out: Path) -> None:
         store = open_store(out)

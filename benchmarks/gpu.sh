@@ -1,29 +1,47 @@
 #!/bin/sh
 # On a machine with a CUDA GPU, nvcc and a CUDA build of torch: build, test, bench, sanitize; results under OUT (default gpu_out).
-# Under nine minutes in all, the steps of most value first: a step gets its own limit or what is left, whichever is less, and is
-# interrupted (not killed) at it, so that it still reports. Nothing is downloaded; what cannot run says so in OUT/summary.txt.
+#
+#   benchmarks/gpu.sh [--dry-run]        --dry-run: list the parts and their limits, do nothing
+#   PEERS="/path/stylegan3 ..."          clones of other people's StyleGAN2, timed beside ours
+#   ONLY="build bench_fusion"            these parts alone
+#   BENCH="--bench-compile"              further options of the benchmarks, such as torch.compile of the best plain form
+#
+# Under nine minutes in all, the parts of most value first: a part gets its own limit or what is left, whichever is less, and is
+# interrupted (not killed) at it, so that it still reports. When one fails the others go on. Nothing is downloaded. Every part
+# writes OUT/<part>.log, benchmarks OUT/<part>.json, and OUT/summary.json says how each ended. Exit 1 if any part failed.
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_out}
 PYTHON=${PYTHON:-python3}
-SECONDS_IN_ALL=${SECONDS_IN_ALL:-510}
-mkdir -p "$OUT"
-export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 SAGE_FAST_BUILD=aot TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" MAX_JOBS=${MAX_JOBS:-16}
-export PYTHONUNBUFFERED=1
+SECONDS_IN_ALL=${SECONDS_IN_ALL:-520}
+ONLY=${ONLY:-}
+DRY=
+[ "${1:-}" = --dry-run ] && DRY=1
+if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then # for this card alone: half of nvcc's time
+  TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+fi
+export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" MAX_JOBS="${MAX_JOBS:-16}"
+export PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 SAGE_FAST_BUILD=aot PYTHONUNBUFFERED=1
 begin=$(date +%s)
-step() { # name, seconds at most, command...
+failed=0
+parts=
+part() { # name, seconds at most, command...
   name=$1 limit=$2
   shift 2
+  case " $ONLY " in "  " | *" $name "*) ;; *) return ;; esac
+  if [ -n "$DRY" ]; then
+    echo "$name: at most $limit s: $*"
+    return
+  fi
   start=$(date +%s)
   left=$((SECONDS_IN_ALL - start + begin))
   [ "$left" -lt "$limit" ] && limit=$left
   if [ "$limit" -lt 10 ]; then
-    echo "$name: not started, no time left" | tee -a "$OUT/summary.txt"
+    ended '"not started, no time left"' 0
     return
   fi
   timeout -s INT -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
-  code=$?
-  echo "$name: exit $code, $(($(date +%s) - start)) s" | tee -a "$OUT/summary.txt"
+  ended $? $(($(date +%s) - start))
 }
 TESTS="$PYTHON -m pytest -q -p no:cacheprovider"
 : >"$OUT/summary.txt"
@@ -43,10 +61,36 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "sanitizer: compute-sanitizer was not found" | tee -a "$OUT/summary.txt"
 fi
-step registers 20 sh -c 'cuobjdump --dump-resource-usage sage_fast/_ops_cuda*.so'
-for bench in benchmarks/bench_*.py; do
-  name=$(basename "$bench" .py)
-  case $name in bench_dictionary | bench_synthesis | bench_training_step) continue ;; esac # on the CPU, and long
-  step "$name" 45 $TESTS -s "$bench" --benchmark-enable --benchmark-json "$OUT/$name.json"
-done
-cat "$OUT/summary.txt"
+EVERY_KERNEL="python_tests/ops/test_every_kernel.py -k cuda"
+
+part build 180 "$PYTHON" setup.py build_ext --inplace
+part info 30 sh -c '"$0" -c "import json; from sage_fast.info import build_report; print(json.dumps(build_report(), default=str))" | tee "$1"' \
+  "$PYTHON" "$OUT/info.json"
+# shellcheck disable=SC2086 # words
+tests every_kernel 40 $EVERY_KERNEL
+if [ -n "$peers" ]; then # compiles theirs
+  # shellcheck disable=SC2086
+  tests peers 120 benchmarks/bench_training_step.py --bench-device cuda $peers -k "step and 32s and float32"
+fi
+bench synthesis 100 synthesis -k "gpu or memory"
+bench training_step 60 training_step
+bench fusion 40 fusion
+bench project_onto_basis 30 project_onto_basis
+# memory by itself for every tensor, so that a step beyond one shows
+SANITIZED="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9"
+# shellcheck disable=SC2086
+part memcheck 60 $SANITIZED --tool memcheck --report-api-errors no "$PYTHON" -m pytest -q -p no:cacheprovider $EVERY_KERNEL
+# shellcheck disable=SC2086
+part racecheck 60 $SANITIZED --tool racecheck "$PYTHON" -m pytest -q -p no:cacheprovider $EVERY_KERNEL
+part generate 50 sh -c '"$0" benchmarks/bench_generate.py --device cuda --sizes 64 256 --image jpg --rounds 3 --scale "$2" >"$3/generate.txt" &&
+  tail -n 1 "$3/generate.txt" | tee "$1"' "$PYTHON" "$OUT/generate.json" "${SCALE:-4}" "$OUT"
+tests tests 80 -k "cuda or not cpu" python_tests/ops python_tests/models python_tests/test_fusion.py
+part tests_large 40 env SAGE_FAST_LARGE_TESTS=1 "$PYTHON" -m pytest -q -p no:cacheprovider -k "31 and cuda" python_tests/ops/test_upfirdn2d.py
+bench gaussian_low_pass 25 gaussian_low_pass
+bench modulated_conv2d 25 modulated_conv2d
+bench edit_latents 20 edit_latents
+bench least_squares_codes 20 least_squares_codes
+bench upfirdn2d 30 upfirdn2d
+bench bias_act 30 bias_act
+part registers 20 sh -c 'cuobjdump --dump-resource-usage sage_fast/_ops_cuda*.so'
+exit $failed

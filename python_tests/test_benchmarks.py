@@ -102,3 +102,48 @@ def test_what_the_processor_reaches():
     clock = CpuClock(one_thread=True)
     assert 1e8 < copy_rate(clock) < 1e13
     assert 1e8 < product_rate(clock, torch.float32) < 1e14
+
+
+GPU_SH = ROOT / "benchmarks" / "gpu.sh"
+PARTS = ["build", "info", "every_kernel", "peers", "bench_synthesis", "bench_training_step", "bench_fusion"]
+PARTS += ["bench_project_onto_basis", "memcheck", "racecheck", "generate", "tests", "tests_large"]
+PARTS += [f"bench_{op}" for op in ON_A_GPU if op not in ("fusion", "project_onto_basis")] + ["registers"]
+
+
+def gpu_sh(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(GPU_SH), *words], env=os.environ | environment, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_the_script_for_a_gpu_parses_and_lists_its_parts():
+    assert subprocess.run(["bash", "-n", str(GPU_SH)]).returncode == 0
+    done = gpu_sh("--dry-run", PEERS="/a/stylegan3 /a/ada")
+    parts = {name: text for name, _, text in (line.partition(": ") for line in done.stdout.splitlines())}
+    assert set(PARTS) <= set(parts)
+    assert "--peer-path /a/stylegan3 --peer-path /a/ada" in parts["bench_training_step"]
+    for tool in ("memcheck", "racecheck"):
+        assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer" in parts[tool] and f"--tool {tool}" in parts[tool]
+        assert "python_tests/ops/test_every_kernel.py -k cuda" in parts[tool]
+    assert "SAGE_FAST_LARGE_TESTS=1" in parts["tests_large"]
+    for name in (part for part in PARTS if part.startswith("bench_")):
+        assert "--bench-device cuda --bench-json" in parts[name]
+
+
+def test_the_script_goes_on_when_a_part_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = setup.py ] && exit 3\necho "$@"\n')
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    done = gpu_sh(PYTHON=str(python), OUT=str(out), ONLY="build bench_fusion tests_large")
+    assert done.returncode == 1, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert {name: part["exit"] for name, part in summary.items()} == {"build": 3, "bench_fusion": 0, "tests_large": 0}
+    assert "benchmarks/bench_fusion.py --benchmark-enable" in (out / "bench_fusion.log").read_text()
+
+
+def test_the_script_starts_nothing_when_the_time_is_over(tmp_path):
+    done = gpu_sh(PYTHON="true", OUT=str(tmp_path), ONLY="build info", SECONDS_IN_ALL="5")
+    assert done.returncode == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {part["exit"] for part in summary.values()} == {"not started, no time left"}
