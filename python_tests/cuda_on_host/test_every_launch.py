@@ -27,6 +27,12 @@ def call_everything() -> None:
     ops.counter_normal(torch.arange(2), 0, 0, 5)
     rows, x = normal(1, 8), normal(1, 5, 5, 8)
     ops.blur_epilogue(x, rows, rows[0], None, 0.0, rows, 0.2, 1.0, -1.0)
+    for c in (8, 136):  # the channels in one tile and in two, the input's in one part and in two
+        one, out = normal(1, 32), normal(1, c)
+        x32 = normal(1, 4, 4, 32)
+        ops.styled_conv(
+            x32, normal(1, c, 9, 32), out, out[0], None, 0.0, out, out[None], one[0, :1], None, False, 0.2, 1.0, -1.0
+        )
     for k in (3, 4):
         ops.styled_epilogue(x, rows, rows[0], None, 0.0, rows, normal(1, k, 8), normal(k), None, 0.2, 1.0, -1.0)
 
