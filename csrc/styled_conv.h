@@ -8,22 +8,22 @@
 
 namespace sage_fast {
 
+// Which pixel of which rectangle.
+struct Place {
+  int rectangle, y, x;
+};
+
 struct PixelTiles {
   static constexpr int kRows = 128, kMostPatchRows = 8 * 6 * 6;
   int n, h, w;           // of the convolution's input
-  int log_w, log_h;      // of a rectangle: 16 x 8, 8 x 8 or 4 x 4 pixels, so 16 rows never lie in two samples
+  int log_w, log_h;      // of a rectangle: 16 x 8, 8 x 8 or 4 x 4 pixels
   int across, down;      // rectangles of an image
   int patch_w, patch_h;  // with the neighbours
 
   PixelTiles() = default;
   SAGE_FAST_HD PixelTiles(int64_t samples, int64_t height, int64_t width)
-      : n(int(samples)),
-        h(int(height)),
-        w(int(width)),
-        log_w(w > 8   ? 4
-              : w > 4 ? 3
-                      : 2),
-        log_h(w > 4 ? 3 : 2) {
+      : n(int(samples)), h(int(height)), w(int(width)) {
+    log_w = w > 4 ? 3 + (w > 8) : 2, log_h = w > 4 ? 3 : 2;
     across = (w + (1 << log_w) - 1) >> log_w, down = (h + (1 << log_h) - 1) >> log_h;
     patch_w = (1 << log_w) + 2, patch_h = (1 << log_h) + 2;
   }
@@ -32,10 +32,18 @@ struct PixelTiles {
   SAGE_FAST_HD int64_t count() const { return int64_t{(n + samples() - 1) / samples()} * across * down; }
   SAGE_FAST_HD int patch_rows() const { return samples() * patch_h * patch_w; }
 
+  // A row of the product. Eight rows from a multiple of 8 lie in eight rows of the patch that differ modulo 8, as
+  // swizzled() wants it: for 4 x 4 pixels two rectangles take turns, whose patches are 36 rows apart. Rows r and r + 8
+  // are of one sample.
+  SAGE_FAST_HD Place place(int row) const {
+    if (log_w == 2) return {row >> 5 << 1 | (row >> 2 & 1), row >> 3 & 3, row & 3};
+    return {row >> log_pixels(), row >> log_w & ((1 << log_h) - 1), row & ((1 << log_w) - 1)};
+  }
+
   // The patch's row of the upper left neighbour of a pixel; dy rows down and dx columns on lie dy * patch_w + dx on.
   SAGE_FAST_HD int patch_row(int row) const {
-    const int rectangle = row >> log_pixels(), y = (row >> log_w) & ((1 << log_h) - 1), x = row & ((1 << log_w) - 1);
-    return (rectangle * patch_h + y) * patch_w + x;
+    const Place at = place(row);
+    return (at.rectangle * patch_h + at.y) * patch_w + at.x;
   }
 };
 
@@ -62,7 +70,8 @@ struct Tile {
     return p;
   }
   SAGE_FAST_HD Pixel of_row(const PixelTiles& t, int row) const {
-    return pixel(t, row >> t.log_pixels(), (row >> t.log_w) & ((1 << t.log_h) - 1), row & ((1 << t.log_w) - 1));
+    const Place at = t.place(row);
+    return pixel(t, at.rectangle, at.y, at.x);
   }
   SAGE_FAST_HD Pixel of_patch(const PixelTiles& t, int row) const {
     const int area = t.patch_h * t.patch_w, within = row % area;

@@ -58,3 +58,18 @@ def compare(ours: tuple[Tensor, Tensor], t: dict) -> None:
     for x, expected, bound in zip(ours, plain, allowed):
         assert x.dtype == expected.dtype and x.shape == expected.shape
         assert ((x.float() - expected.float()).abs() <= bound).all()
+
+
+def bad_inputs(t: dict) -> list[tuple[dict, str]]:
+    """Changes to the arguments that the kernel refuses, and what it says."""
+    return [
+        (dict(x=t["x"].double()), "weight must be contiguous"),
+        (dict(x=t["x"].transpose(1, 2)), "x must be contiguous"),
+        (dict(weight=t["weight"][..., :16].contiguous()), "weight must be contiguous"),
+        (dict(up=True), "weight must be contiguous"),
+        (dict(bias=t["bias"][:8]), "contiguous float32 of x's sizes"),
+        (dict(image_weight=None), "come together"),
+        (dict(image_weight=None, image_bias=None), "skip with them alone"),
+        (dict(skip=t["skip"][:1]), "contiguous float32 of the image's sizes"),
+        (dict(columns=48), "columns must be"),
+    ]

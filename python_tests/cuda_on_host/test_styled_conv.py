@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from styled_conv_cases import DTYPES, SHAPES, arguments, compare
+from styled_conv_cases import DTYPES, SHAPES, arguments, bad_inputs, compare
 
 from sage_fast.models.inference import fused_network
 from sage_fast.models.stylegan2 import Generator
@@ -46,6 +46,19 @@ def test_samples_of_a_tile_do_not_meet(routed):
     y, image = styled_conv(**t)
     assert torch.equal(y[::2], clean[0][::2]) and torch.equal(image[::2], clean[1][::2])
     assert y[1::2].isnan().all() and image[1::2].isnan().all()
+
+
+def test_bad_input(routed):
+    t = arguments(SHAPES[0], False, torch.bfloat16)
+    for changed, message in bad_inputs(t):
+        with pytest.raises(ValueError, match=message):
+            styled_conv(**t | changed)
+
+
+def test_no_samples(routed):
+    t = arguments((0, 4, 4, 8, 16, 3), True, torch.bfloat16)
+    y, image = styled_conv(**t)
+    assert y.shape == (0, 8, 8, 16) and image.shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "counter_normal.h"
+#include "styled_conv.h"
 #include "synthesis_epilogue.h"
 
 using namespace sage_fast;
@@ -101,4 +102,22 @@ extern "C" void twin_box_muller(const uint32_t* words, int64_t n, float* radius,
     radius[i] = box_muller_radius(words[i]);
     box_muller_turn(words[i], cosine[i], sine[i]);
   }
+}
+
+// The most rows of a matrix that ldmatrix finds in the same 16 bytes of the banks, over all a block of styled_conv
+// reads of its patch.
+extern "C" int twin_conflicts(int64_t h, int64_t w) {
+  const PixelTiles tiles(8, h, w);
+  int most = 0;
+  for (int first = 0; first < PixelTiles::kRows; first += 8) {
+    for (int job = 0; job < 9 * 4; ++job) {
+      const int shift = job / 4 / 3 * tiles.patch_w + job / 4 % 3;
+      int hits[8] = {};
+      for (int row = first; row < first + 8; ++row) {
+        const int at = swizzled(tiles.patch_row(row) + shift, job % 4) / 16 % 8;
+        if (++hits[at] > most) most = hits[at];
+      }
+    }
+  }
+  return most;
 }

@@ -5,9 +5,11 @@ The kernels on a machine without one: ``python_tests/cuda_on_host/test_styled_co
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
-from styled_conv_cases import DTYPES, RULES, SHAPES, arguments, compare
+from styled_conv_cases import DTYPES, RULES, SHAPES, arguments, bad_inputs, compare
 from torch.nn import functional as F
 
 from sage_fast.ops.styled_conv import composed_weight, styled_conv, styled_conv_reference
@@ -52,6 +54,11 @@ def test_weights_are_rounded_to_tf32():
     assert rounded.tolist() == [1 + 2**-10, 1, -(1 + 2**-10), 1 + 2**-9, 2**-30]
 
 
+@pytest.mark.parametrize("size", [4, 8, 10, 16, 64])
+def test_fragments_are_read_without_bank_conflicts(host_twin, size):
+    assert host_twin.twin_conflicts(ctypes.c_int64(size), ctypes.c_int64(size)) == 1
+
+
 @pytest.mark.parametrize("up", [False, True], ids=["plain", "up"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", BIG_SHAPES, ids=lambda s: f"odd {s}")
@@ -84,17 +91,7 @@ def test_fake_kernel(device, on_a_gpu):
 
 def test_bad_input_to_the_kernel(device, on_a_gpu):
     t = arguments(SHAPES[0], False, torch.bfloat16, device=device)
-    for changed, message in [
-        (dict(x=t["x"].double()), "weight must be contiguous"),
-        (dict(x=t["x"].transpose(1, 2)), "x must be contiguous"),
-        (dict(weight=t["weight"][..., :16].contiguous()), "weight must be contiguous"),
-        (dict(up=True), "weight must be contiguous"),
-        (dict(bias=t["bias"][:8]), "contiguous float32 of x's sizes"),
-        (dict(image_weight=None), "come together"),
-        (dict(image_weight=None, image_bias=None), "skip with them alone"),
-        (dict(skip=t["skip"][:1]), "contiguous float32 of the image's sizes"),
-        (dict(columns=48), "columns must be"),
-    ]:
+    for changed, message in bad_inputs(t):
         with pytest.raises(ValueError, match=message):
             styled_conv(**t | changed)
 

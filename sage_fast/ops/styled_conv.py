@@ -58,6 +58,8 @@ def styled_conv(
     Returns:
         ``y`` [N, H', W', C_out] in the dtype of ``x``, the activation times ``next_style`` (empty without one), and the image
         [N, channels, H', W'] float32 (empty without weights).
+    Raises:
+        ValueError: what the kernel cannot take, by its own check.
     """
     tensors = (x, weight, factor, bias, noise, strength, next_style, image_weight, image_bias, skip)
     if not _native.has_kernel("styled_conv", x.device.type):
