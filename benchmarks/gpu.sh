@@ -43,23 +43,29 @@ part() { # name, seconds at most, command...
   timeout -s INT -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
   ended $? $(($(date +%s) - start))
 }
-TESTS="$PYTHON -m pytest -q -p no:cacheprovider"
-: >"$OUT/summary.txt"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$OUT/gpu.txt" 2>&1
-step build 200 $PYTHON setup.py build_ext --inplace
-step info 30 $PYTHON -c 'import json; from sage_fast.info import build_report; print(json.dumps(build_report()))'
-step tests_synthesis 90 $TESTS -k cuda python_tests/ops/test_synthesis.py python_tests/ops/test_synthesis_epilogue.py python_tests/ops/test_styled_conv.py python_tests/ops/test_counter_normal.py python_tests/models/test_graphs.py
-step bench_convolutions 40 $TESTS -s benchmarks/bench_synthesis.py -k convolutions_on_a_gpu --benchmark-enable
-grep '^{"layer"' "$OUT/bench_convolutions.log" >"$OUT/convolutions_gpu.jsonl" 2>/dev/null
-step bench_synthesis_gpu 110 $TESTS -s benchmarks/bench_synthesis.py -k synthesis_on_a_gpu --benchmark-enable
-grep '^{"case"' "$OUT/bench_synthesis_gpu.log" >"$OUT/synthesis_gpu.jsonl" 2>/dev/null
-step tests 90 $TESTS -k "cuda or not cpu" python_tests/ops python_tests/models python_tests/test_fusion.py
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 $TESTS python_tests/ops -k "cuda and odd"
-  done
-else
-  echo "sanitizer: compute-sanitizer was not found" | tee -a "$OUT/summary.txt"
+ended() { # exit status or why not, seconds
+  [ "$1" = 0 ] || failed=1
+  echo "$name: exit $1, $2 s"
+  parts="$parts${parts:+, }\"$name\": {\"exit\": $1, \"seconds\": $2}"
+  echo "{$parts}" >"$OUT/summary.json"
+}
+tests() { # name, seconds, words of pytest...
+  name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$PYTHON" -m pytest -q -p no:cacheprovider "$@"
+}
+bench() { # name, seconds, file, words of pytest...
+  name=$1 limit=$2 file=$3
+  shift 3
+  # shellcheck disable=SC2086 # BENCH and peers are words
+  tests "bench_$name" "$limit" "benchmarks/bench_$file.py" --benchmark-enable --bench-device cuda \
+    --bench-json "$OUT/bench_$name.json" $peers ${BENCH:-} "$@"
+}
+peers=
+for path in ${PEERS:-}; do peers="$peers --peer-path $path"; done
+if [ -z "$DRY" ]; then
+  mkdir -p "$OUT"
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$OUT/gpu.csv" 2>&1
 fi
 EVERY_KERNEL="python_tests/ops/test_every_kernel.py -k cuda"
 
@@ -72,7 +78,8 @@ if [ -n "$peers" ]; then # compiles theirs
   # shellcheck disable=SC2086
   tests peers 120 benchmarks/bench_training_step.py --bench-device cuda $peers -k "step and 32s and float32"
 fi
-bench synthesis 100 synthesis -k "gpu or memory"
+bench convolutions 30 synthesis -k convolutions
+bench synthesis 100 synthesis -k "(gpu or memory) and not convolutions"
 bench training_step 60 training_step
 bench fusion 40 fusion
 bench project_onto_basis 30 project_onto_basis
