@@ -30,12 +30,11 @@ from sage_fast.data.writers import atomic_write, to_uint8, write_json
 from sage_fast.errors import InputError
 from sage_fast.evaluation.diversity import perceptual_diversity
 from sage_fast.evaluation.oracle import Oracle, load_oracle
+from sage_fast.evaluation.projecting import projecting
 from sage_fast.evaluation.protocol import Judge, Scores, bootstrap_interval, category_retention, measure, score
 from sage_fast.evaluation.report import markdown_table, percent
 from sage_fast.evaluation.ssim import ssim
-from sage_fast.inversion import project
 from sage_fast.models.classifiers import SmallResNet
-from sage_fast.models.image_encoder import ImageEncoder, Inversion
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual, perceptual_distance
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import synthesize
@@ -155,7 +154,7 @@ def inversion_table(
     rows = [InversionRow("real images", "", None, None, None, None, None, None, *accuracy)]
     names = _names(pipelines, config.models)
     if config.projection_steps:
-        pipelines.append(_projecting(pipelines[0], setting.perceptual, config))
+        pipelines.append(projecting(pipelines[0], setting.perceptual, config.projection_steps))
         names.append(f"optimisation from {names[0]}")
     for name, pipeline in zip(names, pipelines, strict=True):
         start = time.monotonic()
@@ -247,41 +246,6 @@ def _mean_distance(network: FeatureNetwork | None, a: Tensor, b: Tensor, batch: 
     with torch.no_grad():
         parts = [float(perceptual_distance(network, x, y)) * len(x) for x, y in zip(a.split(batch), b.split(batch))]
     return sum(parts) / len(a)
-
-
-class _Projecting(ImageEncoder):
-    """Optimisation in the place of an encoder: each image's latents, from an encoder's on."""
-
-    network = "projection"
-
-    def __init__(self, start: ImageEncoder, perceptual: FeatureNetwork | None, steps: int) -> None:
-        super().__init__()
-        self.start, self.perceptual, self.steps = start, perceptual, steps
-        self.resolution, self.n_channels = start.resolution, start.n_channels
-        self.n_latent, self.style_dim = start.n_latent, start.style_dim
-
-    @property
-    def kind(self) -> str:
-        """``"optimisation"``."""
-        return "optimisation"
-
-    def architecture(self) -> dict[str, object]:
-        """How many steps at most."""
-        return {"steps": self.steps}
-
-    def invert(self, images: Tensor, generator: Generator, noise: str = "none") -> Inversion:
-        """As of every encoder; see :func:`sage_fast.inversion.project`."""
-        found = project(images, generator, self.start, perceptual=self.perceptual, steps=self.steps, noise=noise)
-        return Inversion(found.w_plus - generator.latent_avg)
-
-
-def _projecting(
-    pipeline: FewShotPipeline, perceptual: FeatureNetwork | None, config: InversionTableConfig
-) -> FewShotPipeline:
-    """The pipeline with optimisation in place of its encoder; dictionaries and codes are the encoder's."""
-    p = pipeline
-    encoder = _Projecting(p.encoder, perceptual, config.projection_steps)
-    return FewShotPipeline(p.generator, encoder, p.relevant, p.irrelevant, p.codes, p.preset, p.noise, p.hash)
 
 
 class _ClassifierJudge:
