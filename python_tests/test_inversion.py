@@ -6,9 +6,8 @@ import pytest
 import torch
 from tiny_model import RESOLUTION, tiny_encoder, tiny_networks
 
-from sage_fast import inversion
 from sage_fast.errors import InputError
-from sage_fast.inversion import project
+from sage_fast.inversion import objective, project
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.perceptual import ChainFeatures, DiscriminatorFeatures, perceptual_distance
 from sage_fast.models.stylegan2 import Generator
@@ -173,7 +172,7 @@ def test_noise_is_a_setting_and_can_be_optimised(networks, own):
 def test_autocorrelation_of_a_gradient_is_high_and_of_noise_low():
     ramp = torch.linspace(-1.7, 1.7, 32).view(1, 1, 1, 32).expand(1, 1, 32, 32)
     white = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert inversion._autocorrelation(white) < 0.2 < inversion._autocorrelation(ramp)
+    assert objective.autocorrelation(white) < 0.2 < objective.autocorrelation(ramp)
 
 
 # --- masks ---
@@ -217,7 +216,7 @@ def test_weights_of_small_maps_are_those_of_the_enlarged_map():
     small, weight = torch.rand(2, 5, 7, generator=rng).double(), torch.rand(2, 1, 16, 16, generator=rng).double()
     large = torch.nn.functional.interpolate(small[:, None], size=(16, 16), mode="bilinear", align_corners=False)
     expected = (large * weight).sum((1, 2, 3))
-    torch.testing.assert_close((small * inversion._spread(weight, (5, 7))).sum((1, 2)), expected)
+    torch.testing.assert_close((small * objective.spread(weight, (5, 7))).sum((1, 2)), expected)
 
 
 # --- one and many ---

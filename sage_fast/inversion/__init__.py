@@ -1,0 +1,6 @@
+"""Projection of images into a generator's latent space by optimisation ([Views], section 3.2)."""
+
+from sage_fast.inversion.config import METHODS, NOISES, SPACES, ProjectionConfig
+from sage_fast.inversion.projecting import Projection, project
+
+__all__ = ["METHODS", "NOISES", "SPACES", "Projection", "ProjectionConfig", "project"]
