@@ -1,6 +1,7 @@
 # make demo    set up if needed, then generate, fuse and evaluate with the shipped model
 # make test    the same set-up, then every test
-# make sanitize    the tests that reach the CPU kernels, under AddressSanitizer and UBSan; needs g++
+# make sanitize    the tests that reach the CPU kernels, and the CUDA kernels on the CPU, under AddressSanitizer and UBSan; needs g++
+# make cuda-on-host    every test of the ops through the CUDA kernels, run by the CPU; some minutes
 # An active virtual environment is used as it is; otherwise .venv is made, which sees the torch of the system's Python when there
 # is one. The torch that is there stays; only where there is none, TORCH is installed.
 TORCH ?= torch==2.13.0
@@ -15,7 +16,7 @@ endif
 STAMP := build/set-up$(subst /,_,$(PYTHON))
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml sage_fast/_build.py
 
-.PHONY: demo test sanitize setup bench lint format cuda-objects clean
+.PHONY: demo test sanitize setup bench lint format cuda-objects cuda-on-host clean
 
 demo: setup
 	$(PYTHON) -m sage_fast.demo --out demo_out
@@ -38,6 +39,7 @@ sanitize: setup
 	$(WATCHED) python_tests/ops python_tests/test_fusion.py python_tests/models/test_stylegan2.py python_tests/editing
 	SAGE_FAST_ISA=avx2 $(WATCHED) python_tests/ops
 	SAGE_FAST_ISA=portable $(WATCHED) python_tests/ops
+	$(WATCHED) python_tests/cuda_on_host
 
 setup: $(STAMP)
 
@@ -59,19 +61,23 @@ bench: setup
 	$(BENCH) benchmarks/bench_inversion.py --threads 1 --steps 100
 	$(BENCH) -m pytest benchmarks --benchmark-enable --bench-compile $(PEERS)
 
+FORMATTED := csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/* python_tests/cuda_on_host/*.c* python_tests/cuda_on_host/include/*
 lint: setup
 	$(PYTHON) -m pip install --quiet $(LINTERS)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(dir $(PYTHON))clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
+	$(dir $(PYTHON))clang-format --dry-run --Werror $(FORMATTED)
 
 format:
-	$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . ; $(dir $(PYTHON))clang-format -i csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*
+	$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . ; $(dir $(PYTHON))clang-format -i $(FORMATTED)
 
 # every .cu to an object for sm_80 and sm_90; needs nvcc, no GPU and no CUDA build of torch
 cuda-objects: setup
 	$(PYTHON) -m pytest python_tests/test_build.py -k cuda
+
+cuda-on-host: setup
+	OMP_NUM_THREADS=1 SAGE_FAST_CUDA_ON_HOST=1 $(PYTHON) -m pytest --numprocesses auto -q python_tests/cuda_on_host python_tests/ops -k cuda_on_host
 
 clean:
 	rm -rf build sage_fast/*.so sage_fast/_build_info.json

@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
 
 
 #: also CPU tensors through the CUDA kernels, which takes a few minutes: `make cuda-on-host`
-ON_HOST = ["cuda on host"] if os.environ.get("SAGE_FAST_CUDA_ON_HOST") == "1" else []
+ON_HOST = ["cuda_on_host"] if os.environ.get("SAGE_FAST_CUDA_ON_HOST") == "1" else []
 
 
 @pytest.fixture(params=["cpu", "cuda", *ON_HOST])
