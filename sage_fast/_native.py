@@ -23,7 +23,18 @@ import torch
 
 from sage_fast.errors import InputError, SageFastWarning
 
-__all__ = ["CUDA_OPS", "NATIVE_OPS", "Native", "call", "has_kernel", "host", "load", "when_loaded", "without_kernels"]
+__all__ = [
+    "CUDA_OPS",
+    "NATIVE_OPS",
+    "Native",
+    "call",
+    "has_kernel",
+    "has_schemas",
+    "host",
+    "load",
+    "when_loaded",
+    "without_kernels",
+]
 
 #: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
 NATIVE_OPS = (
@@ -108,7 +119,13 @@ def has_kernel(op: str, device_type: str) -> bool:
     return False
 
 
-has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it and keeps the answer
+def has_schemas() -> bool:
+    """Whether torch knows the ops by name, with kernels on this or that device, so that a graph can hold them."""
+    return not _plain.get() and bool((_native or load()).devices)
+
+
+for _asked in (has_kernel, has_schemas):  # torch.compile calls it and keeps the answer
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

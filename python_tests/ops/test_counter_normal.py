@@ -100,8 +100,6 @@ def test_kernel_against_reference(device):
 
 
 def test_fake_kernel(device):
-    if device == "cpu":
-        pytest.skip("NumPy draws on the CPU")
     args = (torch.arange(3, device=device), 1, 2, 10)
     torch.library.opcheck(torch.ops.sage_fast.counter_normal, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -111,3 +109,22 @@ def test_bad_input():
         counter_normal(torch.zeros(3), 0, 0, 4)
     with pytest.raises(InputError, match="stream must have 32 bits"):
         counter_normal(torch.arange(3), 0, 2**32, 4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_and_exported(device, dynamic):
+    torch.compiler.reset()
+    op = lambda samples: 2 * counter_normal(samples, -5, 3, 10)  # noqa: E731
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (3, 7):
+        samples = torch.arange(n, device=device)
+        assert torch.equal(compiled(samples), op(samples))
+
+    class Draw(torch.nn.Module):
+        def forward(self, samples: torch.Tensor) -> torch.Tensor:
+            return op(samples)
+
+    sizes = ({0: torch.export.Dim("n", min=2)},) if dynamic else None
+    program = torch.export.export(Draw(), (torch.arange(4, device=device),), dynamic_shapes=sizes, strict=False)
+    samples = torch.arange(9 if dynamic else 4, device=device)
+    assert torch.equal(program.module()(samples), op(samples))

@@ -70,7 +70,7 @@ def _check(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns
             raise InputError(
                 f"{name} must be int64 and flat on {weights.device}, got {index.dtype} {list(index.shape)} on {index.device}."
             )
-    if len(rows) != weights.shape[1]:
+    if rows.shape[0] != weights.shape[1]:
         raise InputError(f"rows must hold {weights.shape[1]} numbers, one for each weight, got {len(rows)}.")
 
 
@@ -108,7 +108,7 @@ def _backward(ctx, grad):
     grad_table = grad_centre = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         grad_picked = weights.T @ grad  # [m, K]
-        grad_rows = grad.new_zeros(len(rows), table.shape[1]).index_add(1, columns, grad_picked)
+        grad_rows = grad.new_zeros(rows.shape[0], table.shape[1]).index_add(1, columns, grad_picked)
         grad_table = table.new_zeros(table.shape).index_add(0, rows, grad_rows)
         grad_centre = -grad_rows.sum(0)
     return grad_weights, grad_table, grad_centre, None, None
@@ -117,7 +117,7 @@ def _backward(ctx, grad):
 @_native.when_loaded
 def _register() -> None:
     def fake(weights, table, centre, rows, columns):
-        return weights.new_empty(len(weights), len(columns))
+        return weights.new_empty(weights.shape[0], columns.shape[0])
 
     torch.library.register_fake("sage_fast::combine_rows", fake)
     torch.library.register_autograd("sage_fast::combine_rows", _backward, setup_context=_setup_context)

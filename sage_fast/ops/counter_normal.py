@@ -38,7 +38,9 @@ def counter_normal(samples: Tensor, seed: int, stream: int, numel: int) -> Tenso
     if not 0 <= stream < 2**32 or not 0 <= numel <= 2**34:
         raise InputError(f"stream must have 32 bits and numel be at most 2^34, got {stream} and {numel}.")
     seed = (seed + 2**63) % 2**64 - 2**63  # the same 64 bits, with a sign
-    if samples.device.type == "cuda" and _native.has_kernel("counter_normal", "cuda"):
+    # on the CPU the op is the reference: as one op it can stand in a captured graph, where NumPy cannot
+    on_cpu = samples.device.type == "cpu" and _native.has_schemas()
+    if on_cpu or _native.has_kernel("counter_normal", samples.device.type):
         return torch.ops.sage_fast.counter_normal(samples, seed, stream, numel)
     return counter_normal_reference(samples, seed, stream, numel)
 
@@ -84,6 +86,7 @@ def philox(counter: list, key: int) -> list:
 @_native.when_loaded
 def _register() -> None:
     def fake(samples: Tensor, seed: int, stream: int, numel: int) -> Tensor:
-        return samples.new_empty((len(samples), numel), dtype=torch.float32)
+        return samples.new_empty((samples.shape[0], numel), dtype=torch.float32)
 
     torch.library.register_fake("sage_fast::counter_normal", fake)
+    torch.library.register_kernel("sage_fast::counter_normal", "cpu", counter_normal_reference)

@@ -83,7 +83,7 @@ def _base(class_embedding: Tensor, class_index: Tensor | None) -> Tensor:
     """The embedding of each sample, NaN where its class is not there."""
     if class_index is None:
         return class_embedding
-    rows, known = pulled_in(class_index, len(class_embedding))
+    rows, known = pulled_in(class_index, class_embedding.shape[0])
     return torch.where(known[:, None, None], class_embedding[rows], torch.nan)
 
 
@@ -96,8 +96,8 @@ def _kept(codes: Tensor, mask: Tensor | None, class_index: Tensor | None) -> Ten
     """Codes with zeros where ``mask`` bool [1 or B, L, K] is off."""
     if mask is None:
         return codes
-    if class_index is not None and len(mask) > 1:
-        mask = mask[pulled_in(class_index, len(mask))[0]]
+    if class_index is not None and mask.shape[0] > 1:
+        mask = mask[pulled_in(class_index, mask.shape[0])[0]]
     return torch.where(mask, codes, 0)
 
 
@@ -155,7 +155,7 @@ def _check(
 
 def _setup_context(ctx, inputs, output):
     class_embedding, codes, directions, ctx.alpha, mask, class_index = inputs
-    ctx.rows = len(class_embedding)
+    ctx.rows = class_embedding.shape[0]
     ctx.save_for_backward(codes, directions, mask, class_index)
 
 
@@ -167,7 +167,7 @@ def _backward(ctx, grad):
         inside, _ = pulled_in(class_index, ctx.rows)
         grad_embedding = grad.new_zeros(ctx.rows, *grad.shape[1:]).index_add(0, inside, grad)
     elif ctx.needs_input_grad[0]:
-        grad_embedding = grad if ctx.rows == len(grad) else grad.sum(0, keepdim=True)
+        grad_embedding = grad if ctx.rows == grad.shape[0] else grad.sum(0, keepdim=True)
     if ctx.needs_input_grad[1]:
         grad_codes = ctx.alpha * _kept(torch.bmm(by_layer, directions).transpose(0, 1), mask, class_index)
     if ctx.needs_input_grad[2]:

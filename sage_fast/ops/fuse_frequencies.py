@@ -77,7 +77,7 @@ def check_sources(edited: Tensor, /, **sources: Tensor) -> None:
     for name, images in sources.items():
         require_floats(name, images, 4, "[N, C, H, W]")
         require_same_device(name, images, edited, "edited")
-        if images.shape[1:] != edited.shape[1:] or len(images) not in (1, len(edited)):
+        if images.shape[1:] != edited.shape[1:] or images.shape[0] not in (1, edited.shape[0]):
             raise InputError(
                 f"{name} must have shape {list(edited.shape)}, as edited has, or one image for all, got "
                 f"{list(images.shape)}."
@@ -91,7 +91,7 @@ def alike(*images: Tensor) -> bool:
 
 def _setup_context(ctx, inputs, output):
     real, inverted, _, *ctx.settings = inputs
-    ctx.shared = [len(images) < len(output) for images in (real, inverted)]
+    ctx.shared = [images.shape[0] < output.shape[0] for images in (real, inverted)]
 
 
 def _backward(ctx, grad):

@@ -45,7 +45,7 @@ def modulated_conv2d(
             that is missing or without use.
     """
     eps = _check(x, weight, style, up, down, resample_filter, eps)
-    if weight.ndim == 5 and len(x) == 0:
+    if weight.ndim == 5 and x.shape[0] == 0:
         weight = weight.sum(0)  # of no samples: groups cannot be none
     if weight.ndim == 5:
         weight = _modulated(weight, style[:, None], demodulate, eps)
@@ -118,7 +118,7 @@ def _plain(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tens
     """``conv2d`` with one weight for all samples or, with five dimensions, one for each, as groups."""
     if weight.ndim == 4:
         return F.conv2d(x, weight, stride=stride, padding=padding)
-    n = len(x)
+    n = x.shape[0]
     y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), stride=stride, padding=padding, groups=n)
     return y.reshape(n, -1, *y.shape[2:])
 
@@ -128,7 +128,7 @@ def _transposed(x: Tensor, weight: Tensor) -> Tensor:
     weight = weight.transpose(-4, -3)
     if weight.ndim == 4:
         return F.conv_transpose2d(x, weight, stride=2)
-    n = len(x)
+    n = x.shape[0]
     y = F.conv_transpose2d(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), stride=2, groups=n)
     return y.reshape(n, -1, *y.shape[2:])
 
@@ -141,7 +141,7 @@ def _check(x: Tensor, weight: Tensor, style: Tensor, up: int, down: int, f: Tens
             raise InputError(f"{name} must be floating point on {x.device}, as x is, got {seen(tensor)}{where}.")
     if weight.ndim not in (4, 5) or weight.shape[-2] != weight.shape[-1] or weight.shape[-1] % 2 == 0:
         raise InputError(f"weight must have shape [C_out, C_in, k, k] with k odd, got {list(weight.shape)}.")
-    if weight.ndim == 5 and len(weight) != len(x):
+    if weight.ndim == 5 and weight.shape[0] != x.shape[0]:
         raise InputError(f"weight must be one for each of the {len(x)} samples of x, got {len(weight)}.")
     if x.shape[1] != weight.shape[-3]:
         raise InputError(f"x must have the {weight.shape[-3]} channels of weight, got {x.shape[1]}.")

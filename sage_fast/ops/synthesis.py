@@ -258,6 +258,6 @@ def check_noise_map(i: int, noise: Tensor | None, w_plus: Tensor) -> None:
 def _register() -> None:
     def fake(w_plus, input, layers, images, *_):
         size = 4 << (len(images) // 4 - 1)
-        return w_plus.new_empty(len(w_plus), len(images[0]), size, size)
+        return w_plus.new_empty(w_plus.shape[0], images[0].shape[0], size, size)
 
     torch.library.register_fake("sage_fast::synthesis", fake)
