@@ -10,7 +10,7 @@ On a machine with a GPU ``test_synthesis_on_a_gpu`` times whole calls there, by 
 
     pytest benchmarks/bench_synthesis.py -k "gpu or memory" --benchmark-enable --bench-device cuda
 
-and ``test_convolutions_on_a_gpu`` prints, layer by layer, cuDNN with an epilogue beside ``styled_conv`` in each width.
+and ``test_convolutions_on_a_gpu`` times, layer by layer, cuDNN with an epilogue beside ``styled_conv`` in each width.
 
 Set MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ to 4 GB, as ``make bench`` does: without them glibc maps and
 unmaps large activations at every op, which flatters us (our workspace is kept) by up to 1.9 times.
@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -168,8 +167,8 @@ LAYER_CASES = [("bfloat16", "256F", 1), ("bfloat16", "256F", 8), ("bfloat16", "1
 
 @pytest.mark.parametrize(("precision", "name", "n"), LAYER_CASES)
 @torch.no_grad()
-def test_convolutions_on_a_gpu(compare, capsys, monkeypatch, precision, name, n):
-    """Milliseconds of each styled layer in each way of `ops.cuda_convolution`, by its own measurement; a line of JSON a layer."""
+def test_convolutions_on_a_gpu(compare, monkeypatch, precision, name, n):
+    """Milliseconds of each styled layer in each way of `ops.cuda_convolution`, by its own measurement."""
     if compare.device.type != "cuda" or compare.benchmark.disabled:
         pytest.skip("needs --bench-device cuda and --benchmark-enable")
     monkeypatch.setenv("SAGE_FAST_CUDA_CONV", "auto")
@@ -179,10 +178,11 @@ def test_convolutions_on_a_gpu(compare, capsys, monkeypatch, precision, name, n)
     noise = [getattr(G.noises, f"noise_{i}") for i in range(G.n_latent - 1)]
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
         synthesis_cuda.draw(fused_network(G), w_plus, noise, dtype)
-    with capsys.disabled():
-        for layer, choice in cuda_convolution.choices().items():
-            about = dict(layer=f"{name}, N {n}, {precision}", **layer._asdict(), way=choice.way)
-            print("\n" + json.dumps(about | dict(ms={way: round(t, 5) for way, t in choice.ms.items()}), default=str))
+    for layer, choice in cuda_convolution.choices().items():
+        taken = choice.ms[choice.way]
+        case = f"{name}, N {n}, {precision}, {layer.size} px, {layer.c_in} > {layer.c_out}{', up' * layer.up}: {choice.way}"
+        ratios = {way: round(ms / taken, 3) for way, ms in choice.ms.items()}
+        compare.rows.append(dict(case=case, ms=round(taken, 5), ratios=ratios, way=choice.way))
 
 
 @pytest.mark.parametrize("n", [8])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from nvlabs_pickles import write_nvlabs
 
 from sage_fast.cli import main
 from sage_fast.errors import InputError
@@ -39,6 +40,26 @@ def test_the_command_and_its_trace(tmp_path, tiny_bundle, capsys):
     assert "road: fused" in printed and "convs.1" in printed
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert "sage_fast::synthesis" in names
+
+
+def test_a_published_file(tmp_path, capsys):
+    path = write_nvlabs(tmp_path / "ada.pkl", Generator(8, 16, 1, channels=[12, 6]))
+    assert main(["profile", "--model", str(path), "-n", "1", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in NAMES) and "12 > 6" in printed
+
+
+def test_the_trace_of_the_differentiable_road_names_its_layers(tmp_path):
+    generator, trace = Generator(8, 8, 1, channels=[12, 6]), tmp_path / "trace.json"
+    profile_synthesis(generator, ProfileConfig(n=2, rounds=1, gradients=True), trace)
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") in NAMES]
+    assert [event["name"] for event in sorted(events, key=lambda event: event["ts"])] == [
+        "conv1",
+        "to_rgb1",
+        "convs.0",
+        "convs.1",
+        "to_rgbs.0",
+    ]
 
 
 def test_gradients_of_a_model_with_frozen_weights(tiny_bundle, capsys):

@@ -248,7 +248,7 @@ class InfoOptions:
 class ProfileOptions:
     """What ``profile`` looks at."""
 
-    model: Path | None = None  # run folder or bundle; None: a network with random weights
+    model: Path | None = None  # run folder, bundle or published file; None: a network with random weights
     trace: Path | None = None  # file for a Chrome trace of one call
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
 
@@ -507,7 +507,7 @@ def _info(argv: Sequence[str]) -> None:
 
 def _profile(argv: Sequence[str]) -> None:
     from sage_fast.models.stylegan2 import Generator
-    from sage_fast.models.weights import load_bundle
+    from sage_fast.models.weights import load_generator
     from sage_fast.profiling import ProfileConfig, profile_synthesis, profile_table
 
     argv = ["--n" if word == "-n" else word for word in argv]
@@ -516,7 +516,7 @@ def _profile(argv: Sequence[str]) -> None:
     if options.model is not None:
         if any(size is not None for size in sizes):
             raise InputError("a model has its own resolution and channels; leave out --resolution and --channel-...")
-        generator = load_bundle(options.model).generator
+        generator = load_generator(options.model)
     else:
         resolution, base, most = (given or usual for given, usual in zip(sizes, (256, 16384, 512)))
         generator = Generator(resolution, n_mapping=1, channel_base=base, channel_max=most)

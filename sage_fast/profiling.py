@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import profile, record_function
 
 from sage_fast.errors import InputError
 from sage_fast.models.inference import choose_road, fused_network, wanted_dtype
@@ -63,8 +64,9 @@ def profile_synthesis(
 ) -> tuple[list[LayerTime], dict[str, Any]]:
     """Time each layer of ``generator.synthesis`` on random latents.
 
-    On the fused road the native op keeps the time of its layers; otherwise each layer is timed from its input to its
-    output. ``trace``: also write a Chrome trace of one call by ``torch.profiler``.
+    On the fused road the native op keeps the time of its layers, which ``torch.profiler`` cannot see into; otherwise
+    ``torch.profiler`` times each layer from its input to its output, on a GPU the kernels launched there. ``trace``: also write
+    its Chrome trace of one call, in which such layers are ranges with their names.
 
     Returns:
         The layers in the order of their names, and ``road``, ``reason``, ``products`` (the dtype of the
@@ -82,9 +84,8 @@ def profile_synthesis(
             torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
         ):
             road, reason = choose_road(generator, w_plus)
-            call = _fused_call(generator, w_plus) if road == "fused" else _layered_call(generator, w_plus)
-            call()
-            rounds = [call() for _ in range(config.rounds)]
+            generator.synthesis(w_plus)  # loads code, prepares weights
+            rounds = (_fused_rounds if road == "fused" else _layered_rounds)(generator, w_plus, config.rounds)
             whole = median(_seconds(lambda: generator.synthesis(w_plus), device) for _ in range(config.rounds))
             products = str(wanted_dtype(device) if road == "fused" else getattr(torch, config.precision)).split(".")[1]
             about = dict(road=road, reason=reason, products=products, seconds=whole, device=str(device))
@@ -140,54 +141,44 @@ def _convolutions(generator: Generator, n: int) -> list[str]:
     return [cuda_convolution.taken(key) or "not chosen" for key in keys]
 
 
-def _fused_call(generator: Generator, w_plus: Tensor) -> Callable[[], list[float]]:
+def _fused_rounds(generator: Generator, w_plus: Tensor, rounds: int) -> list[list[float]]:
     noise = [getattr(generator.noises, f"noise_{i}") for i in range(generator.n_latent - 1)]
     network, dtype = fused_network(generator), wanted_dtype(w_plus.device)
-    return lambda: synthesis_times(network, w_plus, noise, dtype).tolist()
+    return [synthesis_times(network, w_plus, noise, dtype).tolist() for _ in range(rounds)]
 
 
-def _layered_call(generator: Generator, w_plus: Tensor) -> Callable[[], list[float]]:
-    def call() -> list[float]:
-        with _stopwatches(generator) as times:
+def _layered_rounds(generator: Generator, w_plus: Tensor, rounds: int) -> list[list[float]]:
+    with _named_layers(generator), profile() as profiler:
+        for _ in range(rounds):
             generator.synthesis(w_plus)
-        return times
-
-    return call
+        _wait(w_plus.device)
+    times: dict[str, list[float]] = {layer.name: [] for layer in _layers(generator, 1)}
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
+        # on a GPU's own timeline a range has a twin, which holds no kernels
+        if event.name in times and event.device_type == torch.autograd.DeviceType.CPU:
+            spent = event.device_time_total if w_plus.device.type == "cuda" else event.cpu_time_total
+            times[event.name].append(spent / 1e6)
+    return [list(one) for one in zip(*times.values())]
 
 
 @contextmanager
-def _stopwatches(generator: Generator) -> Iterator[list[float]]:
-    """Hooks that note how long each layer takes; the device is waited for at both ends."""
+def _named_layers(generator: Generator) -> Iterator[None]:
+    """Hooks that make each layer a range of the profiler, with the layer's name."""
     modules: list[Any] = [*chain([generator.conv1], generator.convs, [generator.to_rgb1], generator.to_rgbs)]
-    times, begun, hooks = [0.0] * len(modules), [0.0] * len(modules), []
-
-    def start(i: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            _wait(generator.latent_avg.device)
-            begun[i] = time.perf_counter()
-
-        return hook
-
-    def stop(i: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            _wait(generator.latent_avg.device)
-            times[i] = time.perf_counter() - begun[i]
-
-        return hook
-
-    for i, module in enumerate(modules):
-        hooks += [module.register_forward_pre_hook(start(i)), module.register_forward_hook(stop(i))]
+    hooks = []
+    for module, layer in zip(modules, _layers(generator, 1)):
+        mark = record_function(layer.name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, mark=mark: mark.__enter__() and None))
+        hooks.append(module.register_forward_hook(lambda *_, mark=mark: mark.__exit__(None, None, None)))
     try:
-        yield times
+        yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _write_trace(generator: Generator, w_plus: Tensor, path: Path) -> None:
-    from torch.profiler import profile
-
-    with profile() as profiler:
+    with _named_layers(generator), profile() as profiler:
         generator.synthesis(w_plus)
     profiler.export_chrome_trace(str(path))
 
