@@ -125,7 +125,7 @@ def has_schemas() -> bool:
 
 
 for _asked in (has_kernel, has_schemas):  # torch.compile calls it and keeps the answer
-    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
 
 
 @contextlib.contextmanager
