@@ -102,15 +102,12 @@ def test_what_leaves_no_choice(monkeypatch):
 
 
 def test_float32_needs_tf32(measured, monkeypatch):
-    layer, before = LAYER._replace(dtype=torch.float32), torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = False
-        assert choose(layer, WAYS) == CUDNN
-        monkeypatch.setenv("SAGE_FAST_CUDA_CONV", "own")
-        assert choose(LAYER, WAYS) == "own"
-        with pytest.raises(InputError, match="allow_tf32 = True"):
-            choose(layer, WAYS)
-        torch.backends.cudnn.allow_tf32 = True
-        assert choose(layer, WAYS) == "own"
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    layer = LAYER._replace(dtype=torch.float32)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert choose(layer, WAYS) == CUDNN
+    monkeypatch.setenv("SAGE_FAST_CUDA_CONV", "own")
+    assert choose(LAYER, WAYS) == "own"
+    with pytest.raises(InputError, match="allow_tf32 = True"):
+        choose(layer, WAYS)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert choose(layer, WAYS) == "own"

@@ -162,8 +162,8 @@ CASES: dict[str, Callable[[str], Pair]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_small_odd_case(device, case):
-    torch.backends.cudnn.allow_tf32 = False
+def test_small_odd_case(device, case, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for ours, expected in zip(*map(torch.utils._pytree.tree_leaves, CASES[case](device))):
         tolerance = 1e-2 if ours.dtype == torch.bfloat16 else 2e-4 if case.startswith("synthesis") else 2e-5
         scale = max(1.0, expected.abs().max().item() if expected.numel() else 1.0)
