@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,16 +60,22 @@ def test_several_files_end_in_one_object_too():
 
 
 class Event:
-    """What ``torch.cuda.Event`` is to a clock, by the time of this processor."""
+    """What ``torch.cuda.Event`` is to a clock; its time is moved by the calls."""
+
+    now = 0.0  # milliseconds
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
 
     def record(self) -> None:
-        self.at = time.perf_counter()
+        self.at = Event.now
 
     def elapsed_time(self, end: Event) -> float:
-        return (end.at - self.at) * 1e3
+        return end.at - self.at
+
+
+def work(milliseconds: float) -> None:
+    Event.now += milliseconds
 
 
 @pytest.fixture
@@ -80,22 +85,23 @@ def gpu_clock(monkeypatch) -> CudaClock:
     return CudaClock(torch.device("cpu"))
 
 
-def test_the_clock_of_a_gpu_times_the_call_and_flushes_before_it(gpu_clock):
+def test_the_clock_of_a_gpu_times_the_call_alone_behind_a_flush(gpu_clock):
     gpu_clock.scratch.fill_(1)
-    seen = []
+    seen, spent = [], iter([5.0, 7.0, 90.0])
 
     def call():
         seen.append(gpu_clock.scratch[-1].item())
-        time.sleep(0.005)
+        work(next(spent))
 
-    assert 0.005 <= gpu_clock(call, 3) < 0.05
+    assert gpu_clock(call, 3) == pytest.approx(0.007)
     assert seen == [0, 0, 0]
 
 
-def test_medians_tell_the_slower_call(gpu_clock):
-    slow, fast = (lambda: time.sleep(0.004)), (lambda: time.sleep(0.001))
-    found = medians(gpu_clock, {"slow": slow, "fast": fast}, rounds=3)
-    assert found["fast"] < found["slow"] < 20 * found["fast"]
+def test_medians_of_interleaved_calls(gpu_clock):
+    order = []
+    calls = {name: (lambda name=name, ms=ms: (order.append(name), work(ms))) for name, ms in (("a", 40.0), ("b", 10.0))}
+    assert medians(gpu_clock, calls, rounds=3) == pytest.approx({"a": 0.04, "b": 0.01})
+    assert order[6:] == ["b", "a", "a", "b", "b", "a"]  # behind three of each, which say how often to repeat
 
 
 def test_what_the_processor_reaches():
