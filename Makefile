@@ -59,6 +59,7 @@ BENCH = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALL
 bench: setup
 	$(BENCH) benchmarks/bench_dictionary.py
 	$(BENCH) benchmarks/bench_inversion.py --threads 1 --steps 100
+	OPENBLAS_NUM_THREADS=1 $(PYTHON) benchmarks/bench_generate.py
 	$(BENCH) -m pytest benchmarks --benchmark-enable --bench-compile $(PEERS)
 
 FORMATTED := csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/* python_tests/cuda_on_host/*.c* python_tests/cuda_on_host/include/*

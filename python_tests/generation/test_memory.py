@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -96,8 +97,9 @@ def plan_like(pipeline, shots, **settings):
 
 def of_size(pipeline, resolution, **settings):
     """The pipeline with a generator of another size."""
-    generator = Generator(resolution, 16, n_mapping=1, **settings)
-    return FewShotPipeline(generator, pipeline.encoder, pipeline.relevant, pipeline.irrelevant, pipeline.codes)
+    other = copy.copy(pipeline)
+    other.generator = Generator(resolution, 16, n_mapping=1, **settings).eval()
+    return other
 
 
 @pytest.mark.parametrize(
