@@ -1,7 +1,8 @@
-// What the launches of project_onto_basis, least_squares_codes and edit_latents share on both devices: checks and
-// strides.
+// What the launches of project_onto_basis, least_squares_codes, edit_latents and combine_rows share on both devices:
+// checks and strides.
 #pragma once
 
+#include "combine_rows.h"
 #include "edit_latents.h"
 #include "least_squares_codes.h"
 #include "project_onto_basis.h"
@@ -18,6 +19,20 @@ inline Tensor last_axis_contiguous(const Tensor& x) {
 inline Tensor new_latents(const Tensor& like, int64_t n, int64_t layers, int64_t last) {
   const int64_t sizes[3] = {n, layers, last}, strides[3] = {layers * last, last, 1};
   return new_strided(like, 3, sizes, strides);
+}
+
+inline Tensor rows_contiguous(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
+
+inline void check_combination(const Tensor& weights, const Tensor& table, const Tensor& centre, const Tensor& rows,
+                              const Tensor& columns) {
+  require(weights.dim() == 2 && table.dim() == 2 && rows.dim() == 1 && columns.dim() == 1 && centre.dim() == 1 &&
+              centre.size(0) == table.size(1),
+          "combine_rows: weights must be [N, m], table [M, C], centre [C], rows [m] and columns [K]");
+  require(weights.size(1) == rows.size(0), "combine_rows: weights must have one column for each of rows");
+  require(weights.scalar_type() == table.scalar_type() && weights.scalar_type() == centre.scalar_type(),
+          "combine_rows: table and centre must have the dtype of weights");
+  require(rows.scalar_type() == ScalarType::Long && columns.scalar_type() == ScalarType::Long,
+          "combine_rows: rows and columns must be int64");
 }
 
 inline void check_projection(const Tensor& w_plus, const Tensor& basis) {

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent / "cuda_on_host"
 CSRC = _build.csrc()
 ORDERS = {"forward": (0, 0), "backward": (1, 0), "shuffled": (2, 1), "shuffled again": (2, 2)}
 #: ops of the schema without a CUDA kernel
-ONLY_ON_CPU = ("combine_rows", "conv3x3", "synthesis")
+ONLY_ON_CPU = ("conv3x3", "synthesis")
 
 
 class CompileError(RuntimeError):

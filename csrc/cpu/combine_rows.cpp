@@ -1,6 +1,4 @@
-#include "../combine_rows.h"
-
-#include "../tensor.h"
+#include "../latents.h"
 #include "isa.h"
 
 SAGE_DECLARE(template <class T> void combine_rows(const T* weights, const T* table, const T* centre,
@@ -10,8 +8,6 @@ SAGE_DECLARE(template <class T> void combine_rows(const T* weights, const T* tab
 namespace sage_fast {
 namespace {
 
-Tensor rows_contiguous(const Tensor& x) { return x.stride(1) == 1 ? x : torch::stable::contiguous(x); }
-
 void require_below(const Tensor& index, int64_t limit, const char* message) {
   const int64_t* values = data<int64_t>(index);
   bool inside = true;
@@ -20,14 +16,7 @@ void require_below(const Tensor& index, int64_t limit, const char* message) {
 }
 
 Tensor combine_rows(Tensor weights, Tensor table, Tensor centre, Tensor rows, Tensor columns) {
-  require(weights.dim() == 2 && table.dim() == 2 && rows.dim() == 1 && columns.dim() == 1 && centre.dim() == 1 &&
-              centre.size(0) == table.size(1),
-          "combine_rows: weights must be [N, m], table [M, C], centre [C], rows [m] and columns [K]");
-  require(weights.size(1) == rows.size(0), "combine_rows: weights must have one column for each of rows");
-  require(weights.scalar_type() == table.scalar_type() && weights.scalar_type() == centre.scalar_type(),
-          "combine_rows: table and centre must have the dtype of weights");
-  require(rows.scalar_type() == ScalarType::Long && columns.scalar_type() == ScalarType::Long,
-          "combine_rows: rows and columns must be int64");
+  check_combination(weights, table, centre, rows, columns);
   weights = rows_contiguous(weights);
   table = rows_contiguous(table);
   centre = torch::stable::contiguous(centre);

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sage_fast.ops import (
+    combine_rows_reference,
     edit_latents_reference,
     least_squares_codes_reference,
     project_onto_basis_reference,
@@ -100,6 +101,34 @@ def test_edit_latents(library, n, layers, dim, k, dtype):
     assert OPS.edit_latents(e, codes[:0], directions, 1.0, None, index[:0]).shape == (0, layers, dim)
 
 
-def test_a_class_that_is_not_there_stops_the_kernel(library):
-    with pytest.raises(RuntimeError, match=r"__trap\(\) at edit_latents\.cu"):
-        OPS.edit_latents(normal(2, 1, 4), normal(3, 1, 5), normal(1, 4, 5), 1.0, None, torch.tensor([0, 2, 1]))
+def test_a_class_that_is_not_there_gives_nan(library):
+    e, codes, directions = normal(2, 1, 4), normal(3, 1, 5), normal(1, 4, 5)
+    found = OPS.edit_latents(e, codes, directions, 1.0, None, torch.tensor([0, 2, 1]))
+    known = OPS.edit_latents(e, codes, directions, 1.0, None, torch.tensor([0, 0, 1]))
+    assert found[1].isnan().all() and torch.equal(found[::2], known[::2])
+
+
+# N, m, K: whole tiles of 32 samples and 64 columns and ends of both, sums of none, of part of a chunk of 16, and of many
+@BOTH
+@pytest.mark.parametrize(
+    "n, m, k", [(1, 1, 1), (5, 17, 9), (33, 16, 65), (70, 50, 64), (4, 0, 3), (0, 5, 3), (3, 5, 0)]
+)
+def test_combine_rows(library, n, m, k, dtype):
+    weights, table, centre = normal(n, m, dtype=dtype), normal(40, 80, dtype=dtype), normal(80, dtype=dtype)
+    draw = torch.Generator().manual_seed(n + m)
+    rows, columns = torch.randint(40, (m,), generator=draw), torch.randint(80, (k,), generator=draw)
+    ours = library.in_every_order(OPS.combine_rows, weights, table, centre, rows, columns)
+    expected = combine_rows_reference(weights, table, centre, rows, columns)
+    torch.testing.assert_close(ours, expected, **TOLERANCE[dtype])
+    if n > 3:
+        assert torch.equal(OPS.combine_rows(weights[3:], table, centre, rows, columns), ours[3:])
+
+
+def test_rows_and_columns_that_are_not_there_give_nan(library):
+    weights, table, centre = normal(5, 3), normal(4, 6), normal(6)
+    rows, columns = torch.tensor([0, 2, 3]), torch.tensor([1, 9, -1, 5])
+    found = OPS.combine_rows(weights, table, centre, rows, columns)
+    assert found[:, [1, 2]].isnan().all()
+    known = combine_rows_reference(weights, table, centre, rows, columns[[0, 3]])
+    torch.testing.assert_close(found[:, [0, 3]], known, **TOLERANCE[torch.float32])
+    assert OPS.combine_rows(weights, table, centre, rows + 1, columns).isnan().all()

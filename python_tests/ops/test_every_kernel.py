@@ -114,6 +114,12 @@ def solved(device: str) -> Pair:
     return both("least_squares_codes", normal(device, 5, 3, 37), normal(device, 3, 7, 37) / 6)
 
 
+def combined(device: str) -> Pair:
+    rows, columns = torch.arange(0, 36, 2, device=device), torch.arange(70, 0, -1, device=device)
+    t = normal(device, 35, 18), normal(device, 37, 71), normal(device, 71)
+    return both("combine_rows", *t, rows, columns)
+
+
 def edited(device: str, classes: int) -> Pair:
     index = torch.arange(9, device=device) % classes
     mask = normal(device, classes, 3, 19) > 0
@@ -147,6 +153,7 @@ CASES: dict[str, Callable[[str], Pair]] = {
     "fuse_pixels.run, one source": lambda d: fused(d, "fuse_pixels", 1),
     "project_onto_basis.run": projected,
     "least_squares_codes.run": solved,
+    "combine_rows.run": combined,
     "edit_latents.run": lambda d: edited(d, 1),
     "edit_latents.run, classes": lambda d: edited(d, 3),
     "counter_normal.run": numbered,

@@ -16,8 +16,7 @@ def combine_rows(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, c
     """``weights @ (table - centre)[rows][:, columns]``, without a copy of the rows.
 
     The draw of Eq. 20 of [SAGE] is such a sum: of pooled codes less their mean, with normal weights. Differentiable any
-    number of times in weights, table and centre. On a CPU a row of the result depends on its own weights alone, to the
-    last bit.
+    number of times in weights, table and centre. A row of a kernel's result depends on its own weights alone, to the last bit.
 
     Args:
         weights: [N, m], floating.
@@ -31,8 +30,8 @@ def combine_rows(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, c
             look at them would wait for the device, and what they would give is NaN.
     """
     _check(weights, table, centre, rows, columns)
-    native = weights.device.type == "cpu" and weights.dtype in (torch.float32, torch.float64)
-    if native and _native.has_kernel("combine_rows", "cpu"):
+    native = weights.dtype in (torch.float32, torch.float64)
+    if native and _native.has_kernel("combine_rows", weights.device.type):
         op = torch.ops.sage_fast.combine_rows.default
         return _native.call(op, (weights, table, centre), rows, columns)
     return combine_rows_reference(weights, table, centre, rows, columns)
