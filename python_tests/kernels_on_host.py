@@ -266,6 +266,7 @@ def launches() -> set[str]:
 @contextlib.contextmanager
 def routed() -> Iterator[None]:
     """Inside, the ops of ``sage_fast`` take CPU tensors to the CUDA kernels on the host."""
+    _native.load()  # what registers last is taken
     has_kernel, route = _native.has_kernel, torch.library.Library("sage_fast", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the kernels for the CPU step back
