@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -79,6 +80,23 @@ def test_empty(device, shape, dtype):
     y = bias_act(x, b, act="lrelu")
     y.sum().backward()
     assert y.dtype == dtype and y.shape == x.grad.shape == shape and b.grad.tolist() == [0] * shape[1]
+
+
+@pytest.mark.skipif("SAGE_FAST_LARGE_TESTS" not in os.environ, reason="needs 13 GiB; set SAGE_FAST_LARGE_TESTS=1")
+@pytest.mark.parametrize("last", [False, True])
+def test_more_than_2_to_the_31_values(device, last):
+    """The last values of all, and a bias that differs from channel to channel."""
+    x = torch.zeros(1, 33000, 256, 256, dtype=torch.bfloat16, device=device)
+    if last:
+        x = torch.zeros(1, 256, 256, 33000, dtype=torch.bfloat16, device=device).permute(0, 3, 1, 2)
+    b = torch.arange(33000, device=device, dtype=torch.float32) % 7 - 3
+    x[0, -1, -1, -1] = 16
+    y = bias_act(x, b, act="relu", gain=2.0, clamp=30.0)
+    del x
+    ends = y[0, -8:, -1, -1].float()
+    expected = (2 * b[-8:].relu()).clone()
+    expected[-1] = min(30.0, 2 * (16 + float(b[-1])))
+    assert torch.equal(ends, expected) and torch.equal(y[0, :, 0, 0].float(), 2 * b.relu())
 
 
 def test_a_number(device):

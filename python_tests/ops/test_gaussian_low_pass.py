@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -92,6 +93,17 @@ def test_empty(device, shape, border, dtype, op):
     y = op(x, border=border)
     y.sum().backward()
     assert y.shape == x.grad.shape == shape and y.dtype == dtype
+
+
+@pytest.mark.skipif("SAGE_FAST_LARGE_TESTS" not in os.environ, reason="needs 18 GiB; set SAGE_FAST_LARGE_TESTS=1")
+def test_more_than_2_to_the_31_values(device):
+    """The last image is blurred as it would be alone, and nothing comes to its neighbour."""
+    x = torch.zeros(1, 32800, 256, 256, device=device)
+    x[0, -1] = images(256, 256, device=device)
+    y = gaussian_low_pass(x, 20.0)
+    assert (
+        torch.equal(y[:, -1:], gaussian_low_pass(x[:, -1:], 20.0)) and y[0, -2].abs().max() == 0 == y[0, 0].abs().max()
+    )
 
 
 @pytest.mark.parametrize("op", [gaussian_low_pass, gaussian_low_pass_reference])

@@ -32,8 +32,10 @@ def require_tensor(name: str, x: Any) -> None:
 
 def require_real(name: str, x: Any) -> None:
     """Raise InputError unless ``x`` is a tensor of integers or of one of ``FLOATS``."""
+    if isinstance(x, Tensor) and x.dtype in FLOATS:
+        return
     require_tensor(name, x)
-    if x.is_complex() or (x.is_floating_point() and x.dtype not in FLOATS):
+    if x.is_complex() or x.is_floating_point():
         raise InputError(f"{name} must be real, and of 16 bits or more where it is floating point, got {x.dtype}.")
 
 
