@@ -34,9 +34,12 @@ ASAN = detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255
 WATCHED = $(SANITIZE) ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal -q -p no:cacheprovider
+# what reaches kernels through the package: weights, low precision, inversion, training; for the widest instructions alone
+THROUGH = $(addprefix python_tests/,models/test_weights.py models/test_low_precision.py test_inversion.py \
+	$(addprefix training/test_,augment.py dictionary.py gan.py prior.py resample.py updates.py))
 sanitize: setup
 	$(SANITIZE) $(PYTHON) -c 'from sage_fast import _build; print(_build.build_cached())'
-	$(WATCHED) python_tests/ops python_tests/test_fusion.py python_tests/models/test_stylegan2.py python_tests/editing
+	$(WATCHED) python_tests/ops python_tests/test_fusion.py python_tests/models/test_stylegan2.py python_tests/editing $(THROUGH)
 	SAGE_FAST_ISA=avx2 $(WATCHED) python_tests/ops
 	SAGE_FAST_ISA=portable $(WATCHED) python_tests/ops
 	$(WATCHED) python_tests/cuda_on_host
