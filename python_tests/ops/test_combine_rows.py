@@ -120,7 +120,26 @@ def test_rows_and_columns_that_nobody_looked_at_are_nan():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_goes_on_after_rows_that_are_not_there():
     given = [t.cuda() for t in arguments()]
-    y = combine_rows(*given[:3], given[3] + 40, given[4])
-    assert y.isnan().all() and combine_rows(*given).isfinite().all()
-    with pytest.raises(InputError, match="rows must be empty"):
-        combine_rows(given[0], given[1][:0], *given[2:])
+    known = given[3].clone()
+    known[0] = 40
+    for op in (combine_rows, combine_rows_reference):
+        weights, table, centre = (t.clone().requires_grad_() for t in given[:3])
+        assert op(weights, table, centre, known, given[4]).isnan().all()
+        columns = given[4].clone()
+        columns[0] = -1
+        y = op(weights, table, centre, given[3], columns)
+        assert y[:, 0].isnan().all() and torch.equal(y[:, 1:], op(*given)[:, 1:])
+        gradients = torch.autograd.grad(y[:, 1:].sum(), (table, centre))
+        torch.cuda.synchronize()
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_a_table_without_rows_or_columns():
+    weights, table, centre, rows, columns = arguments()
+    none = torch.zeros(0, dtype=torch.int64)
+    for op in (combine_rows, combine_rows_reference):
+        with pytest.raises(InputError, match="rows must be empty"):
+            op(weights, table[:0], centre, rows, columns)
+        with pytest.raises(InputError, match="columns must be empty"):
+            op(weights, table[:, :0], centre[:0], rows, columns)
+        assert torch.equal(op(weights[:, :0], table[:0], centre, none, columns), torch.zeros(5, 9))

@@ -71,6 +71,9 @@ def _check(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns
             )
     if rows.shape[0] != weights.shape[1]:
         raise InputError(f"rows must hold {weights.shape[1]} numbers, one for each weight, got {len(rows)}.")
+    if 0 in table.shape:  # the one thing that no device's kernel makes NaN of
+        require_below("rows", rows, table.shape[0])
+        require_below("columns", columns, table.shape[1])
 
 
 def require_below(name: str, index: Tensor, limit: int) -> None:
@@ -107,6 +110,7 @@ def _backward(ctx, grad):
     grad_table = grad_centre = None
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         grad_picked = weights.T @ grad  # [m, K]
+        (rows, _), (columns, _) = pulled_in(rows, table.shape[0]), pulled_in(columns, table.shape[1])
         grad_rows = grad.new_zeros(rows.shape[0], table.shape[1]).index_add(1, columns, grad_picked)
         grad_table = table.new_zeros(table.shape).index_add(0, rows, grad_rows)
         grad_centre = -grad_rows.sum(0)
