@@ -6,6 +6,8 @@ import pytest
 import torch
 from kernels_on_host import CompileError, build, on_host
 
+from sage_fast import _build
+
 MISUSES = {
     "not all threads reach the barrier": 1,
     "a lane waits for others that never come": 2,
@@ -70,6 +72,8 @@ def test_lanes(library, ops):
 
 @pytest.mark.parametrize("message", MISUSES)
 def test_what_a_gpu_leaves_undefined_is_an_error(library, ops, message):
+    if MISUSES[message] == 5 and _build._sanitize():
+        pytest.skip("the sanitizer ends the process at it")
     with pytest.raises(RuntimeError, match=message):
         ops.probe_misuse(torch.zeros(64), MISUSES[message])
     assert ops.probe_misuse(torch.zeros(64), 0).isnan().all(), "shared memory that was never written is not a number"
