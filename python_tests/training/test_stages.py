@@ -13,7 +13,7 @@ from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import save_png
 from sage_fast.errors import InputError
 from sage_fast.training.logs import read_log
-from sage_fast.training.stages import BundleConfig, _first_of_each, read_seen
+from sage_fast.training.stages import BundleConfig, _first_of_each, _without_folders, read_seen
 
 
 def test_the_first_codes_of_each_category_are_kept():
@@ -26,6 +26,17 @@ def test_the_first_codes_of_each_category_are_kept():
     assert kept.labels.tolist() == [1, 0, 1, 0, 2] and kept.files == ["0.png", "1.png", "2.png", "4.png", "5.png"]
     with pytest.raises(InputError, match="codes_per_category must be at least 1"):
         BundleConfig(codes_per_category=0)
+
+
+def test_a_bundle_names_files_but_not_the_folders_of_its_maker(tmp_path):
+    settings = {
+        "perceptual": str(tmp_path / "net.safetensors"),
+        "augment": {"kind": "ada"},
+        "lr": 0.1,
+        "identity": "none",
+    }
+    told = {"perceptual": "net.safetensors", "augment": {"kind": "ada"}, "lr": 0.1, "identity": "none"}
+    assert _without_folders(settings) == told
 
 
 def test_seen_images_may_come_from_a_data_set_object_and_lie_in_a_cache(tmp_path):

@@ -451,10 +451,17 @@ def _about(folder: Path, table: LatentTable) -> dict[str, Any]:
     """What ``bundle.json`` says of the training: settings, data in numbers, the last logged line of each stage."""
     names = ("gan", "encoder", "dictionary")
     return {
-        "settings": {name: _config(folder, name) for name in names},
+        "settings": {name: _without_folders(_config(folder, name)) for name in names},
         "data": {"n_images": len(table), "n_categories": len(table.categories)},
         "last_logged": {name: _last_logged(folder, name) for name in names},
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """Settings with names in place of absolute paths: a bundle is for others, whom its maker's folders tell nothing."""
+    if isinstance(value, dict):
+        return {key: _without_folders(part) for key, part in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _last_logged(folder: Path, stage: str) -> dict[str, Any]:
