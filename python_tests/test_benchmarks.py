@@ -22,7 +22,8 @@ NOT_FAKE = "not gradient and not several and not bfloat16 and not last"
 
 def run(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")])}
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no worker of xdist
+    environment = alone | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")])}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
 

@@ -129,7 +129,7 @@ def load_encoder(
     """
     for name, given in (("w_encoder", w_encoder), ("n_latent", n_latent)):
         if given is not None and (path is None or not path_of(path).is_file()):
-            raise InputError(f"{name} is for a published file; a bundle holds what it needs, leave it out.")
+            raise InputError(f"{name} is for a published file; a bundle holds its own, leave it out.")
     published = partial(published_encoder, w_encoder=w_encoder, n_latent=n_latent)
     return _load(path, "encoder", build_encoder, published, device, dtype)
 
