@@ -1,7 +1,8 @@
-"""The tiny model of :mod:`tiny_model` as a bundle, and shots for it."""
+"""One thread for all tests; the tiny model of :mod:`tiny_model` as a bundle, and shots for it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ from tiny_model import tiny_codes, tiny_networks
 from sage_fast.data.writers import save_png
 from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.weights import save_bundle
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small lose more to threads that wait for each other than they gain, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,6 @@ TINY_TRAIN = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def refused(capsys):
     """Runs a command that must be refused; returns the sentence, which must name every word of ``named``."""

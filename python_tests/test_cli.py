@@ -25,15 +25,6 @@ TINY_ENCODER = ["--total-steps=4", "--batch=4", "--channel-base=64", "--channel-
 TINY_DICTIONARY = ["--total-steps=4", "--batch=4", "--n-directions=6"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small lose more to waiting threads than they gain, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def prefixed(stage: str, options: list[str]) -> list[str]:
     return [option.replace("--", f"--{stage}.", 1) for option in options]
 

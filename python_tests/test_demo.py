@@ -57,12 +57,10 @@ def words(flora_bundle, tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo(words, tmp_path_factory):
     """(folder, what was printed) of one run."""
-    before, out, printed = torch.get_num_threads(), tmp_path_factory.mktemp("demo") / "out", io.StringIO()
-    torch.set_num_threads(1)
+    out, printed = tmp_path_factory.mktemp("demo") / "out", io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert cli.main([*words, f"--out={out}"]) == 0
-    yield out, printed.getvalue()
-    torch.set_num_threads(before)
+    return out, printed.getvalue()
 
 
 def decoded(folder: Path) -> dict[str, np.ndarray]:

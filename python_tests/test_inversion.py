@@ -13,14 +13,6 @@ from sage_fast.models.perceptual import ChainFeatures, DiscriminatorFeatures, pe
 from sage_fast.models.stylegan2 import Generator
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def networks():
     """Generator, encoder and feature network in float64: runs differ by rounding alone, and that is small."""

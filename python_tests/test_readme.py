@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from command_lines import parses
 from nvlabs_pickles import write_nvlabs
 from tiny_model import tiny_networks
 
@@ -31,8 +31,6 @@ def shell_lines(program: str) -> list[str]:
 @pytest.fixture(scope="module")
 def namespace(tiny_bundle, tiny_shots, tmp_path_factory):
     """The names that the Python blocks leave behind, run one after the other beside the folders they speak of."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     names: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("readme")
@@ -45,7 +43,6 @@ def namespace(tiny_bundle, tiny_shots, tmp_path_factory):
         for number, block in enumerate(blocks("python")):
             exec(compile(block, f"README.md, Python block {number}", "exec"), names)
         names["folder"] = folder
-    torch.set_num_threads(before)
     return names
 
 
@@ -85,21 +82,9 @@ def test_outputs_are_the_ones_the_table_lists(namespace):
     assert {"contact_sheet.png", "manifest.jsonl", "config.json", "report.md", "report.json"} <= set(listed)
 
 
-class Parsed(Exception):
-    """The words of a command were understood."""
-
-
 @pytest.mark.parametrize("line", shell_lines("sage-fast"))
 def test_every_command_parses(line, monkeypatch):
-    parse = cli._parse
-
-    def stop(*args):
-        parse(*args)
-        raise Parsed
-
-    monkeypatch.setattr(cli, "_parse", stop)
-    with pytest.raises(Parsed):
-        cli.main(shlex.split(line)[1:])
+    parses(line, monkeypatch)
 
 
 def test_every_command_of_the_program_is_shown():

@@ -28,14 +28,6 @@ SHORT = ProjectionConfig(steps=4)
 NAMES = ["lily/0", "lily/1", "lily/2", "rose/0", "rose/1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def shots(tiny_shots, tmp_path):
     """A copy to change: ``lily`` with three images, ``rose`` with two."""

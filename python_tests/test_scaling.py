@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_lines import parses
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-
-from sage_fast import cli
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "scaling.md").read_text(encoding="utf-8")
@@ -61,10 +59,6 @@ def test_the_table_is_what_the_formula_gives():
         assert f"| {words[n_images]} | {gpus} | {hours} | {costs} |" in PAGE
 
 
-class Parsed(Exception):
-    """The words of a command were understood."""
-
-
 def commands():
     text = "\n".join([*blocks("sh"), *re.findall(r"entrypoint: (.*)", PAGE)]).replace("\\\n", " ")
     return [line.rstrip("'") for line in re.findall(r"(sage-fast generate [^#\n]*)", text)]
@@ -72,15 +66,7 @@ def commands():
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_parses(line, monkeypatch):
-    parse = cli._parse
-
-    def stop(*arguments):
-        parse(*arguments)
-        raise Parsed
-
-    monkeypatch.setattr(cli, "_parse", stop)
-    with pytest.raises(Parsed):
-        cli.main(shlex.split(line)[1:])
+    parses(line, monkeypatch)
 
 
 @pytest.mark.parametrize("page", ["scaling.md", "generation.md"])

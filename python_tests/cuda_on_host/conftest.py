@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import kernels_on_host
 import pytest
-import torch
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +18,3 @@ def routed(library: kernels_on_host.Library) -> Iterator[kernels_on_host.Library
     """During the test, ``sage_fast.ops`` take CPU tensors to the CUDA kernels."""
     with kernels_on_host.routed():
         yield library
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

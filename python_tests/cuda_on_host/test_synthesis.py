@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from epilogue_cases import RULES, call, numbers
 
 from sage_fast.models.inference import fused_network
 from sage_fast.models.stylegan2 import Generator
@@ -29,34 +29,6 @@ SHAPES = [
     (1, 6, 10, 264, 264, 3),
     (1, 2, 2, 1024, 1030, 2),
 ]
-RULES = {"plain": (0.2, 2**0.5, -1.0), "clamped": (0.0, 1.5, 0.4)}  # slope, gain, clamp
-
-
-def numbers(shape: tuple[int, ...], margin: int, noise: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    n, h, w, c, pitch, channels = shape
-    rng = torch.Generator().manual_seed(n + c)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=rng)
-
-    return dict(
-        x=draw(n, h + margin, w + margin, c).to(dtype),
-        factor=draw(n, pitch).abs() + 0.1,
-        bias=draw(c),
-        noise=None if noise == "none" else draw(1 if noise == "shared" else n, 1, h, w),
-        next_style=draw(n, pitch),
-        image_weight=draw(n, channels, pitch) / c**0.5,
-        image_bias=draw(channels),
-        skip=draw(n, channels, h // 2, w // 2),
-    )
-
-
-def call(epilogue, t: dict, rule: tuple[float, ...], **changed):
-    t = {**t, **changed}
-    common = (t["x"], t["factor"], t["bias"], t["noise"], 0.3, t["next_style"])
-    if epilogue in (blur_epilogue, blur_epilogue_reference):
-        return epilogue(*common, *rule)
-    return epilogue(*common, t["image_weight"], t["image_bias"], t["skip"], *rule)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -21,14 +21,6 @@ def pipeline(tiny_bundle):
     return FewShotPipeline.from_bundle(tiny_bundle)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def slow(monkeypatch, drawing, encoding):
     """Every micro-batch takes so many seconds more to draw, and to encode; returns the two counts, kept up to date."""
     counts = {"drawn": 0, "most ahead": 0, "stored": 0}
@@ -104,5 +96,8 @@ def test_ahead_keeps_the_order_and_the_distance():
 
 def test_threads_of_torch_are_put_back(pipeline, tiny_shots, tmp_path):
     torch.set_num_threads(2)
-    generate(pipeline, tiny_shots, tmp_path / "out", replace(CONFIG, n=3))
-    assert torch.get_num_threads() == 2
+    try:
+        generate(pipeline, tiny_shots, tmp_path / "out", replace(CONFIG, n=3))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

@@ -10,7 +10,6 @@ import torch
 from nvlabs_pickles import write_nvlabs, write_tensorflow
 from safetensors.torch import save_file
 
-from sage_fast import _native
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.published import read_published
 from sage_fast.models.published_nvlabs import to_nvlabs
@@ -194,11 +193,8 @@ FIXTURE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "stylegan2a
 
 
 @pytest.mark.skipif(not FIXTURE.exists(), reason=f"{FIXTURE.name} is not beside the repository")
-@pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
 @torch.no_grad()
-def test_a_published_pickle_computes_what_its_own_code_did(monkeypatch, native):
-    if not native:
-        monkeypatch.setattr(_native, "has_kernel", lambda op, device: False)
+def test_a_published_pickle_computes_what_its_own_code_did(native):
     with np.load(FIXTURE.with_name("stylegan2ada_32px_uncond_expected.npz")) as arrays:
         expected = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 

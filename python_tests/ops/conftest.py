@@ -16,16 +16,6 @@ from torch import Tensor
 
 from sage_fast import _native
 
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: threads that wait for each other on a busy machine would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 #: also CPU tensors through the CUDA kernels, which takes a few minutes: `make cuda-on-host`
 ON_HOST = ["cuda_on_host"] if os.environ.get("SAGE_FAST_CUDA_ON_HOST") == "1" else []
 

@@ -6,6 +6,7 @@ import ctypes
 
 import pytest
 import torch
+from epilogue_cases import RULES, call, numbers
 from torch import Tensor
 
 from sage_fast.ops.synthesis_epilogue import (
@@ -23,34 +24,6 @@ SHAPES = [
     (1, 64, 64, 512, 512, 3),
     (2, 4, 2, 520, 1024, 2),
 ]
-RULES = {"plain": (0.2, 2**0.5, -1.0), "clamped": (0.0, 1.5, 0.4)}  # slope, gain, clamp
-
-
-def numbers(shape: tuple[int, ...], margin: int, noise: str, device: str = "cpu") -> dict[str, Tensor | None]:
-    n, h, w, c, pitch, channels = shape
-    rng = torch.Generator().manual_seed(n + c)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=rng).to(device)
-
-    return dict(
-        x=draw(n, h + margin, w + margin, c),
-        factor=draw(n, pitch).abs() + 0.1,
-        bias=draw(c),
-        noise=None if noise == "none" else draw(1 if noise == "shared" else n, 1, h, w),
-        next_style=draw(n, pitch),
-        image_weight=draw(n, channels, pitch) / c**0.5,
-        image_bias=draw(channels),
-        skip=draw(n, channels, h // 2, w // 2),
-    )
-
-
-def call(epilogue, t: dict, rule: tuple[float, ...], strength: float = 0.3, **changed):
-    t = {**t, **changed}
-    common = (t["x"], t["factor"], t["bias"], t["noise"], strength, t["next_style"])
-    if epilogue in (blur_epilogue, blur_epilogue_reference):
-        return epilogue(*common, *rule)
-    return epilogue(*common, t["image_weight"], t["image_bias"], t["skip"], *rule)
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -103,7 +76,7 @@ def test_kernels_against_reference(device, shape, noise, dtype):
     """What differs is the order of sums, and one rounding of the result."""
     tolerance = dict(atol=3e-5, rtol=3e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
     for rule in RULES.values():
-        t = numbers(shape, 0, noise, device)
+        t = numbers(shape, 0, noise, device=device)
         t["x"] = t["x"].to(dtype)
         for changed in ({}, {"next_style": None}, {"skip": None}):
             for ours, plain in zip(
@@ -111,14 +84,14 @@ def test_kernels_against_reference(device, shape, noise, dtype):
             ):
                 assert ours.dtype == plain.dtype
                 torch.testing.assert_close(ours, plain, **tolerance)
-        t = numbers(shape, 1, noise, device)
+        t = numbers(shape, 1, noise, device=device)
         t["x"] = t["x"].to(dtype)
         torch.testing.assert_close(*(call(f, t, rule) for f in (blur_epilogue, blur_epilogue_reference)), **tolerance)
 
 
 def test_nothing_is_read_or_lost_between_samples(device):
     """More rounds than one for every block, and samples that are not a number beside clean ones."""
-    t = numbers((130, 32, 32, 24, 24, 3), 0, "each", device)
+    t = numbers((130, 32, 32, 24, 24, 3), 0, "each", device=device)
     clean = call(styled_epilogue, t, RULES["plain"])
     t["x"][1::2] = float("nan")
     y, image = call(styled_epilogue, t, RULES["plain"])
@@ -129,20 +102,20 @@ def test_nothing_is_read_or_lost_between_samples(device):
 def test_fake_kernels(device):
     if device == "cpu":
         pytest.skip("the epilogues have kernels on CUDA alone")
-    t = numbers(SHAPES[1], 0, "each", device)
+    t = numbers(SHAPES[1], 0, "each", device=device)
     rule = RULES["plain"]
     common = (t["factor"], t["bias"], t["noise"], 0.3, t["next_style"])
     ops, utils = torch.ops.sage_fast, ("test_schema", "test_faketensor")
     images = (t["image_weight"], t["image_bias"], t["skip"])
     torch.library.opcheck(ops.styled_epilogue, (t["x"], *common, *images, *rule), test_utils=utils)
-    wide = numbers(SHAPES[1], 1, "each", device)["x"]
+    wide = numbers(SHAPES[1], 1, "each", device=device)["x"]
     torch.library.opcheck(ops.blur_epilogue, (wide, *common, *rule), test_utils=utils)
 
 
 def test_bad_input_to_the_kernels(device):
     if device == "cpu":
         pytest.skip("the epilogues have kernels on CUDA alone")
-    t = numbers(SHAPES[1], 0, "each", device)
+    t = numbers(SHAPES[1], 0, "each", device=device)
     for changed, message in [
         ({"x": t["x"][..., :7].contiguous()}, "channels must fill vectors"),
         ({"x": t["x"].double()}, "float32, float16 and bfloat16"),

@@ -20,15 +20,6 @@ TINY = DictionaryConfig(n_directions=6, total_steps=8, batch=8, lr=0.01, log_eve
 LATENT = dataclasses.replace(TINY, rec_weight=0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small lose to the hand-over between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _codes(n=60, n_classes=5, n_latent=4, dim=8, rank=3):
     """Codes whose residuals span ``rank`` directions, the same in every class, and differ in class means."""
     rng = torch.Generator().manual_seed(0)

@@ -1,0 +1,26 @@
+"""Whether a line of the documentation is a command that the command line takes."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from sage_fast import cli
+
+
+class _Parsed(Exception):
+    """The words of a command were understood."""
+
+
+def parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail unless the words of ``line`` are understood; nothing of the command runs."""
+    parse = cli._parse
+
+    def stop(*arguments):
+        parse(*arguments)
+        raise _Parsed
+
+    monkeypatch.setattr(cli, "_parse", stop)
+    with pytest.raises(_Parsed):
+        cli.main(shlex.split(line)[1:])
