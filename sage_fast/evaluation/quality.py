@@ -180,10 +180,9 @@ def watched(
     else:
         channels, size = images.images.shape[1:3]
         training, held_out = images, read_images(scan_image_folder(against), size, channels)
-        if held_out.categories != images.categories:
-            odd = min(set(held_out.categories) ^ set(images.categories))
+        if odd := set(held_out.categories) ^ set(images.categories):
             raise InputError(
-                f"{str(against)!r} must have the categories of the training images; {odd!r} is in one of them only."
+                f"{str(against)!r} must have the categories of the training images; {min(odd)!r} is in one of them only."
             )
     return Watched(training, Quality(config, held_out.images, network, held_out.labels), held_out)
 

@@ -181,9 +181,9 @@ def _by_oracle(oracle: Oracle, ours: ImageFolder, theirs: ImageFolder, batch: in
     return tuple(sets)
 
 
-def _by_class_means(network: _Judge, ours: ImageFolder, theirs: ImageFolder, batch: int) -> tuple[Measurements, ...]:
+def _by_class_means(judge: _Judge, ours: ImageFolder, theirs: ImageFolder, batch: int) -> tuple[Measurements, ...]:
     """Measurements with labels in the numbering of ``theirs``; no predictions when there is a single category."""
-    (labels, features), (real_labels, real_features) = (network.describe(folder, batch) for folder in (ours, theirs))
+    (labels, features), (real_labels, real_features) = (judge.describe(folder, batch) for folder in (ours, theirs))
     labels = torch.tensor([theirs.categories.index(name) for name in ours.categories])[labels]
     predictions: tuple[Tensor | None, Tensor | None] = (None, None)
     if len(theirs.categories) > 1:
@@ -194,7 +194,7 @@ def _by_class_means(network: _Judge, ours: ImageFolder, theirs: ImageFolder, bat
         predictions = nearest_class_mean(features, means), real_predictions
     sets = ((labels, features), (real_labels, real_features))
     return tuple(
-        Measurements(y, seen, x, x.new_zeros(len(x), 0), (), network.name)
+        Measurements(y, seen, x, x.new_zeros(len(x), 0), (), judge.name)
         for (y, x), seen in zip(sets, predictions, strict=True)
     )
 
