@@ -29,7 +29,7 @@ inline std::string text(const std::vector<int64_t>& shape) {
   return all + "]";
 }
 
-inline std::string text(const py::dtype& dtype) { return py::str(dtype); }
+inline std::string text(const py::dtype& dtype) { return py::str(py::handle(dtype)); }
 
 inline py::dtype dtype_of(Dtype dtype) {
   return py::dtype(dtype == Dtype::float32 ? "float32" : dtype == Dtype::float64 ? "float64" : "float16");
