@@ -113,7 +113,17 @@ def test_what_the_processor_reaches():
 
 GPU_SH = ROOT / "benchmarks" / "gpu.sh"
 PARTS = ["build", "info", "every_kernel", "peers", "bench_synthesis", "bench_convolutions", "bench_training_step"]
-PARTS += ["bench_fusion", "bench_project_onto_basis", "memcheck", "racecheck", "generate", "tests", "tests_large"]
+PARTS += [
+    "bench_fusion",
+    "bench_project_onto_basis",
+    "memcheck",
+    "racecheck",
+    "synccheck",
+    "generate",
+    "tests",
+    "tests_large",
+]
+PARTS += ["demo", "train"]
 PARTS += [f"bench_{op}" for op in ON_A_GPU if op not in ("fusion", "project_onto_basis")] + ["registers"]
 
 
@@ -129,7 +139,7 @@ def test_the_script_for_a_gpu_parses_and_lists_its_parts():
     parts = {name: text for name, _, text in (line.partition(": ") for line in done.stdout.splitlines())}
     assert set(PARTS) <= set(parts)
     assert "--peer-path /a/stylegan3 --peer-path /a/ada" in parts["bench_training_step"]
-    for tool in ("memcheck", "racecheck"):
+    for tool in ("memcheck", "racecheck", "synccheck"):
         assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer" in parts[tool] and f"--tool {tool}" in parts[tool]
         assert "python_tests/ops/test_every_kernel.py -k cuda" in parts[tool]
     assert "SAGE_FAST_LARGE_TESTS=1" in parts["tests_large"]
