@@ -113,17 +113,8 @@ def test_what_the_processor_reaches():
 
 GPU_SH = ROOT / "benchmarks" / "gpu.sh"
 PARTS = ["build", "info", "every_kernel", "peers", "bench_synthesis", "bench_convolutions", "bench_training_step"]
-PARTS += [
-    "bench_fusion",
-    "bench_project_onto_basis",
-    "memcheck",
-    "racecheck",
-    "synccheck",
-    "generate",
-    "tests",
-    "tests_large",
-]
-PARTS += ["demo", "train"]
+PARTS += ["bench_fusion", "bench_project_onto_basis", "memcheck", "racecheck", "synccheck", "generate", "tests"]
+PARTS += ["tests_large", "demo", "train"]
 PARTS += [f"bench_{op}" for op in ON_A_GPU if op not in ("fusion", "project_onto_basis")] + ["registers"]
 
 
