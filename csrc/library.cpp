@@ -20,9 +20,6 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def(
       "synthesis(Tensor w_plus, Tensor input, Tensor[] layers, Tensor[] images, float[] strengths, float slope, "
       "float gain, float clamp) -> Tensor");
-  m.def(
-      "synthesis_times(Tensor w_plus, Tensor input, Tensor[] layers, Tensor[] images, float[] strengths, float slope, "
-      "float gain, float clamp) -> Tensor");
   m.def("conv3x3(Tensor x, Tensor weight, int stride) -> Tensor");
   m.def("conv3x3_transposed(Tensor y, Tensor weight, int stride) -> Tensor");
   m.def("conv3x3_taps(Tensor x, Tensor y, int stride) -> Tensor");

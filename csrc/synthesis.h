@@ -34,6 +34,17 @@ struct ImageLayer {
   const float* bias;  // [n_channels]
 };
 
+// Hears of the layers as they are drawn.
+class LayerListener {
+ public:
+  // index: 0 to n_layers - 1 of a styled layer, n_layers and more of a layer to the image.
+  virtual void begins(int64_t index) = 0;
+  virtual void ends() = 0;
+
+ protected:
+  ~LayerListener() = default;
+};
+
 // A layer pair up to `size`: a styled layer, from the second pair on two of them, and one to the image.
 struct SynthesisNetwork {
   int64_t n, style_dim, n_latent, n_channels, n_layers, n_images;
@@ -43,7 +54,7 @@ struct SynthesisNetwork {
   const float* w_plus;         // [n, n_latent, style_dim]
   float slope, gain, clamp;    // of the activation; clamp: of each size's image too, < 0: none
   float* images;               // [n, n_channels, size, size] // output
-  double* seconds;             // [n_layers + n_images], what each layer took, or null // output
+  LayerListener* listener;     // or null
 };
 
 struct PackShape {

@@ -521,6 +521,7 @@ def _profile(argv: Sequence[str]) -> None:
         resolution, base, most = (given or usual for given, usual in zip(sizes, (256, 16384, 512)))
         generator = Generator(resolution, n_mapping=1, channel_base=base, channel_max=most)
         generator.eval().requires_grad_(config.gradients)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell stderr when it starts and stops
     layers, about = profile_synthesis(generator.to(_device(options.device)), config, options.trace)
     print(profile_table(layers, about))
     if options.trace is not None:

@@ -19,7 +19,6 @@ from sage_fast.errors import InputError
 from sage_fast.models.inference import choose_road, fused_network, wanted_dtype
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.ops import cuda_convolution, synthesis_cuda
-from sage_fast.ops.synthesis import synthesis_times
 
 __all__ = ["LayerTime", "ProfileConfig", "profile_synthesis", "profile_table"]
 
@@ -64,9 +63,9 @@ def profile_synthesis(
 ) -> tuple[list[LayerTime], dict[str, Any]]:
     """Time each layer of ``generator.synthesis`` on random latents.
 
-    On the fused road the native op keeps the time of its layers, which ``torch.profiler`` cannot see into; otherwise
-    ``torch.profiler`` times each layer from its input to its output, on a GPU the kernels launched there. ``trace``: also write
-    its Chrome trace of one call, in which such layers are ranges with their names.
+    ``torch.profiler`` times each layer, on a GPU the kernels that it launched; any other program's profile shows the same
+    ranges where the fused road was taken. On a GPU's fused road the images are part of the styled layers. ``trace``: also
+    write the Chrome trace of one call.
 
     Returns:
         The layers in the order of their names, and ``road``, ``reason``, ``products`` (the dtype of the
@@ -85,7 +84,7 @@ def profile_synthesis(
         ):
             road, reason = choose_road(generator, w_plus)
             generator.synthesis(w_plus)  # loads code, prepares weights
-            rounds = (_fused_rounds if road == "fused" else _layered_rounds)(generator, w_plus, config.rounds)
+            rounds = _rounds(generator, w_plus, config.rounds, road)
             whole = median(_seconds(lambda: generator.synthesis(w_plus), device) for _ in range(config.rounds))
             products = str(wanted_dtype(device) if road == "fused" else getattr(torch, config.precision)).split(".")[1]
             about = dict(road=road, reason=reason, products=products, seconds=whole, device=str(device))
@@ -93,7 +92,7 @@ def profile_synthesis(
             if road == "fused" and device.type == "cuda":
                 about["convolutions"] = _convolutions(generator, config.n)
             if trace is not None:
-                _write_trace(generator, w_plus, Path(trace))
+                _write_trace(generator, w_plus, Path(trace), road)
     finally:
         torch.set_num_threads(threads)
     times = [median(values) for values in zip(*rounds)]
@@ -141,14 +140,9 @@ def _convolutions(generator: Generator, n: int) -> list[str]:
     return [cuda_convolution.taken(key) or "not chosen" for key in keys]
 
 
-def _fused_rounds(generator: Generator, w_plus: Tensor, rounds: int) -> list[list[float]]:
-    noise = [getattr(generator.noises, f"noise_{i}") for i in range(generator.n_latent - 1)]
-    network, dtype = fused_network(generator), wanted_dtype(w_plus.device)
-    return [synthesis_times(network, w_plus, noise, dtype).tolist() for _ in range(rounds)]
-
-
-def _layered_rounds(generator: Generator, w_plus: Tensor, rounds: int) -> list[list[float]]:
-    with _named_layers(generator), profile() as profiler:
+def _rounds(generator: Generator, w_plus: Tensor, rounds: int, road: str) -> list[list[float]]:
+    """Seconds of the layers in the order of :func:`_layers`, for each of so many calls."""
+    with _named_layers(generator, road), profile() as profiler:
         for _ in range(rounds):
             generator.synthesis(w_plus)
         _wait(w_plus.device)
@@ -158,12 +152,17 @@ def _layered_rounds(generator: Generator, w_plus: Tensor, rounds: int) -> list[l
         if event.name in times and event.device_type == torch.autograd.DeviceType.CPU:
             spent = event.device_time_total if w_plus.device.type == "cuda" else event.cpu_time_total
             times[event.name].append(spent / 1e6)
-    return [list(one) for one in zip(*times.values())]
+    passes = max(1, len(times["conv1"]) // rounds)  # a large batch on a GPU takes several a call
+    whole = [[sum(all_[i : i + passes]) for i in range(0, len(all_), passes)] for all_ in times.values()]
+    return [list(one) for one in zip(*(layer or [0.0] * rounds for layer in whole))]
 
 
 @contextmanager
-def _named_layers(generator: Generator) -> Iterator[None]:
-    """Hooks that make each layer a range of the profiler, with the layer's name."""
+def _named_layers(generator: Generator, road: str) -> Iterator[None]:
+    """Each layer is a range of the profiler, with the layer's name: by hooks where the fused kernels do not see to it."""
+    if road == "fused":
+        yield
+        return
     modules: list[Any] = [*chain([generator.conv1], generator.convs, [generator.to_rgb1], generator.to_rgbs)]
     hooks = []
     for module, layer in zip(modules, _layers(generator, 1)):
@@ -177,8 +176,8 @@ def _named_layers(generator: Generator) -> Iterator[None]:
             hook.remove()
 
 
-def _write_trace(generator: Generator, w_plus: Tensor, path: Path) -> None:
-    with _named_layers(generator), profile() as profiler:
+def _write_trace(generator: Generator, w_plus: Tensor, path: Path, road: str) -> None:
+    with _named_layers(generator, road), profile() as profiler:
         generator.synthesis(w_plus)
     profiler.export_chrome_trace(str(path))
 

@@ -1,5 +1,9 @@
 #include "../synthesis.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <string>
 #include <vector>
 
 #include "../tensor.h"
@@ -40,10 +44,47 @@ const float* floats(const Tensor& x, std::vector<int64_t> shape, const char* mes
 
 constexpr int64_t kPerLayer = 6, kPerImage = 4;
 
+// As in the generator; torch keeps the pointer only.
+const char* name_of(bool image, int64_t index) {
+  constexpr int64_t kNames = 64;
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> made{"conv1", "to_rgb1"};
+    for (int64_t i = 1; i < kNames; ++i) {
+      for (const char* list : {"convs.", "to_rgbs."}) made.push_back(list + std::to_string(i - 1));
+    }
+    return made;
+  }();
+  return names[2 * std::min(index, kNames - 1) + image].c_str();
+}
+
+// Makes each layer a range of torch's profiler. Without a profiler
+// a range takes some ten nanoseconds.
+class LayerRanges : public LayerListener {
+ public:
+  explicit LayerRanges(int64_t n_layers) : n_layers_(n_layers) {}
+  ~LayerRanges() { ends(); }
+  LayerRanges(const LayerRanges&) = delete;
+  void operator=(const LayerRanges&) = delete;
+
+  void begins(int64_t index) override {
+    const bool image = index >= n_layers_;
+    const char* name = name_of(image, image ? index - n_layers_ : index);
+    aoti_record_function_start(name, nullptr, nullptr, 0, &range_);
+  }
+  void ends() override {
+    if (range_ != nullptr) aoti_record_function_end(range_);
+    range_ = nullptr;
+  }
+
+ private:
+  int64_t n_layers_;
+  AtenRecordFunctionHandle range_ = nullptr;
+};
+
 // layers: for each styled layer packed (bfloat16 where its products are), squares, affine, affine bias, bias, noise
 // (empty: none). images: for each size weight, affine, affine bias, bias.
-Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
-            std::vector<double> strengths, double slope, double gain, double clamp, double* seconds) {
+Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
+                 std::vector<double> strengths, double slope, double gain, double clamp) {
   const int64_t n_layers = int64_t(layers.size()) / kPerLayer, n_images = int64_t(images.size()) / kPerImage;
   require(n_layers >= 1 && n_layers * kPerLayer == int64_t(layers.size()),
           "synthesis: layers must hold 6 tensors each");
@@ -99,6 +140,7 @@ Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector
   const int64_t size = styled.back().size;
   Tensor out = torch::stable::new_empty(w_plus, {n, n_channels, size, size});
   if (n == 0) return out;
+  LayerRanges ranges(n_layers);
   const SynthesisNetwork net{n,
                              dim,
                              w_plus.size(1),
@@ -113,24 +155,10 @@ Tensor draw(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector
                              float(gain),
                              float(clamp),
                              mutable_data<float>(out),
-                             seconds};
+                             &ranges};
   Lease workspace;
   SAGE_CALL_BF16(any_bf16, synthesis)(net, *workspace);
   return out;
-}
-
-Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
-                 std::vector<double> strengths, double slope, double gain, double clamp) {
-  return draw(w_plus, input, layers, images, strengths, slope, gain, clamp, nullptr);
-}
-
-// Seconds that each styled layer, then each layer to the image takes: float64 [layers + images].
-Tensor synthesis_times(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::vector<Tensor> images,
-                       std::vector<double> strengths, double slope, double gain, double clamp) {
-  const int64_t count = int64_t(layers.size()) / kPerLayer + int64_t(images.size()) / kPerImage;
-  Tensor seconds = torch::stable::new_zeros(w_plus, {count}, ScalarType::Double);
-  draw(w_plus, input, layers, images, strengths, slope, gain, clamp, mutable_data<double>(seconds));
-  return seconds;
 }
 
 Tensor synthesis_pack(Tensor weight, bool up, bool bf16) {
@@ -152,7 +180,6 @@ bool synthesis_has_bf16(Tensor) { return has_bf16(); }
 
 STABLE_TORCH_LIBRARY_IMPL(sage_fast, CPU, m) {
   m.impl("synthesis", TORCH_BOX(&synthesis));
-  m.impl("synthesis_times", TORCH_BOX(&synthesis_times));
   m.impl("synthesis_pack", TORCH_BOX(&synthesis_pack));
   m.impl("synthesis_has_bf16", TORCH_BOX(&synthesis_has_bf16));
 }

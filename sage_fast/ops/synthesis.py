@@ -23,7 +23,6 @@ __all__ = [
     "has_products",
     "synthesis",
     "synthesis_reference",
-    "synthesis_times",
 ]
 
 
@@ -135,31 +134,6 @@ def synthesis(
     if w_plus.device.type == "cuda":
         return synthesis_cuda.draw(network, w_plus, noise, dtype)
     return torch.ops.sage_fast.synthesis(*_arguments(network, w_plus, noise, dtype))
-
-
-def synthesis_times(
-    network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Seconds that the native :func:`synthesis` spends in each styled layer, then in each layer to the image: float64.
-
-    On a GPU the images are part of the styled layers, and the styles of all are part of the first.
-    """
-    _check(network, w_plus, noise)
-    _check_dtype(dtype, w_plus.device)
-    if w_plus.device.type != "cuda":
-        return torch.ops.sage_fast.synthesis_times(*_arguments(network, w_plus, noise, dtype))
-    events: list[torch.cuda.Event] = []
-
-    def mark() -> None:
-        events.append(torch.cuda.Event(enable_timing=True))
-        events[-1].record(torch.cuda.current_stream(w_plus.device))
-
-    synthesis_cuda.draw(network, w_plus, noise, dtype, mark)
-    torch.cuda.synchronize(w_plus.device)
-    runs = len(network.layers) + 1  # marks of one pass; a large batch takes several
-    passes = [events[i : i + runs] for i in range(0, len(events), runs)]
-    layers = [sum(p[i].elapsed_time(p[i + 1]) for p in passes) / 1e3 for i in range(runs - 1)]
-    return torch.tensor([*layers, *[0.0] * len(network.images)], dtype=torch.float64)
 
 
 def _arguments(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None], dtype: torch.dtype) -> tuple:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from sage_fast.ops.cuda_convolution import CUDNN, OWN, Layer, choose
 from sage_fast.ops.styled_conv import composed_weight, styled_conv
@@ -89,9 +91,8 @@ def draw(
     w_plus: Tensor,
     noise: Sequence[Tensor | None],
     dtype: torch.dtype,
-    mark: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The images [N, C, R, R] float32 of latents [N, L, D]; ``mark`` is called at the start and after every styled layer."""
+    """The images [N, C, R, R] float32 of latents [N, L, D]; every styled layer is a range of a profiler that is on."""
     prepared, n = network.prepared(dtype), len(w_plus)
     size = 2 << len(network.images)
     if n == 0:
@@ -100,10 +101,10 @@ def draw(
     if n > most:
         starts = range(0, n, most)
         maps = [[m if m is None or len(m) == 1 else m[i : i + most] for m in noise] for i in starts]
-        return torch.cat([draw(network, w_plus[i : i + most], m, dtype, mark) for i, m in zip(starts, maps)])
+        return torch.cat([draw(network, w_plus[i : i + most], m, dtype) for i, m in zip(starts, maps)])
     # every cast is chosen here
     with torch.autocast(w_plus.device.type, enabled=False):
-        return _draw(network, prepared, w_plus, noise, dtype, mark)
+        return _draw(network, prepared, w_plus, noise, dtype)
 
 
 def _draw(
@@ -112,9 +113,8 @@ def _draw(
     w_plus: Tensor,
     noise: Sequence[Tensor | None],
     dtype: torch.dtype,
-    mark: Callable[[], None],
 ) -> Tensor:
-    mark()
+    named = torch.autograd._profiler_enabled()  # a range takes microseconds even where nobody listens
     styles, factors, image_weights = _modulation(prepared, w_plus)
     rule = (network.slope, network.gain, -1.0 if network.clamp is None else network.clamp)
     last = len(network.layers) - 1
@@ -128,10 +128,10 @@ def _draw(
         following = None if i == last else styles[i + 1]
         behind = (factors[i], prepared.biases[i], map_, layer.strength, following)
         to_image = None if i % 2 == 1 else (image_weights[i // 2], network.images[i // 2].bias, image)
-        ways = _ways(network, prepared, i, x, behind, to_image, rule)
-        x, new = ways[choose(keys[i], ways)]()
+        with record_function("conv1" if i == 0 else f"convs.{i - 1}") if named else nullcontext():
+            ways = _ways(network, prepared, i, x, behind, to_image, rule)
+            x, new = ways[choose(keys[i], ways)]()
         image = image if new is None else new
-        mark()
     assert image is not None
     return image
 
