@@ -45,10 +45,10 @@ def extensions():
                 self.extensions = []
             folder = ROOT / "sage_fast" if inplace else Path(self.build_lib) / "sage_fast"
             folder.mkdir(parents=True, exist_ok=True)
-            if reason is not None:  # objects of an earlier build would not be those of these sources
-                for stale in (*folder.glob("_ops_*.so"), *folder.glob("_host*.so")):
-                    stale.unlink()
-            (folder / build["INFO"]).write_text(json.dumps(build["describe"](reason), indent=2))
+            stale = ["_ops_*.so", "_host*.so"] if reason is not None else ["_ops_cuda*.so"] if self.no_cuda else []
+            for path in (path for pattern in stale for path in folder.glob(pattern)):
+                path.unlink()  # of an earlier build, and not of these sources
+            (folder / build["INFO"]).write_text(json.dumps(build["describe"](reason, self.no_cuda), indent=2))
 
         def copy_extensions_to_source(self):
             if self.extensions:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from setuptools import Extension
 
 from sage_fast import _build, _native
 from sage_fast.errors import InputError
@@ -102,6 +103,27 @@ def test_an_install_without_a_compiler_leaves_the_reason_and_nothing_else(tmp_pa
     assert not (tmp_path / "cache").exists(), "a failed installation is not tried again at first use"
     env["SAGE_FAST_BUILD"] = "aot"
     assert subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300).returncode != 0
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_a_broken_cuda_object_leaves_the_others(tmp_path, monkeypatch, capfd):
+    for name, text in (("good", "int x;"), ("bad", "int")):
+        (tmp_path / f"{name}.cpp").write_text(text)
+
+    def extensions(root):
+        named = {"sage_fast._ops_cpu": "good", "sage_fast._ops_cuda": "bad"}
+        return [Extension(name, [str(tmp_path / f"{source}.cpp")]) for name, source in named.items()]
+
+    monkeypatch.setattr(_build, "extensions", extensions)
+    monkeypatch.setenv("SAGE_FAST_BUILD", "auto")
+    _build.compile_into(tmp_path / "built")
+    folder = tmp_path / "built" / "sage_fast"
+    assert _build.find(folder, "_ops_cpu") and not _build.find(folder, "_ops_cuda")
+    assert "those of the CPU are built alone: Error compiling objects" in capfd.readouterr().err
+    assert "built without CUDA (Error compiling objects" in str(_native._why_not(folder, "cuda", None))
+    monkeypatch.setenv("SAGE_FAST_BUILD", "aot")
+    with pytest.raises(RuntimeError, match="Error compiling objects"):
+        _build.compile_into(tmp_path / "again")
 
 
 def test_none_is_silent(bare):

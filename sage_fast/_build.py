@@ -124,9 +124,24 @@ def build_command() -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildOnce(BuildExtension):
+        extensions: list[Any]
+
         def finalize_options(self):
             super().finalize_options()
             self.parallel = None  # one object after the other, each in parallel by ninja: _host takes from _ops_cpu
+            self.no_cuda = None
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:  # a CUDA toolkit is sooner broken, or another than torch's, than a C++ compiler
+                rest = [ext for ext in self.extensions if not ext.name.endswith("_ops_cuda")]
+                if len(rest) == len(self.extensions) or os.environ.get("SAGE_FAST_BUILD") == "aot":
+                    raise
+                self.no_cuda = " ".join(str(error).split())[:200]
+                print(f"sage_fast: no CUDA kernels, those of the CPU are built alone: {self.no_cuda}", file=sys.stderr)
+                self.extensions = rest
+                super().build_extensions()
 
         def build_extension(self, ext):
             if ext.name.endswith("_host"):
@@ -148,8 +163,8 @@ def _sanitize() -> list[str]:
     return SANITIZE if os.environ.get("SAGE_FAST_SANITIZE") == "1" else []
 
 
-def describe(failure: str | None = None) -> dict[str, Any]:
-    """What ``_build_info.json`` records of this machine's build."""
+def describe(failure: str | None = None, no_cuda: str | None = None) -> dict[str, Any]:
+    """What ``_build_info.json`` records of this machine's build; ``no_cuda``: why the CUDA object failed alone."""
     import torch
 
     return {
@@ -158,7 +173,7 @@ def describe(failure: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "compiler": _version_of(os.environ.get("CXX", "c++")),
         "nvcc": _version_of("nvcc") if has_cuda() is None else None,
-        "no_cuda_because": has_cuda(),
+        "no_cuda_because": no_cuda or has_cuda(),
         "failure": failure,
     }
 
@@ -176,6 +191,7 @@ def compile_into(folder: Path) -> None:
     command.build_lib, command.build_temp = str(folder), str(folder / "temp")
     command.ensure_finalized()
     command.run()
+    (folder / "sage_fast" / INFO).write_text(json.dumps(describe(None, command.no_cuda), indent=2))
 
 
 def build_cached() -> Path:
@@ -196,10 +212,8 @@ def build_cached() -> Path:
             return target
         print("sage_fast: building its kernels once (about a minute) ...", file=sys.stderr)
         reason = _run_build(folder)
-        (target if reason is None else folder).mkdir(exist_ok=True)
-        info = target if reason is None else folder
-        (info / INFO).write_text(json.dumps(describe(reason), indent=2))
         if reason is not None:
+            (folder / INFO).write_text(json.dumps(describe(reason), indent=2))
             raise BuildError(reason)
         return target
 

@@ -220,11 +220,10 @@ def _why_not(folder: Path, device: str, path: Path | None) -> str | None:
     from sage_fast import _build
 
     if path is None:
-        return _build.failure(folder) or (
-            "the package was built without CUDA (it needs nvcc and a CUDA build of torch)"
-            if device == "cuda"
-            else "no compiled object was found"
-        )
+        if device == "cpu":
+            return _build.failure(folder) or "no compiled object was found"
+        why = _build.read_info(folder).get("no_cuda_because") or "it needs nvcc and a CUDA build of torch"
+        return f"the package was built without CUDA ({why})"
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
