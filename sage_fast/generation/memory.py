@@ -120,7 +120,7 @@ def _category_bytes(pipeline: FewShotPipeline, n_shots: int) -> int:
 def _waiting(pipeline: FewShotPipeline, plan: Plan, n_drawers: int, ahead: int) -> int:
     """Latents, pixels, and where images are being stored the encoder's own form and the file."""
     latent = 4 * pipeline.generator.n_latent * pipeline.generator.style_dim
-    return plan.batch * ((n_drawers + 3) * latent + (n_drawers + 2 + 3 * (ahead + 1)) * _image_bytes(pipeline))
+    return plan.batch * ((n_drawers + 4) * latent + (n_drawers + 3 + 3 * (ahead + 1)) * _image_bytes(pipeline))
 
 
 def _check_batch(pipeline: FewShotPipeline, plan: Plan, waiting: int, free: int) -> None:

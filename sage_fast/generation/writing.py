@@ -74,7 +74,8 @@ def write_shards(
     with _pools((1, 1), (room.drawers, room.threads), (workers, 1), (1, 1)) as (sampler, drawers, encoders, committer):
         ranges = (positions for shard in shards for positions in plan.batches(shard))
         latents = ahead(sampler, sample, ranges, room.drawers + 1, queue("latents"))
-        drawn = ahead(drawers, draw, latents, room.drawers, queue("drawings"))
+        # one more than are drawn at a time: it is begun while this thread hands on the images of the last
+        drawn = ahead(drawers, draw, latents, room.drawers + 1, queue("drawings"))
         tasks = (task for whole in drawn for task in whole.cut(size))
         stored = ahead(encoders, store, tasks, room.ahead * -(-plan.batch // size), queue("files"))
         commits: deque[Future[None]] = deque()
