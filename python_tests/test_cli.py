@@ -582,3 +582,24 @@ def test_a_run_that_a_signal_stopped(monkeypatch, capsys, number, code):
     monkeypatch.setitem(cli.COMMANDS, "train", (stop, ""))
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == "sage-fast: stage 'gan' was stopped; --resume goes on.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "generate --shots x --out y -n abc",
+            "Error parsing --n: invalid literal for int() with base 10: 'abc'; see sage",
+        ),
+        (
+            "generate --shot x --out y",
+            "Unrecognized options: --shot, x; perhaps you meant --n-shots or --shots; see sage",
+        ),
+        ("train-gan --out y", "train-gan needs --data; see sage-fast train-gan --help."),
+    ],
+)
+def test_words_that_the_parser_refuses_get_one_sentence(words, expected, capsys):
+    assert cli.main(words.split()) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"sage-fast: {expected}") and complaint.endswith(" --help.\n")
+    assert complaint.count("\n") == 1 and "\u2502" not in complaint

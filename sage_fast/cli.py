@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -643,9 +644,26 @@ def _parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
     except SystemExit as stop:
         if (error := _cause(stop)) is not None:
             raise error from None
+        if stop.code and (complaint := _sentence_of_box(printed.getvalue(), command)) is not None:
+            raise InputError(complaint) from None
         sys.stderr.write(printed.getvalue())
         raise
     return tuple(getattr(filled, f"part_{number}") for number in range(len(parts)))
+
+
+def _sentence_of_box(printed: str, command: str) -> str | None:
+    """What the parser drew a frame around, as a sentence; None where it drew none."""
+    lines = [line.strip("│ ") for line in printed.splitlines() if line.strip() and line[0] in "│ "]
+    ruled = groupby(lines, lambda line: set(line) <= {"─", "-"})
+    blocks = [list(block) for is_rule, block in ruled if not is_rule][0 if printed.startswith("╭") else 1 :]  # a title
+    if not blocks:
+        return None
+    named = {block[0].split()[0]: [line.split()[0] for line in block if line[:2] == "--"] for block in blocks}
+    if "Missing" in named:
+        return f"{command} needs {' and '.join(named['Missing'])}; see sage-fast {command} --help."
+    meant = named.get("Perhaps")
+    perhaps = f"; perhaps you meant {' or '.join(meant[:3])}" if meant else ""
+    return f"{' '.join(blocks[0]).rstrip('.')}{perhaps}; see sage-fast {command} --help."
 
 
 def _cause(error: BaseException | None) -> InputError | None:
