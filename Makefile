@@ -22,7 +22,9 @@ demo: setup
 	$(PYTHON) -m sage_fast.demo --out demo_out
 
 # a process a core with one thread each: the tests' tensors are too small for two
+# Ray is large, so it is no part of the set-up; where it cannot be had, the tests that need it skip, saying so.
 test: setup
+	$(PYTHON) -c 'import ray' 2>/dev/null || $(PYTHON) -m pip install --quiet 'ray[data]' || echo "Ray cannot be installed here."
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 # Objects of their own, in build/sanitize. Python is not instrumented, so the sanitizers' libraries are loaded before it;

@@ -201,3 +201,20 @@ def test_whole_networks_on_the_meta_device(recorded):
     with torch.set_grad_enabled(recorded):
         images = g.synthesis(g.mapping(torch.zeros(2, 8, device="meta")))
         assert images.is_meta and images.shape == (2, 3, 16, 16) and d(images).shape == (2, 1)
+
+
+@pytest.mark.parametrize("settings", [dict(fused=True), dict(foreach=True), dict(foreach=False)], ids=str)
+def test_images_are_those_of_the_weights_that_an_optimizer_has_just_written(settings):
+    """torch's fused optimizers do not count up the version of what they write, by which packed weights are known to be old."""
+    torch.manual_seed(0)
+    G = Generator(16, 8, 1, channels=[12, 8, 6])
+    optimizer, w_plus = torch.optim.Adam(G.parameters(), lr=0.1, **settings), torch.randn(2, G.n_latent, 8)
+    before = G.synthesis(w_plus)
+    with torch.no_grad():
+        torch.testing.assert_close(G.synthesis(w_plus), before, rtol=1e-4, atol=1e-4)
+    before.square().sum().backward()
+    optimizer.step()
+    after = G.synthesis(w_plus)
+    assert (after - before).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(G.synthesis(w_plus), after, rtol=1e-4, atol=1e-4)

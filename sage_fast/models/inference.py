@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sage_fast import _native
 from sage_fast.ops.counter_normal import counter_normal
@@ -155,3 +157,12 @@ def _are_binomial(generator: Generator, filters: list[Tensor]) -> bool:
 
 def _key(tensors: list[Tensor]) -> _Key:
     return tuple((t.data_ptr(), t._version) for t in tensors)
+
+
+def _count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """The fused kernels of torch's optimizers write weights without counting up their version, by which :func:`_key` knows."""
+    if any(group.get("fused") for group in optimizer.param_groups):
+        increment_version([p for group in optimizer.param_groups for p in group["params"]])
+
+
+register_optimizer_step_post_hook(_count_fused_step)

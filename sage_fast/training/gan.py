@@ -30,7 +30,7 @@ from sage_fast.training.prior import draw_pixels, draw_prior, mixed_w_plus
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reals import Reals, as_reals
 from sage_fast.training.runtime import PRECISIONS, Run, autocast, ema_update
-from sage_fast.training.shares import path_share, share_out
+from sage_fast.training.shares import group_size, path_share, share_out
 from sage_fast.training.transfer import transfer
 from sage_fast.training.updates import Guard, Update
 from sage_fast.training.watching import CollapseDetector, Measure, Watch
@@ -130,8 +130,8 @@ def train_gan(
 ) -> tuple[Generator, Discriminator]:
     """Train from uint8 images [M, C, R, R] (with their labels where the config needs them).
 
-    Each step shows ``config.batch`` real images: one generator update, then one discriminator update on the same fakes
-    (which saves a generator pass; StyleGAN2 draws new ones), with the labels of the reals. A batch is drawn whole; ranks
+    Each step shows ``config.batch`` real images: one generator update, then one discriminator update on as many new fakes, with
+    the labels of the reals. A batch is drawn whole; ranks
     that torchrun started share it (:func:`sage_fast.training.ranks.join_ranks`), and each computes its part in
     ``config.accumulate`` micro-batches. Checkpoints continue bit for bit with ``resume``.
 
@@ -204,15 +204,13 @@ def train_gan(
 
         # generator: adversarial loss
         _learn(d_params, False)
-        fakes, w_mean, draws = [], torch.zeros_like(G.latent_avg), augment.draw(config.batch, rng)
+        w_mean, draws = torch.zeros_like(G.latent_avg), augment.draw(config.batch, rng)
         for share, c in zip(shares, labels):
             part = prior.take(share)
             w_plus, w = mixed_w_plus(G, part, c)
             with autocast(config.precision, ranks.device):
-                fake = G(w_plus, noise=part.noise)
-                loss = g_loss_of(D(augment.apply(fake, draws[share]), c))
+                loss = g_loss_of(D(augment.apply(G(w_plus, noise=part.noise), draws[share]), c))
             g_update.add(loss)
-            fakes.append(fake.detach())
             w_mean += w.detach().mean(0) / config.accumulate
         g_loss = g_update.apply(w_mean)
         G.latent_avg.lerp_(w_mean, 1 - config.latent_avg_decay)
@@ -230,14 +228,20 @@ def train_gan(
             path_update.apply(length)
             path_mean = path_mean.lerp(length, config.pl_decay)
 
-        # discriminator: adversarial loss on the same fakes
+        # discriminator: adversarial loss on new fakes, drawn by the fused kernels; with the generator's own, which save a
+        # tenth of a step, flora is worse after equally many images (docs/results.md)
         _learn(d_params, True)
+        prior = draw_prior(G, config.batch, config.style_mixing, rng, noise_rng)
         logits, draws = zero.new_zeros(2, config.batch), augment.draw(config.batch, rng)  # of reals and fakes
         fake_draws = augment.draw(config.batch, rng)
-        for share, real, fake, c in zip(shares, reals, fakes, labels):
+        for share, real, c in zip(shares, reals, labels):
+            part = prior.take(share)
             with autocast(config.precision, ranks.device):
-                of_reals = D(augment.apply(real, draws[share]), c)
-                of_fakes = D(augment.apply(fake, fake_draws[share]), c)
+                with torch.no_grad():
+                    fake = G(mixed_w_plus(G, part, c)[0], noise=part.noise)
+                of_reals, of_fakes = _logits(
+                    D, augment.apply(real, draws[share]), augment.apply(fake, fake_draws[share]), c
+                )
                 loss = d_loss_of(of_reals, of_fakes)
             d_update.add(loss)
             logits[:, share] = torch.stack([of_reals, of_fakes]).detach().flatten(1).to(logits)
@@ -285,6 +289,22 @@ def train_gan(
     return average.eval(), D.eval().requires_grad_(False)
 
 
+def _logits(D: Discriminator, reals: Tensor, fakes: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits of both in one pass: weights are transformed once, and their gradients summed in one product.
+
+    The discriminator compares samples n, n + M, n + 2M, ...: they are laid so that it compares reals with reals and fakes
+    with fakes, the same as in a pass for each.
+    """
+    assert D.mbstd_group is not None and len(reals) % D.mbstd_group == 0  # see _networks and share_out
+
+    def together(*both: Tensor) -> Tensor:  # two of [N, ...] -> [group, 2, N / group, ...]
+        return torch.stack([one.unflatten(0, (D.mbstd_group, -1)) for one in both], 1).flatten(0, 2)
+
+    logits = D(together(reals, fakes), None if labels is None else together(labels, labels))
+    of_reals, of_fakes = logits.unflatten(0, (D.mbstd_group, 2, -1)).unbind(1)
+    return of_reals.flatten(0, 1), of_fakes.flatten(0, 1)
+
+
 @torch.no_grad()
 def _held_out_logits(
     D: Discriminator, held_out: Reals, augment: Augment, config: GANConfig, step: int, like: Tensor
@@ -303,9 +323,8 @@ def _networks(config: GANConfig, n_classes: int, device: str | torch.device) -> 
     torch.manual_seed(config.seed)
     size: dict[str, Any] = dict(channel_base=config.channel_base, channel_max=config.channel_max, c_dim=n_classes)
     G = Generator(config.resolution, config.style_dim, config.n_mapping, config.n_channels, **size)
-    D = Discriminator(
-        config.resolution, config.n_channels, mbstd_group=config.mbstd_group, n_mapping=config.n_mapping, **size
-    )
+    group = group_size(config.batch, config.mbstd_group)
+    D = Discriminator(config.resolution, config.n_channels, mbstd_group=group, n_mapping=config.n_mapping, **size)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return G.to(device, dtype), D.to(device, dtype)
 
