@@ -168,7 +168,7 @@ def test_memory(compare, request, name, precision):
     skip_on_a_cpu(compare.device, name, precision)
     if compare.benchmark.disabled:
         pytest.skip("nothing to compare")
-    peers = request.config.getoption("--peer-path")
+    peers = [peer for peer in request.config.getoption("--peer-path") if (Path(peer) / "training").is_dir()]  # NVlabs'
     used = {}
     for who in ["ours", "plain PyTorch", *peers]:
         about = (name, precision, who)

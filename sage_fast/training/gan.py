@@ -228,8 +228,7 @@ def train_gan(
             path_update.apply(length)
             path_mean = path_mean.lerp(length, config.pl_decay)
 
-        # discriminator: adversarial loss on new fakes, drawn by the fused kernels; with the generator's own, which save a
-        # tenth of a step, flora is worse after equally many images (docs/results.md)
+        # discriminator: adversarial loss on new fakes, as StyleGAN2 has it; without gradients the fused kernels draw them
         _learn(d_params, True)
         prior = draw_prior(G, config.batch, config.style_mixing, rng, noise_rng)
         logits, draws = zero.new_zeros(2, config.batch), augment.draw(config.batch, rng)  # of reals and fakes
