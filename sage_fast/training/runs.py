@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,14 @@ def find_runs(folder: str | Path) -> list[StageOfRun]:
 
 
 def table_of_runs(stages: Iterable[StageOfRun]) -> Table:
-    """The same for people: one row a stage."""
+    """The same for people: one row a stage, with two of its losses."""
     table = Table(box=None, pad_edge=False)
     for name in ("run", "stage", "steps", "last", "best", "time", "size"):
         table.add_column(name, justify="right" if name in ("steps", "time", "size") else "left", overflow="fold")
     for stage in stages:
         steps = f"{stage.step} / {'?' if stage.total is None else stage.total}"
         hours, minutes = divmod(round(stage.seconds / 60), 60)
-        cells = (stage.run, stage.stage, steps, _words(stage.last), _words(stage.best), f"{hours}:{minutes:02d}")
+        cells = (stage.run, stage.stage, steps, _words(dict(islice(stage.last.items(), 2))), _words(stage.best), f"{hours}:{minutes:02d}")
         table.add_row(*cells, f"{stage.size / 1e6:.1f} MB")
     return table
 
