@@ -338,14 +338,3 @@ def test_a_run_from_before_optimizers_were_fused_goes_on(tmp_path, images):
     torch.save({name: state[name] for name in old}, path)
     train_gan(TINY, images, tmp_path, resume=True)
     assert torch.load(path, weights_only=True)["step"] == 10
-
-
-@pytest.mark.parametrize(("n", "most", "n_classes"), [(8, 4, 0), (8, 4, 3), (6, 4, 0), (5, 4, 0), (4, 1, 2), (2, 8, 0)])
-def test_reals_and_fakes_in_one_pass_have_the_logits_of_two(n, most, n_classes):
-    config = dataclasses.replace(TINY, batch=n, mbstd_group=most, precision="float64")
-    _, D = gan._networks(config, n_classes, "cpu")
-    rng = torch.Generator().manual_seed(0)
-    reals, fakes = torch.randn(2, n, 3, 8, 8, generator=rng, dtype=torch.float64)
-    labels = torch.eye(n_classes, dtype=torch.float64)[torch.arange(n) % n_classes] if n_classes else None
-    for one, two in zip(gan._logits(D, reals, fakes, labels), (D(reals, labels), D(fakes, labels))):
-        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)

@@ -7,7 +7,7 @@ import torch
 
 from sage_fast.errors import InputError
 from sage_fast.models.discriminator import Discriminator
-from sage_fast.training.shares import group_size, path_share, share_out
+from sage_fast.training.shares import group_size, logits_of_both, path_share, share_out
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,19 @@ def test_what_cannot_be_dealt():
 
 def test_group_size():
     assert [group_size(n, 4) for n in (16, 6, 5, 2, 9)] == [4, 3, 1, 2, 3] and group_size(64, 8) == 8
+
+
+@pytest.mark.parametrize("n_classes", [0, 3])
+@pytest.mark.parametrize(
+    ("n", "most", "passes"), [(8, 4, 1), (6, 3, 1), (6, 4, 2), (5, 4, 2), (4, 1, 1), (2, 8, 2), (4, None, 2)]
+)
+def test_reals_and_fakes_in_one_pass_have_the_logits_of_two(n, most, passes, n_classes):
+    torch.manual_seed(0)
+    D = Discriminator(8, channel_base=64, channel_max=8, c_dim=n_classes, mbstd_group=most).double()
+    reals, fakes = torch.randn(2, n, 3, 8, 8, dtype=torch.float64)
+    labels = torch.eye(n_classes, dtype=torch.float64)[torch.arange(n) % n_classes] if n_classes else None
+    expected, calls = (D(reals, labels), D(fakes, labels)), []
+    D.register_forward_hook(lambda *_: calls.append(1))
+    for one, two in zip(logits_of_both(D, reals, fakes, labels), expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    assert len(calls) == passes

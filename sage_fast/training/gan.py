@@ -30,7 +30,7 @@ from sage_fast.training.prior import draw_pixels, draw_prior, mixed_w_plus
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reals import Reals, as_reals
 from sage_fast.training.runtime import PRECISIONS, Run, autocast, ema_update
-from sage_fast.training.shares import group_size, path_share, share_out
+from sage_fast.training.shares import logits_of_both, path_share, share_out
 from sage_fast.training.transfer import transfer
 from sage_fast.training.updates import Guard, Update
 from sage_fast.training.watching import CollapseDetector, Measure, Watch
@@ -238,9 +238,8 @@ def train_gan(
             with autocast(config.precision, ranks.device):
                 with torch.no_grad():
                     fake = G(mixed_w_plus(G, part, c)[0], noise=part.noise)
-                of_reals, of_fakes = _logits(
-                    D, augment.apply(real, draws[share]), augment.apply(fake, fake_draws[share]), c
-                )
+                shown = augment.apply(real, draws[share]), augment.apply(fake, fake_draws[share])
+                of_reals, of_fakes = logits_of_both(D, *shown, c)
                 loss = d_loss_of(of_reals, of_fakes)
             d_update.add(loss)
             logits[:, share] = torch.stack([of_reals, of_fakes]).detach().flatten(1).to(logits)
@@ -288,22 +287,6 @@ def train_gan(
     return average.eval(), D.eval().requires_grad_(False)
 
 
-def _logits(D: Discriminator, reals: Tensor, fakes: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits of both in one pass: weights are transformed once, and their gradients summed in one product.
-
-    The discriminator compares samples n, n + M, n + 2M, ...: they are laid so that it compares reals with reals and fakes
-    with fakes, the same as in a pass for each.
-    """
-    assert D.mbstd_group is not None and len(reals) % D.mbstd_group == 0  # see _networks and share_out
-
-    def together(*both: Tensor) -> Tensor:  # two of [N, ...] -> [group, 2, N / group, ...]
-        return torch.stack([one.unflatten(0, (D.mbstd_group, -1)) for one in both], 1).flatten(0, 2)
-
-    logits = D(together(reals, fakes), None if labels is None else together(labels, labels))
-    of_reals, of_fakes = logits.unflatten(0, (D.mbstd_group, 2, -1)).unbind(1)
-    return of_reals.flatten(0, 1), of_fakes.flatten(0, 1)
-
-
 @torch.no_grad()
 def _held_out_logits(
     D: Discriminator, held_out: Reals, augment: Augment, config: GANConfig, step: int, like: Tensor
@@ -322,8 +305,9 @@ def _networks(config: GANConfig, n_classes: int, device: str | torch.device) -> 
     torch.manual_seed(config.seed)
     size: dict[str, Any] = dict(channel_base=config.channel_base, channel_max=config.channel_max, c_dim=n_classes)
     G = Generator(config.resolution, config.style_dim, config.n_mapping, config.n_channels, **size)
-    group = group_size(config.batch, config.mbstd_group)
-    D = Discriminator(config.resolution, config.n_channels, mbstd_group=group, n_mapping=config.n_mapping, **size)
+    D = Discriminator(
+        config.resolution, config.n_channels, mbstd_group=config.mbstd_group, n_mapping=config.n_mapping, **size
+    )
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return G.to(device, dtype), D.to(device, dtype)
 

@@ -76,7 +76,8 @@ def table_of_runs(stages: Iterable[StageOfRun]) -> Table:
     for stage in stages:
         steps = f"{stage.step} / {'?' if stage.total is None else stage.total}"
         hours, minutes = divmod(round(stage.seconds / 60), 60)
-        cells = (stage.run, stage.stage, steps, _words(dict(islice(stage.last.items(), 2))), _words(stage.best), f"{hours}:{minutes:02d}")
+        last, best = dict(islice(stage.last.items(), 2)), stage.best
+        cells = (stage.run, stage.stage, steps, _words(last), _words(best), f"{hours}:{minutes:02d}")
         table.add_row(*cells, f"{stage.size / 1e6:.1f} MB")
     return table
 

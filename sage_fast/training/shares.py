@@ -1,4 +1,4 @@
-"""Who takes which samples of a batch: ranks, and micro-batches within a rank."""
+"""Who takes which samples of a batch: ranks, micro-batches within a rank, and the groups of the discriminator."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
+from sage_fast.models.discriminator import Discriminator
 
-__all__ = ["group_size", "path_share", "share_out"]
+__all__ = ["group_size", "logits_of_both", "path_share", "share_out"]
 
 
 def share_out(batch: int, most: int, rank: int = 0, n_ranks: int = 1, accumulate: int = 1) -> list[Tensor]:
@@ -42,3 +43,24 @@ def path_share(share: Tensor, batch: int, most: int) -> Tensor:
 def group_size(batch: int, most: int) -> int:
     """Images that share a minibatch standard deviation: the largest divisor of ``batch`` up to ``most``."""
     return next(size for size in range(min(most, batch), 0, -1) if batch % size == 0)
+
+
+def logits_of_both(
+    D: Discriminator, reals: Tensor, fakes: Tensor, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [N, 1] of reals and of fakes, as many of them, in one pass: weights are transformed once, their gradients are one product.
+
+    They are laid so that the minibatch standard deviation compares reals with reals and fakes with fakes, as in a pass for
+    each; where the size of its groups would change with the batch, or there are more of one kind, there are two passes.
+    """
+    n = len(reals)
+    size = group_size(n, D.mbstd_group or n)
+    if len(fakes) != n or group_size(2 * n, D.mbstd_group or 2 * n) != size:
+        return D(reals, labels), D(fakes, labels)
+
+    def together(*both: Tensor) -> Tensor:  # two of [N, ...] -> [size, 2, N / size, ...]
+        return torch.stack([one.unflatten(0, (size, -1)) for one in both], 1).flatten(0, 2)
+
+    logits = D(together(reals, fakes), None if labels is None else together(labels, labels))
+    of_reals, of_fakes = logits.unflatten(0, (size, 2, -1)).unbind(1)
+    return of_reals.flatten(0, 1), of_fakes.flatten(0, 1)

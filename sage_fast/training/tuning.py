@@ -21,6 +21,7 @@ from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 from sage_fast.training.ranks import Ranks
 from sage_fast.training.runtime import autocast, ema_update
+from sage_fast.training.shares import logits_of_both
 
 if TYPE_CHECKING:
     from sage_fast.training.encoder import EncoderConfig
@@ -94,7 +95,7 @@ class GeneratorTuning:
         self.d_optim.param_groups[0]["lr"] = self.config.tune_lr * c * rate
         self.D.requires_grad_(True)
         with autocast(self.config.precision, self.device):
-            loss = logistic_d(self.D(real), self.D(self.fakes))
+            loss = logistic_d(*logits_of_both(self.D, real, self.fakes))
         self.d_optim.zero_grad(set_to_none=True)
         loss.backward()
         self.ranks.average_gradients(self.D.parameters())
