@@ -56,7 +56,7 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.pipeline import FewShotPipeline
 
 SIZES = {32: (2048, 128, 512), 64: (4096, 128, 512), 256: (16384, 512, 512)}  # channel_base, channel_max, style_dim
-IMAGES = {32: 4096, 64: 1024, 256: 128}  # of a round, at full speed some seconds
+IMAGES = {32: 4096, 64: 1024, 256: 256}  # of a round, at full speed some seconds
 N_SEEN, N_EACH, N_DIRECTIONS = 40, 20, 100
 CATEGORIES = 2  # novel ones, of one shot each: encoding it is a small part, as it is of a long run
 ROUNDS = 5
@@ -229,7 +229,7 @@ def medians(calls: dict[str, Callable[[Path], None]], folder: Path, rounds: int)
 def against_rival(size: int, pipeline: FewShotPipeline, shots: Path, folder: Path, options: argparse.Namespace) -> dict:
     """Images per second of the released scripts' way, with our kernels and with plain PyTorch."""
     config = replace(config_of(size, options), workers=CORES)
-    n = max(4, config.n // 32)
+    n = max(8, config.n // 32)
     sources = sorted(shots.glob("*/*.png"))
 
     torch.set_num_threads(CORES)
