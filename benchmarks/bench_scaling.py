@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -32,16 +33,15 @@ def main() -> int:
     ways = [("ranks", 1), ("ranks", 2)] + [("ray", n) for n in (1, 2) if arguments.ray]
     seconds: dict[tuple[str, int, int], list[float]] = {}
     stages: list[dict[str, float]] = []
-    for _ in range(arguments.rounds):
-        for way, count in ways:
-            for n_images in arguments.sizes:
-                with tempfile.TemporaryDirectory() as folder:
-                    seconds.setdefault((way, count, n_images), []).append(
-                        timed(arguments.shots, Path(folder), way, count, n_images)
-                    )
-                    print(way, count, n_images, f"{seconds[way, count, n_images][-1]:.2f} s", flush=True)
-                    if (way, count, n_images) == ("ranks", 1, arguments.sizes[1]):
-                        stages.append(stage_times(Path(folder) / "metrics", n_images))
+    with tempfile.TemporaryDirectory() as whole:  # deleted at the end: ext4 is slow right after deletions
+        for _ in range(arguments.rounds):
+            for (way, count), n_images in product(ways, arguments.sizes):
+                folder = Path(tempfile.mkdtemp(dir=whole))
+                took = timed(arguments.shots, folder, way, count, n_images)
+                seconds.setdefault((way, count, n_images), []).append(took)
+                print(way, count, n_images, f"{took:.2f} s", flush=True)
+                if (way, count, n_images) == ("ranks", 1, arguments.sizes[1]):
+                    stages.append(stage_times(folder / "metrics", n_images))
     report(arguments.sizes, ways, seconds, stages)
     return 0
 
