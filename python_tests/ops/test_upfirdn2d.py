@@ -47,6 +47,19 @@ def test_kernel_equals_reference(device, dtype, f, name):
     torch.testing.assert_close(upfirdn2d(x, f.to(device), **SETTINGS[name]), expected, **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("padding", [(0, 0, 5, -2), (0, 0, -3, 9), (-7, 11, 0, 1), (4, -6, 6, -1)])
+def test_a_crop_of_more_than_the_image(device, padding):
+    x, f = images(2, 1, 1, 6, device=device), torch.rand(2, 3, device=device)
+    y = upfirdn2d_reference(x, f, padding=padding)
+    torch.testing.assert_close(upfirdn2d(x, f, padding=padding), y, atol=1e-6, rtol=1e-6)
+    left, right, top, bottom = (max(p, 0) for p in padding)
+    framed = torch.zeros(2, 1, 1 + top + bottom, 6 + left + right, device=device)
+    framed[:, :, top : top + 1, left : left + 6] = x
+    rows = slice(max(-padding[2], 0), framed.shape[2] + min(padding[3], 0))
+    columns = slice(max(-padding[0], 0), framed.shape[3] + min(padding[1], 0))
+    torch.testing.assert_close(upfirdn2d_reference(framed[:, :, rows, columns], f), y, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (3, 5), (4, 4), (17, 16)])
 @pytest.mark.parametrize("up, down", [(1, 1), (2, 1), (1, 2), (3, 2)])
 def test_kernel_equals_reference_on_tiny_images(device, shape, up, down):

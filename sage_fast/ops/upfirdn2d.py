@@ -83,8 +83,10 @@ def upfirdn2d_reference(
     # 1. zeros after each pixel
     x = x.reshape(n, c, h, 1, w, 1)
     x = F.pad(x, (0, up - 1, 0, 0, 0, up - 1)).reshape(n, c, h * up, w * up)
-    # 2. pad or crop
-    x = F.pad(x, (left, right, top, bottom))
+    # 2. pad, then crop, which may take off more than there was
+    for change in (max, min):
+        sides = [change(side, 0) for side in (left, right, top, bottom)]
+        x = F.pad(x, sides) if any(sides) else x
     # 3. convolve: conv2d correlates, so the filter is flipped for a convolution
     taps = f if flip_filter else f.flip((0, 1))
     height, width = x.shape[2:]
