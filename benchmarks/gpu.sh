@@ -22,7 +22,7 @@ if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then # for this card alone: half of nvcc'
   TORCH_CUDA_ARCH_LIST=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
 fi
 export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" MAX_JOBS="${MAX_JOBS:-16}"
-export PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 SAGE_FAST_BUILD=aot PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 SAGE_FAST_BUILD=aot PYTHONUNBUFFERED=1
 begin=$(date +%s)
 part() { # name, seconds at most, command...
   name=$1 limit=$2
@@ -67,7 +67,7 @@ if [ -z "$DRY" ]; then
 fi
 
 part build 180 "$PYTHON" setup.py build_ext --inplace
-part info 30 sh -c '"$0" -c "import json; from sage_fast.info import build_report; print(json.dumps(build_report(), default=str))" | tee "$1"' \
+part info 30 sh -c '"$0" -c "import json; from sage_fast.info import build_report; print(json.dumps(build_report(), default=str))" >"$1" && cat "$1"' \
   "$PYTHON" "$OUT/info.json"
 # memory by itself for every tensor, so that a step beyond one shows
 watched() { # tool of compute-sanitizer, its words...
