@@ -1,9 +1,11 @@
 """A step of adversarial training: generator and discriminator, R1 every sixteenth step.
 
-The rivals take the same step with the same weights: plain PyTorch inside our networks, and with ``--peer-path`` the
-networks of NVlabs as published: on a CPU in float32, on a GPU in float16 at the four largest sizes, whatever the row's
-precision is, which is ours and plain PyTorch's. Time is that of a step plus a sixteenth of an R1 step; optimizers are left out,
-they are torch's on all sides. Peak memory is that of both steps above the networks and their batch.
+The step is the plainest, for all: both updates on the same fakes, a pass of the discriminator for each kind (``train_gan``
+draws new fakes, and takes both kinds in one pass). The rivals take it with the same weights: plain PyTorch inside our networks,
+and with ``--peer-path`` the networks of NVlabs as published: on a CPU in float32, on a GPU in float16 at the four largest
+sizes, whatever the row's precision is, which is ours and plain PyTorch's. Time is that of a step plus a sixteenth of an R1
+step; optimizers are left out, they are torch's on all sides. Peak memory is that of both steps above the networks and their
+batch.
 
     pytest benchmarks/bench_training_step.py --benchmark-enable --bench-device cuda --peer-path ~/stylegan3
 """

@@ -13,7 +13,8 @@
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu_out}
-PYTHON=${PYTHON:-python3}
+PYTHON=$(command -v "${PYTHON:-python3}")
+case $PYTHON in /*) ;; *) PYTHON=$PWD/$PYTHON ;; esac
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-520}
 ONLY=${ONLY:-}
 DRY=
@@ -118,5 +119,9 @@ bench upfirdn2d 30 upfirdn2d
 bench bias_act 30 bias_act
 part registers 20 sh -c 'cuobjdump --dump-resource-usage sage_fast/_ops_cuda*.so'
 [ -n "$DRY" ] && exit 0
+if [ -z "$(ls "$OUT/ended")" ]; then
+  echo "no part is called '$ONLY'; --dry-run lists them" >&2
+  exit 2
+fi
 echo "{$(cat "$OUT"/ended/* | paste -sd, -)}" | tee "$OUT/summary.json"
 ! grep -qv '"exit": 0,' "$OUT"/ended/*

@@ -596,6 +596,13 @@ def test_a_run_that_a_signal_stopped(monkeypatch, capsys, number, code):
             "Unrecognized options: --shot, x; perhaps you meant --n-shots or --shots; see sage",
         ),
         ("train-gan --out y", "train-gan needs --data; see sage-fast train-gan --help."),
+        ("quality --fooo x", "quality needs --real and --features and does not know --fooo x; see sage-fast quality"),
+        ("verify", "verify needs output folder of generate, or its URL; see sage-fast verify --help."),
+        ("generate --shots", "Missing value for argument '--shots'. Expected 1 values; see sage-fast generate --help."),
+        (
+            "train-gan --data a --out b --accum 3 --xx=4",
+            "Unrecognized options: --accum, 3, --xx=4; perhaps you meant --acc",
+        ),
     ],
 )
 def test_words_that_the_parser_refuses_get_one_sentence(words, expected, capsys):

@@ -102,8 +102,9 @@ def extensions(root: Path) -> list[Any]:
     ]
     if has_cuda() is None and not _sanitize():
         nvcc = ["-O3", "-std=c++20", "--use_fast_math", TARGET, "-DUSE_CUDA"]
-        nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
-        nvcc += [f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # torch adds what it says, unless flags name an architecture
+            nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+            nvcc += [f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}"]
         found.append(
             CUDAExtension(
                 "sage_fast._ops_cuda",
@@ -130,13 +131,15 @@ def build_command() -> type:
             super().finalize_options()
             self.parallel = None  # one object after the other, each in parallel by ninja: _host takes from _ops_cpu
             self.no_cuda = None
+            self.building = ""
 
         def build_extensions(self):
             try:
                 super().build_extensions()
             except Exception as error:  # a CUDA toolkit is sooner broken, or another than torch's, than a C++ compiler
                 rest = [ext for ext in self.extensions if not ext.name.endswith("_ops_cuda")]
-                if len(rest) == len(self.extensions) or os.environ.get("SAGE_FAST_BUILD") == "aot":
+                of_another = self.building and not self.building.endswith("_ops_cuda")  # "": torch looks at nvcc first
+                if of_another or len(rest) == len(self.extensions) or os.environ.get("SAGE_FAST_BUILD") == "aot":
                     raise
                 self.no_cuda = " ".join(str(error).split())[:200]
                 print(f"sage_fast: no CUDA kernels, those of the CPU are built alone: {self.no_cuda}", file=sys.stderr)
@@ -144,6 +147,7 @@ def build_command() -> type:
                 super().build_extensions()
 
         def build_extension(self, ext):
+            self.building = ext.name
             if ext.name.endswith("_host"):
                 kernels = [source for other in self.extensions for source in other.sources if is_kernel(source)]
                 folder = os.path.abspath(self.build_temp)
@@ -251,7 +255,8 @@ def _cache() -> Path:
     for path in sorted(csrc().rglob("*.*")):
         key.update(path.name.encode() + path.read_bytes())
     compiler = _version_of(os.environ.get("CXX", "c++"))
-    key.update(json.dumps([torch.__version__, sys.version, compiler, has_cuda(), *_sanitize()]).encode())
+    nvcc = None if has_cuda() else _version_of("nvcc")
+    key.update(json.dumps([torch.__version__, sys.version, compiler, has_cuda(), nvcc, *_sanitize()]).encode())
     folder = Path(root).absolute() / key.hexdigest()[:16]  # the build runs in the folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

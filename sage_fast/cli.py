@@ -633,7 +633,8 @@ def _parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
         fields.append((f"part_{number}", Annotated[marked, inline], *default))
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        asks = {"-h", "--help"} & set(argv)
+        with contextlib.redirect_stderr(printed), contextlib.nullcontext() if asks else _unwrapped():
             filled: Any = tyro.cli(
                 make_dataclass("Options", fields),
                 prog=f"sage-fast {command}",
@@ -658,12 +659,35 @@ def _sentence_of_box(printed: str, command: str) -> str | None:
     blocks = [list(block) for is_rule, block in ruled if not is_rule][0 if printed.startswith("╭") else 1 :]  # a title
     if not blocks:
         return None
-    named = {block[0].split()[0]: [line.split()[0] for line in block if line[:2] == "--"] for block in blocks}
-    if "Missing" in named:
-        return f"{command} needs {' and '.join(named['Missing'])}; see sage-fast {command} --help."
-    meant = named.get("Perhaps")
+    said, *others = blocks
+    listed = {block[0].split()[0]: block[1:] for block in others}
+    if said[0].startswith("Missing from"):
+        needs: list[str] = []
+        for line in said[1:]:  # an option and what it is, or a word's kind and what it is
+            if line.startswith("--") or line.isupper() or not needs:
+                needs.append(line.split()[0])
+            elif not needs[-1].startswith("--"):
+                needs[-1] = line.removesuffix(" (required)")
+        unknown = f" and does not know {' '.join(listed['Unrecognized'])}" if "Unrecognized" in listed else ""
+        text = f"{command} needs {' and '.join(needs)}{unknown}"
+    else:
+        text = " ".join(said).rstrip(".")
+    meant = [line.split()[0] for name in ("Perhaps", "Arguments") for line in listed.get(name, ()) if line[:2] == "--"]
     perhaps = f"; perhaps you meant {' or '.join(meant[:3])}" if meant else ""
-    return f"{' '.join(blocks[0]).rstrip('.')}{perhaps}; see sage-fast {command} --help."
+    return f"{text}{perhaps}; see sage-fast {command} --help."
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """The parser's lines are not broken."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _cause(error: BaseException | None) -> InputError | None:

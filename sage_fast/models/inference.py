@@ -160,9 +160,14 @@ def _key(tensors: list[Tensor]) -> _Key:
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """The fused kernels of torch's optimizers write weights without counting up their version, by which :func:`_key` knows."""
-    if any(group.get("fused") for group in optimizer.param_groups):
-        increment_version([p for group in optimizer.param_groups for p in group["params"]])
+    """The fused kernels of torch's optimizers write weights without counting up their version, by which :func:`_key` knows.
+
+    Only weights that were packed are counted up: an optimizer of other networks stays as it was.
+    """
+    written = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
+    if written and _networks:
+        packed = {id(p) for network in list(_networks) for p in network.parameters()}
+        increment_version([p for p in written if id(p) in packed])
 
 
 register_optimizer_step_post_hook(_count_fused_step)
