@@ -313,7 +313,7 @@ def test_a_pickled_copy_draws_the_same_by_itself(mixed):
 
 
 PROGRAM = """
-import sys, torch
+import sys, time, torch
 sys.path.insert(0, {tests!r})
 from torch.utils.data import DataLoader
 from sage_fast.augmenter import Augmenter
@@ -325,6 +325,8 @@ batches = iter(loader)
 next(batches)
 print(batches._workers[0].pid, flush=True)
 if {waits}:
+    type(dataset._shown).missing = lambda *_: None  # the thread finds nothing to draw,
+    time.sleep(1)  # and has ended what it was at
     dataset._shown.versions.fill_(-1)
     list(batches)
 """
@@ -345,7 +347,7 @@ def test_a_worker_that_waits_for_an_image_ends_when_its_process_is_killed(tiny_b
         program(tiny_bundle, tiny_shots, True), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         worker = int(process.stdout.readline())
-        time.sleep(1)
+        time.sleep(2)
         assert process.poll() is None and is_running(worker)
         os.kill(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
