@@ -46,7 +46,7 @@ CONFIGS = {
     "256F": (256, 32768, 512),
     "1024F": (1024, 32768, 512),
 }
-_MOST = 400e9  # FLOP a call: larger batches say nothing new on a CPU and take minutes
+_MOST = 400e9  # FLOP a call: larger batches say nothing new on a CPU and take minutes (--bench-large)
 
 
 def generator(name: str) -> Generator:
@@ -87,8 +87,8 @@ def test_synthesis(compare, request, name, n, precision):
         pytest.skip("this processor has no bfloat16 products")
     G = generator(name)
     work = n * flop(G)
-    if work > _MOST:
-        pytest.skip(f"{work / 1e9:.0f} GFLOP a call: for a GPU")
+    if work > _MOST and not request.config.getoption("--bench-large"):
+        pytest.skip(f"{work / 1e9:.0f} GFLOP a call: for a GPU, or --bench-large")
     w_plus = torch.randn(n, G.n_latent, 512, generator=torch.Generator().manual_seed(n))
     noise = [getattr(G.noises, f"noise_{i}") for i in range(G.n_latent - 1)]
     network = channels_last(fused_network(G))

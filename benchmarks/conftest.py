@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-device", default="cpu", help="cpu, cuda or cuda:N: where the ops and their rivals run")
     parser.addoption("--bench-threads", type=int, default=1, help="threads of torch in benchmarks")
     parser.addoption("--bench-images", type=int, default=20_000, help="images of bench_data")
+    parser.addoption("--bench-large", action="store_true", help="on a CPU too what takes it minutes a row")
     parser.addoption("--bench-compile", action="store_true", help="torch.compile of each row's best eager form too")
     parser.addoption("--bench-json", type=Path, help="file for the JSON of the last line, written anew after each test")
     parser.addoption("--peer-path", action="append", default=[], help="a clone of other people's StyleGAN2; repeatable")
