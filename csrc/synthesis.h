@@ -54,7 +54,7 @@ struct SynthesisNetwork {
   const float* w_plus;         // [n, n_latent, style_dim]
   float slope, gain, clamp;    // of the activation; clamp: of each size's image too, < 0: none
   float* images;               // [n, n_channels, size, size] // output
-  LayerListener* listener;     // or null
+  LayerListener* listener;
 };
 
 struct PackShape {

@@ -176,12 +176,12 @@ void run(const SynthesisNetwork& net, Workspace& workspace) {
   Workspace::Slot next = Workspace::activations_b, skip_slot = Workspace::image_a;
   const auto advance = [&](int64_t index) {
     const StyledLayer& layer = net.layers[index];
-    if (net.listener) net.listener->begins(index);
+    net.listener->begins(index);
     float* y = workspace.get(next, net.n * layer.size * layer.size * pitch_of(layer.c_out));
     styled_layer(net, index, x, workspace, y);
     x = y;
     next = next == Workspace::activations_a ? Workspace::activations_b : Workspace::activations_a;
-    if (net.listener) net.listener->ends();
+    net.listener->ends();
   };
   const float* skip = nullptr;
   for (int64_t i = 0; i < net.n_images; ++i) {
@@ -190,9 +190,9 @@ void run(const SynthesisNetwork& net, Workspace& workspace) {
     const int64_t size = net.layers[2 * i].size;
     const bool last = i + 1 == net.n_images;
     float* images = last ? net.images : workspace.get(skip_slot, net.n * net.n_channels * size * size);
-    if (net.listener) net.listener->begins(net.n_layers + i);
+    net.listener->begins(net.n_layers + i);
     image_layer(net, i, 2 * i + 1, size, x, skip, workspace, images);
-    if (net.listener) net.listener->ends();
+    net.listener->ends();
     skip = images;
     skip_slot = skip_slot == Workspace::image_a ? Workspace::image_b : Workspace::image_a;
   }

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peers import _discriminator_state, _generator_state, load_trainers
 from published_peers import imported, make, outputs
 
 from sage_fast import _native
 from sage_fast.models.inference import choose_road
-from sage_fast.models.stylegan2 import truncate
+from sage_fast.models.stylegan2 import Discriminator, Generator, truncate
 from sage_fast.models.weights import load_discriminator, load_generator
+from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 
 CLONES = {
     name: Path(folder)
@@ -78,3 +80,49 @@ def test_every_array_is_what_their_own_code_gives(clone, shape, tmp_path, monkey
         with torch.autocast("cpu", torch.bfloat16):
             agrees(ours(wplus, noise="none"), theirs["img_wplus"], 2e-2)
     assert roads == {"differentiable" if shape["G"] == "resnet" and shape["res"] > 4 else "fused", "reference"}
+
+
+@pytest.mark.parametrize("clone", CLONES)
+def test_a_training_step_has_the_gradients_of_their_own_code(clone):
+    """Of the generator's loss, and of the discriminator's with R1, with respect to every weight.
+
+    In some draws rounding puts an activation on the other side of zero, on either side's, and gradients differ by its share;
+    so the closest of eight draws shows whether the arithmetic is the same.
+    """
+    differences = [gradient_differences(CLONES[clone], seed) for seed in range(8)]
+    for of_network in zip(*differences):
+        assert min(of_network) < 1e-5 and max(of_network) < 0.1
+
+
+def gradient_differences(clone, seed):
+    """Of generator and of discriminator: the norm of the difference of all weights' gradients, as a share of theirs."""
+    torch.manual_seed(seed)
+    sizes = dict(channel_base=1024, channel_max=96)
+    G, D = Generator(32, 64, **sizes), Discriminator(32, **sizes)
+    for layer in (G.conv1, *G.convs):
+        torch.nn.init.normal_(layer.noise.weight, std=0.3)
+    ((net, draw, their_D, judge),) = load_trainers([str(clone)], G, D).values()
+    w_plus, real = torch.randn(16, G.n_latent, 64), torch.rand(16, 3, 32, 32) * 2 - 1
+    for network in (net.train(), their_D.train()):
+        network.requires_grad_(True)
+    nonsaturating_g(D(G.synthesis(w_plus))).backward()
+    nonsaturating_g(judge(draw(w_plus))).backward()
+    of_G = difference(_generator_state, G, net)
+
+    for network, logits_of in ((D, D), (their_D, judge)):
+        network.zero_grad(set_to_none=True)
+        shown = real.clone().requires_grad_()
+        logits = logits_of(shown)
+        (logistic_d(logits, logits.flip(0) / 2) + 0.1 * r1_penalty(logits, shown)).backward()
+    return of_G, difference(_discriminator_state, D, their_D)
+
+
+@torch.no_grad()
+def difference(state_of, ours, theirs):
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    for p in ours.parameters():  # so that the state, which has their names, is one of gradients
+        p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+    found = state_of(ours)
+    assert len(expected) > 15
+    one, other = (torch.cat([state[name].flatten() for name in expected]) for state in (found, expected))
+    return float((one - other).norm() / other.norm())
