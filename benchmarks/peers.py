@@ -7,6 +7,7 @@ generator on a GPU, NVlabs' as they publish it, in float16 at the four largest s
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 from sage_fast.models.discriminator import Discriminator
 from sage_fast.models.stylegan2 import Generator
@@ -27,6 +29,19 @@ _MISSING_TODAY = {
     "requests": types.SimpleNamespace(),
     "pkg_resources": types.SimpleNamespace(parse_version=lambda text: tuple(int(n) for n in text.split(".")[:2])),
 }
+
+
+@functools.cache
+def _imported_once_built() -> None:
+    """NVlabs' code imports by name what it has built, which PyTorch's ``load`` no longer leaves where ``import`` looks."""
+    load = cpp_extension.load
+
+    @functools.wraps(load)
+    def loaded(name: str, *args: object, **settings: object) -> types.ModuleType:
+        module = sys.modules[name] = load(name, *args, **settings)  # type: ignore[arg-type]
+        return module
+
+    cpp_extension.load = loaded  # type: ignore[assignment]
 
 
 def load_peers(paths: list[str], generator: Generator) -> dict[str, Draw]:
@@ -86,6 +101,7 @@ def _load(path: Path, generator: Generator) -> tuple[str, Draw]:
 @contextmanager
 def _imports_from(path: Path) -> Iterator[None]:
     """The clone's top-level names for the time of the import; two clones use the same ones."""
+    _imported_once_built()
     names = ("training", "torch_utils", "dnnlib", "op", "model", "distributed")
     for name, stand_in in _MISSING_TODAY.items():
         if name not in sys.modules and importlib.util.find_spec(name) is None:

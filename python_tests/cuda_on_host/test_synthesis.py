@@ -20,14 +20,16 @@ from sage_fast.ops.synthesis_epilogue import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# n, h, w, c, pitch of the rows, image channels: groups of 2 threads to 256, of several warps, half empty; one round of
-# a block's pixels and several
+# n, h, w, c, pitch of the rows, image channels: groups of 1 thread to 256, of several warps, half empty; one round of
+# a block's pixels and several; tiles of the blur beside each other along rows and channels
 SHAPES = [
     (1, 4, 4, 8, 8, 3),
     (3, 8, 6, 24, 40, 1),
     (2, 10, 34, 16, 16, 4),
     (1, 6, 10, 264, 264, 3),
     (1, 2, 2, 1024, 1030, 2),
+    (1, 10, 70, 136, 136, 3),
+    (1, 4, 262, 8, 8, 3),
 ]
 
 

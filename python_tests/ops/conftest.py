@@ -22,7 +22,10 @@ ON_HOST = ["cuda_on_host"] if os.environ.get("SAGE_FAST_CUDA_ON_HOST") == "1" el
 
 @pytest.fixture(params=["cpu", "cuda", *ON_HOST])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A device with kernels; the test is skipped, saying why, where there are none."""
+    """A device with kernels; the test is skipped, saying why, where there are none.
+
+    On a GPU cuDNN would round float32 to the 10 bits of TF32, in the references too; not during a test.
+    """
     native = _native.load()
     if request.param in ON_HOST:
         kernels_on_host.load()
@@ -31,7 +34,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     if request.param not in native.devices:
         pytest.skip(f"no kernels on '{request.param}': {native.reasons[request.param]}")
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield request.param
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture

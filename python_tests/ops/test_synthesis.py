@@ -276,6 +276,15 @@ def test_clamp_and_slope(device):
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_call_repeats_to_the_bit(device, dtype):
+    G = generator(CHANNELS["32 px"]).to(device)
+    w_plus = latents(G, 3).to(device)
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        images = [G.synthesis(w_plus) for _ in range(4)]
+    assert all(torch.equal(images[0], other) for other in images[1:])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_in_their_image(device, value):
     G = generator(CHANNELS["32 px"]).to(device)

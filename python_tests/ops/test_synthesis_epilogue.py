@@ -1,13 +1,10 @@
-"""The epilogues of the CUDA synthesis: the kernels' arithmetic on the host, the kernels on a GPU, against plain PyTorch."""
+"""The epilogues of the CUDA synthesis against plain PyTorch, on a GPU; on the host: cuda_on_host/test_synthesis.py."""
 
 from __future__ import annotations
-
-import ctypes
 
 import pytest
 import torch
 from epilogue_cases import RULES, call, numbers
-from torch import Tensor
 
 from sage_fast.ops.synthesis_epilogue import (
     blur_epilogue,
@@ -24,49 +21,6 @@ SHAPES = [
     (1, 64, 64, 512, 512, 3),
     (2, 4, 2, 520, 1024, 2),
 ]
-
-
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
-def twin_arguments(shape: tuple[int, ...], t: dict, rule: tuple[float, ...], strength: float) -> list:
-    n, h, w, c, pitch, _ = shape
-    per_sample = t["noise"] is not None and len(t["noise"]) != 1
-    sizes = (ctypes.c_int64 * 6)(n, h, w, c, pitch, per_sample)
-    floats = (ctypes.c_float * 5)(rule[0], rule[1], 0.0, rule[2], strength)
-    return [sizes, floats, *(pointer(t[name]) for name in ("x", "factor", "bias", "noise", "next_style"))]
-
-
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("noise", ["none", "shared", "each"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", [4, 32])
-def test_the_threads_of_the_blur_on_the_host(host_twin, shape, noise, rule, rows):
-    t = numbers(shape, 1, noise)
-    n, h, w, c, *_ = shape
-    y = torch.full((n, h, w, c), float("nan"))
-    host_twin.twin_blur(*twin_arguments(shape, t, rule, 0.3), ctypes.c_int64(rows), pointer(y))
-    torch.testing.assert_close(y, call(blur_epilogue_reference, t, rule), atol=2e-5, rtol=2e-6)
-
-
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("noise", ["none", "shared", "each"])
-@pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_threads_of_the_epilogue_on_the_host(host_twin, shape, skip, noise, rule):
-    t = numbers(shape, 0, noise)
-    t["skip"] = t["skip"] if skip else None
-    n, h, w, _, _, channels = shape
-    for next_style in (t["next_style"], None):
-        t["next_style"] = next_style
-        y, image = torch.full_like(t["x"], float("nan")), torch.full((n, channels, h, w), float("nan"))
-        outputs = [ctypes.c_int64(channels), *map(pointer, (t["image_weight"], t["image_bias"], t["skip"], y, image))]
-        host_twin.twin_styled(*twin_arguments(shape, t, rule, 0.3), *outputs)
-        expected_y, expected_image = call(styled_epilogue_reference, t, rule)
-        torch.testing.assert_close(image, expected_image, atol=2e-5, rtol=2e-6)
-        if next_style is not None:
-            torch.testing.assert_close(y, expected_y, atol=2e-5, rtol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -128,3 +82,6 @@ def test_bad_input_to_the_kernels(device):
             call(styled_epilogue, t, RULES["plain"], **changed)
     with pytest.raises(ValueError, match="2 H \\+ 1"):
         call(blur_epilogue, t, RULES["plain"])
+    for rule in ((1.5, 1.0, -1.0), (0.2, 0.0, -1.0)):
+        with pytest.raises(ValueError, match="slope must be from 0 to 1"):
+            call(styled_epilogue, t, rule)

@@ -18,7 +18,7 @@ import torch
 from sage_fast import _native
 from sage_fast.errors import InputError
 
-__all__ = ["CUDNN", "MODES", "OWN", "Choice", "Layer", "choices", "choose", "mode", "taken"]
+__all__ = ["CUDNN", "MODES", "OWN", "Choice", "Layer", "choices", "choose", "has_products", "mode", "taken"]
 
 MODES = ("auto", "cudnn", "own")
 CUDNN = "cudnn"
@@ -78,14 +78,14 @@ def taken(layer: Layer) -> str | None:
     """
     wanted = mode()
     if wanted == "own":
-        if not _has_products(layer.dtype):
+        if not has_products(layer.dtype):
             raise InputError(
                 "SAGE_FAST_CUDA_CONV=own multiplies float32 in TF32, which torch.backends.cudnn does not allow now; "
                 "set torch.backends.cudnn.allow_tf32 = True or SAGE_FAST_CUDA_CONV=cudnn."
             )
         return "own"
     on_gpu = layer.device.type == "cuda" and _native.has_kernel("styled_conv", "cuda")
-    if wanted == "cudnn" or not (on_gpu and _has_products(layer.dtype)) or torch.are_deterministic_algorithms_enabled():
+    if wanted == "cudnn" or not (on_gpu and has_products(layer.dtype)) or torch.are_deterministic_algorithms_enabled():
         return CUDNN
     return _choices[layer].way if layer in _choices else None
 
@@ -104,7 +104,8 @@ def choose(layer: Layer, ways: Mapping[str, Callable[[], Any]]) -> str:
     return _choices.setdefault(layer, Choice(min(ms, key=lambda way: (ms[way], way)), ms)).way
 
 
-def _has_products(dtype: torch.dtype) -> bool:
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether tensor cores may multiply it: float32 where cuDNN's convolutions may round it to TF32."""
     return dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 

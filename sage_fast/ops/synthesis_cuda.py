@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from sage_fast.ops.cuda_convolution import CUDNN, OWN, Layer, choose
+from sage_fast.ops.cuda_convolution import CUDNN, OWN, Layer, choose, has_products
 from sage_fast.ops.styled_conv import composed_weight, styled_conv
 from sage_fast.ops.synthesis_epilogue import blur_epilogue, styled_epilogue
 
@@ -153,8 +153,8 @@ def _ways(
     def by_cudnn() -> tuple[Tensor, Tensor | None]:
         wide, weight = x.permute(0, 3, 1, 2), prepared.weights[i]
         if to_image is None:
-            return blur_epilogue(_channels_behind(F.conv_transpose2d(wide, weight, stride=2)), *behind, *rule), None
-        return styled_epilogue(_channels_behind(F.conv2d(wide, weight, padding=1)), *behind, *to_image, *rule)
+            return blur_epilogue(_channels_behind(_convolved(wide, weight, up=True)), *behind, *rule), None
+        return styled_epilogue(_channels_behind(_convolved(wide, weight)), *behind, *to_image, *rule)
 
     def own(columns: int) -> tuple[Tensor, Tensor | None]:
         if i not in prepared.composed:
@@ -165,6 +165,20 @@ def _ways(
         return y, None if to_image is None else image
 
     return {CUDNN: by_cudnn} | {way: functools.partial(own, columns) for way, columns in OWN.items()}
+
+
+def _convolved(x: Tensor, weight: Tensor, up: bool = False) -> Tensor:
+    """The 3 x 3 convolution [N, C, H, W] -> [N, C', H, W], or the transposed one of stride 2, the same to the bit in every call.
+
+    Of cuDNN's transposed ones in float32 some add up in any order; which are allowed can be said for one call only by its own op.
+    """
+    cudnn = torch.backends.cudnn
+    if not (x.is_cuda and cudnn.enabled and cudnn.is_available()):
+        return F.conv_transpose2d(x, weight, stride=2) if up else F.conv2d(x, weight, padding=1)
+    how = (1, cudnn.benchmark, True, has_products(torch.float32))  # groups, benchmark, deterministic, TF32
+    if up:
+        return torch.ops.aten.cudnn_convolution_transpose(x, weight, [0, 0], [0, 0], [2, 2], [1, 1], *how)
+    return torch.ops.aten.cudnn_convolution(x, weight, [1, 1], [1, 1], [1, 1], *how)
 
 
 def _composed(network: SynthesisNetwork, prepared: Prepared, i: int, dtype: torch.dtype) -> Tensor:
