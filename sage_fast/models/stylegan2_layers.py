@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from sage_fast.errors import InputError
 from sage_fast.ops import bias_act, modulated_conv2d, upfirdn2d
 from sage_fast.ops.conv3x3 import conv3x3
+from sage_fast.ops.convolution import conv2d
 from sage_fast.ops.inputs import require_floats, require_same_device, seen
 
 __all__ = [
@@ -180,7 +181,7 @@ class Conv(nn.Module):
         weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype)) * self.scale
         if weight.shape[2] == 3:
             return conv3x3(x, weight, self.stride)
-        return F.conv2d(x, weight.to(x.dtype), stride=self.stride, padding=self.padding)
+        return conv2d(x, weight.to(x.dtype), stride=self.stride, padding=self.padding)
 
 
 class Resample(nn.Module):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.ops.convolution import conv2d, conv_transpose2d
 from sage_fast.ops.inputs import require_floats, require_same_device
 
 __all__ = ["conv3x3", "conv3x3_reference", "conv3x3_transposed", "conv3x3_transposed_reference"]
@@ -37,7 +38,7 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     x = _autocast(x)
     side = x.shape[2] if stride == 1 else (x.shape[2] - 1) / 2
     if not _kernel_pays(x, weight, side, stride):
-        return F.conv2d(x, weight.to(x.dtype), stride=stride, padding=2 - stride)
+        return conv2d(x, weight.to(x.dtype), stride, 2 - stride)
     return torch.ops.sage_fast.conv3x3(_last(x), _taps_together(weight), stride)
 
 
@@ -61,7 +62,7 @@ def conv3x3_transposed(x: Tensor, weight: Tensor) -> Tensor:
     _check(x, weight, 0, 2)
     x = _autocast(x)
     if not _kernel_pays(x, weight, x.shape[2], 2):
-        return F.conv_transpose2d(x, weight.to(x.dtype), stride=2)
+        return conv_transpose2d(x, weight.to(x.dtype), 2)
     return torch.ops.sage_fast.conv3x3_transposed(_last(x), _taps_together(weight), 2)
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sage_fast.errors import InputError
 from sage_fast.ops.conv3x3 import conv3x3, conv3x3_transposed
+from sage_fast.ops.convolution import conv2d, conv_transpose2d
 from sage_fast.ops.inputs import FLOATS, number, require_floats, seen
 from sage_fast.ops.upfirdn2d import check_filter, upfirdn2d, upfirdn2d_reference
 
@@ -104,30 +105,30 @@ def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None, p
         weight = weight.to(x.dtype)
     if up == 2 and f is not None:
         # Stride 2 and a k x k kernel give 2 H + k - 2 rows; the filter needs kh - 1 rows around 2 H.
-        x = conv3x3_transposed(x, weight.transpose(0, 1)) if native else _transposed(x, weight)
+        x = conv3x3_transposed(x, weight.transpose(0, 1)) if native else _transposed(x, weight, plain)
         pad = [f.shape[1] - k + 1, f.shape[0] - k + 1]  # in all, of columns and rows
         return resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2], gain=4.0)
     if down == 2 and f is not None:
         pad = [f.shape[1] + k - 3, f.shape[0] + k - 3]
         x = resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
-        return conv3x3(x, weight, stride=2) if native else _plain(x, weight, stride=2)
-    return conv3x3(x, weight) if native else _plain(x, weight, padding=k // 2)
+        return conv3x3(x, weight, stride=2) if native else _plain(x, weight, plain, stride=2)
+    return conv3x3(x, weight) if native else _plain(x, weight, plain, padding=k // 2)
 
 
-def _plain(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+def _plain(x: Tensor, weight: Tensor, plain: bool, stride: int = 1, padding: int = 0) -> Tensor:
     """``conv2d`` with one weight for all samples or, with five dimensions, one for each, as groups."""
     if weight.ndim == 4:
-        return F.conv2d(x, weight, stride=stride, padding=padding)
+        return (F.conv2d if plain else conv2d)(x, weight, stride=stride, padding=padding)
     n = x.shape[0]
     y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), stride=stride, padding=padding, groups=n)
     return y.reshape(n, -1, *y.shape[2:])
 
 
-def _transposed(x: Tensor, weight: Tensor) -> Tensor:
+def _transposed(x: Tensor, weight: Tensor, plain: bool) -> Tensor:
     """The transposed convolution of stride 2; weights as of :func:`_plain`."""
     weight = weight.transpose(-4, -3)
     if weight.ndim == 4:
-        return F.conv_transpose2d(x, weight, stride=2)
+        return (F.conv_transpose2d if plain else conv_transpose2d)(x, weight, stride=2)
     n = x.shape[0]
     y = F.conv_transpose2d(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), stride=2, groups=n)
     return y.reshape(n, -1, *y.shape[2:])

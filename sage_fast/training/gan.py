@@ -22,6 +22,7 @@ from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
+from sage_fast.ops.convolution import second_derivatives
 from sage_fast.training.augment import Augment, AugmentConfig
 from sage_fast.training.checkpoints import Checkpoints
 from sage_fast.training.grids import grid_latents
@@ -221,7 +222,7 @@ def train_gan(
             prior, y, length = draw_prior(G, n, config.style_mixing, rng), draw_pixels(G, n, noise_rng), zero
             for share, c in zip(path_shares, labels):
                 w_plus, _ = mixed_w_plus(G, prior.take(share), None if c is None else c[: len(share)])
-                with autocast(config.precision, ranks.device):
+                with second_derivatives(), autocast(config.precision, ranks.device):
                     penalty, mean = path_length_penalty(G(w_plus), w_plus, path_mean, y[share])
                 path_update.add(penalty, config.pl_weight * config.pl_every)
                 length = length + mean / config.accumulate
@@ -251,7 +252,7 @@ def train_gan(
             draws = augment.draw(config.batch, rng)
             for share, real, c in zip(shares, reals, labels):
                 real.requires_grad_(True)
-                with autocast(config.precision, ranks.device):
+                with second_derivatives(), autocast(config.precision, ranks.device):
                     penalty = r1_penalty(D(augment.apply(real, draws[share]), c), real)
                 r1_update.add(penalty, config.gamma / 2 * config.r1_every)
             r1 = r1_update.apply()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.ops.convolution import second_derivatives
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 from sage_fast.training.ranks import Ranks
 from sage_fast.training.runtime import autocast, ema_update
@@ -103,7 +104,7 @@ class GeneratorTuning:
         self.scalars["d_loss"] = loss.detach()
         if step % self.config.r1_every == 0:
             real = real.detach().requires_grad_(True)
-            with autocast(self.config.precision, self.device):
+            with second_derivatives(), autocast(self.config.precision, self.device):
                 r1 = r1_penalty(self.D(real), real)
             self.d_optim.zero_grad(set_to_none=True)
             (r1 * self.r1_weight).backward()
