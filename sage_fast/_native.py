@@ -32,6 +32,7 @@ __all__ = [
     "has_schemas",
     "host",
     "load",
+    "register_autograd",
     "when_loaded",
     "without_kernels",
 ]
@@ -91,13 +92,37 @@ _warned: set[str] = set()
 _plain: ContextVar[bool] = ContextVar("sage_fast_plain", default=False)
 
 
+#: ops with derivatives -> the function that records them in eager mode
+_functions: dict[Any, type[torch.autograd.Function]] = {}
+
+
+def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Derivatives of the op ``name``: by ``torch.library`` for graphs, by a function of our own for :func:`call`.
+
+    ``torch.library`` reads the op's schema at every call, which takes longer than a small layer.
+    """
+    op = getattr(torch.ops.sage_fast, name).default
+    torch.library.register_autograd(f"sage_fast::{name}", backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op._op(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    _functions[op] = type(name, (torch.autograd.Function,), methods)
+
+
 def call(op: Any, tensors: tuple[torch.Tensor | None, ...], *settings: Any) -> torch.Tensor:
-    """Run ``op``, below autograd when no derivative is wanted: its Python layer takes longer than a small kernel."""
+    """Run ``op`` with all of its arguments, below autograd when no derivative is wanted."""
     if torch.compiler.is_compiling():
         return op(*tensors, *settings)
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
+                if op in _functions and not torch._C._are_functorch_transforms_active():
+                    return _functions[op].apply(*tensors, *settings)
                 return op(*tensors, *settings)
     with torch._C._AutoDispatchBelowAutograd():
         return op._op(*tensors, *settings)  # what op's own __call__ does, a frame less

@@ -235,7 +235,5 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 def _register() -> None:
     torch.library.register_fake("sage_fast::bias_act", _fake)
     torch.library.register_fake("sage_fast::bias_act_backward", lambda grad, y, *settings: _fake(y))
-    torch.library.register_autograd("sage_fast::bias_act", _backward, setup_context=_setup_context)
-    torch.library.register_autograd(
-        "sage_fast::bias_act_backward", _backward_backward, setup_context=_setup_context_backward
-    )
+    _native.register_autograd("bias_act", _backward, _setup_context)
+    _native.register_autograd("bias_act_backward", _backward_backward, _setup_context_backward)

@@ -123,4 +123,4 @@ def _register() -> None:
         return weights.new_empty(weights.shape[0], columns.shape[0])
 
     torch.library.register_fake("sage_fast::combine_rows", fake)
-    torch.library.register_autograd("sage_fast::combine_rows", _backward, setup_context=_setup_context)
+    _native.register_autograd("combine_rows", _backward, _setup_context)

@@ -39,7 +39,7 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     side = x.shape[2] if stride == 1 else (x.shape[2] - 1) / 2
     if not _kernel_pays(x, weight, side, stride):
         return conv2d(x, weight.to(x.dtype), stride, 2 - stride)
-    return torch.ops.sage_fast.conv3x3(_last(x), _taps_together(weight), stride)
+    return _native.call(torch.ops.sage_fast.conv3x3.default, (_last(x), _taps_together(weight)), stride)
 
 
 def conv3x3_reference(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -63,7 +63,7 @@ def conv3x3_transposed(x: Tensor, weight: Tensor) -> Tensor:
     x = _autocast(x)
     if not _kernel_pays(x, weight, x.shape[2], 2):
         return conv_transpose2d(x, weight.to(x.dtype), 2)
-    return torch.ops.sage_fast.conv3x3_transposed(_last(x), _taps_together(weight), 2)
+    return _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (_last(x), _taps_together(weight)), 2)
 
 
 def conv3x3_transposed_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -132,8 +132,12 @@ def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     grad = _last(grad)
     needs_x, needs_weight, _ = ctx.needs_input_grad
-    grad_x = torch.ops.sage_fast.conv3x3_transposed(grad, weight, ctx.stride) if needs_x else None
-    grad_weight = torch.ops.sage_fast.conv3x3_taps(x, grad, ctx.stride) if needs_weight else None
+    grad_x = (
+        _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (grad, weight), ctx.stride) if needs_x else None
+    )
+    grad_weight = (
+        _native.call(torch.ops.sage_fast.conv3x3_taps.default, (x, grad), ctx.stride) if needs_weight else None
+    )
     return grad_x, grad_weight, None
 
 
@@ -141,8 +145,10 @@ def _backward_transposed(ctx, grad):
     y, weight = ctx.saved_tensors
     grad = _last(grad)
     needs_y, needs_weight, _ = ctx.needs_input_grad
-    grad_y = torch.ops.sage_fast.conv3x3(grad, weight, ctx.stride) if needs_y else None
-    grad_weight = torch.ops.sage_fast.conv3x3_taps(grad, y, ctx.stride) if needs_weight else None
+    grad_y = _native.call(torch.ops.sage_fast.conv3x3.default, (grad, weight), ctx.stride) if needs_y else None
+    grad_weight = (
+        _native.call(torch.ops.sage_fast.conv3x3_taps.default, (grad, y), ctx.stride) if needs_weight else None
+    )
     return grad_y, grad_weight, None
 
 
@@ -150,8 +156,8 @@ def _backward_taps(ctx, grad):
     x, y = ctx.saved_tensors
     grad = grad.contiguous()
     needs_x, needs_y, _ = ctx.needs_input_grad
-    grad_x = torch.ops.sage_fast.conv3x3_transposed(y, grad, ctx.stride) if needs_x else None
-    grad_y = torch.ops.sage_fast.conv3x3(x, grad, ctx.stride) if needs_y else None
+    grad_x = _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (y, grad), ctx.stride) if needs_x else None
+    grad_y = _native.call(torch.ops.sage_fast.conv3x3.default, (x, grad), ctx.stride) if needs_y else None
     return grad_x, grad_y, None
 
 
@@ -184,4 +190,4 @@ def _register() -> None:
         ("conv3x3_taps", _fake_taps, _backward_taps),
     ):
         torch.library.register_fake(f"sage_fast::{name}", fake)
-        torch.library.register_autograd(f"sage_fast::{name}", backward, setup_context=_setup_context)
+        _native.register_autograd(name, backward, _setup_context)

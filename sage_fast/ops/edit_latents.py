@@ -182,4 +182,4 @@ def _fake(class_embedding, codes, directions, alpha, mask, class_index):
 @_native.when_loaded
 def _register() -> None:
     torch.library.register_fake("sage_fast::edit_latents", _fake)
-    torch.library.register_autograd("sage_fast::edit_latents", _backward, setup_context=_setup_context)
+    _native.register_autograd("edit_latents", _backward, _setup_context)

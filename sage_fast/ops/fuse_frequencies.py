@@ -107,4 +107,4 @@ def _register() -> None:
     torch.library.register_fake(
         "sage_fast::fuse_frequencies", lambda real, inverted, edited, *_: edited.new_empty(edited.shape)
     )
-    torch.library.register_autograd("sage_fast::fuse_frequencies", _backward, setup_context=_setup_context)
+    _native.register_autograd("fuse_frequencies", _backward, _setup_context)

@@ -137,4 +137,4 @@ def _register() -> None:
     torch.library.register_fake(
         "sage_fast::fuse_pixels", lambda real, inverted, edited, *_: edited.new_empty(edited.shape)
     )
-    torch.library.register_autograd("sage_fast::fuse_pixels", _backward, setup_context=_setup_context)
+    _native.register_autograd("fuse_pixels", _backward, _setup_context)

@@ -134,4 +134,4 @@ def _outermost_halved(images: Tensor) -> Tensor:
 @_native.when_loaded
 def _register() -> None:
     torch.library.register_fake("sage_fast::gaussian_low_pass", lambda images, *_, **__: images.new_empty(images.shape))
-    torch.library.register_autograd("sage_fast::gaussian_low_pass", _backward, setup_context=_setup_context)
+    _native.register_autograd("gaussian_low_pass", _backward, _setup_context)

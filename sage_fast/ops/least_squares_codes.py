@@ -79,4 +79,4 @@ def _backward(ctx, grad):
 @_native.when_loaded
 def _register() -> None:
     torch.library.register_fake("sage_fast::least_squares_codes", _fake)
-    torch.library.register_autograd("sage_fast::least_squares_codes", _backward, setup_context=_setup_context)
+    _native.register_autograd("least_squares_codes", _backward, _setup_context)

@@ -88,4 +88,4 @@ def _backward(ctx, grad):
 @_native.when_loaded
 def _register() -> None:
     torch.library.register_fake("sage_fast::project_onto_basis", lambda w_plus, basis: w_plus.new_empty(w_plus.shape))
-    torch.library.register_autograd("sage_fast::project_onto_basis", _backward, setup_context=_setup_context)
+    _native.register_autograd("project_onto_basis", _backward, _setup_context)

@@ -167,4 +167,4 @@ def _backward(ctx, grad):
 @_native.when_loaded
 def _register() -> None:
     torch.library.register_fake("sage_fast::upfirdn2d", _fake)
-    torch.library.register_autograd("sage_fast::upfirdn2d", _backward, setup_context=_setup_context)
+    _native.register_autograd("upfirdn2d", _backward, _setup_context)
