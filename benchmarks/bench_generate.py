@@ -15,7 +15,8 @@ smaller than theirs); "plain" runs them on plain PyTorch, as those scripts do.
 
 OPENBLAS_NUM_THREADS=1 spares its small matrices threads that only wait for one another where other programs run too.
 
-On a GPU (``--device cuda``) the stages alone are measured: synthesis there, with the copy of its 8-bit images to the host.
+On a GPU (``--device cuda``) the stages alone are measured: synthesis there, with the copy of its 8-bit images to the host. With
+``--encoder nvjpeg`` nothing but files is copied: synthesis alone leaves its images on the GPU, encoding alone begins with them.
 
     python benchmarks/bench_generate.py [--sizes 32 64 256] [--threads 1] [--workers 1] [--out FOLDER] [--device cpu]
 """
@@ -47,7 +48,7 @@ from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictio
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.generation import GenerateConfig, Meter, Prepared, generate
 from sage_fast.generation.agreeing import choose_config_encoder
-from sage_fast.generation.drawing import draw_images, draw_latents
+from sage_fast.generation.drawing import Latents, draw_images, draw_latents
 from sage_fast.generation.formats import choose_format
 from sage_fast.generation.run import plan_of
 from sage_fast.generation.stores import make_state, open_store
@@ -70,6 +71,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0, help="that draw; 0: half of the cores")
     parser.add_argument("--workers", type=int, default=0, help="that encode and write; 0: the other cores")
     parser.add_argument("--image", default="png")
+    parser.add_argument("--encoder", default="auto", help="of the images: auto, pillow, opencv, simplejpeg or nvjpeg")
     parser.add_argument("--fusion", default="none")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -92,6 +94,7 @@ def main() -> int:
         if "start" not in options.skip:
             rows.append(start_of_ten_million(Path(folder), options))
     about = {"bench": "generate", "threads": options.threads, "workers": options.workers, "image": options.image}
+    about["encoder"] = options.encoder
     about["device"] = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "cpu"
     print(json.dumps(about | {"fusion": options.fusion, "torch": torch.__version__, "rows": rows}))
     return 0
@@ -144,9 +147,8 @@ def make_shots(folder: Path, size: int, categories: int = CATEGORIES, each: int 
 
 def config_of(size: int, options: argparse.Namespace, **settings) -> GenerateConfig:
     n = max(2, round(IMAGES[size] * options.scale / CATEGORIES))
-    return GenerateConfig(
-        **{"n": n, "fusion": options.fusion, "image": options.image, "workers": options.workers, **settings}
-    )
+    given = {name: getattr(options, name) for name in ("fusion", "image", "encoder", "workers")}
+    return GenerateConfig(**{"n": n, **given, **settings})
 
 
 def against_stages(
@@ -158,11 +160,19 @@ def against_stages(
     prepared = Prepared(pipeline, plan)
     batches = [positions for shard in range(plan.n_shards) for positions in plan.batches(shard)]
     latents = [draw_latents(prepared, positions) for positions in batches]
-    pixels = [draw_images(pipeline, one).cpu() for one in latents]
-    encoder = choose_config_encoder(config, 3)
+    encoder = choose_config_encoder(config, pipeline)
+    stay = encoder.encode_batch is not None  # on the device, where they are encoded
+
+    def draw(one: Latents) -> torch.Tensor:
+        images = draw_images(pipeline, one)
+        return images if stay else images.cpu()
+
+    drawn = [draw(one) for one in latents]
 
     def synthesis(_: Path) -> None:
-        side_by_side(lambda one: draw_images(pipeline, one).cpu(), latents, options.threads)
+        side_by_side(draw, latents, options.threads)
+        if stay:
+            torch.cuda.synchronize(options.device)
 
     def encoding(out: Path) -> None:
         store = open_store(out)
@@ -171,8 +181,8 @@ def against_stages(
         format = choose_format("folder", store, plan, encoder, (3, size, size))
 
         def write(number: int) -> None:
-            images = format.pixels(pixels[number].numpy())
-            for one in zip(batches[number], images, latents[number].about()):
+            contents = format.contents(drawn[number])
+            for one in zip(batches[number], contents, latents[number].about()):
                 format.store(*one)
 
         side_by_side(write, range(len(batches)), options.workers)
@@ -335,7 +345,8 @@ def child_words(
     size: int, shots: Path, out: Path, options: argparse.Namespace, threads: int, scale: float
 ) -> list[str]:
     words = [sys.executable, __file__, f"--threads={threads}", f"--workers={threads}", f"--scale={scale}"]
-    return [*words, f"--image={options.image}", "--child", str(size), str(shots), str(out)]
+    words += [f"--image={options.image}", f"--encoder={options.encoder}"]
+    return [*words, "--child", str(size), str(shots), str(out)]
 
 
 def start_of_ten_million(folder: Path, options: argparse.Namespace) -> dict:
@@ -346,7 +357,12 @@ def start_of_ten_million(folder: Path, options: argparse.Namespace) -> dict:
     shots = make_shots(folder / "shots_start", 32, categories=100)
     out = folder / "start"
     words = [sys.executable, "-m", "sage_fast.cli", "generate", f"--shots={shots}", f"--out={out}", "-n", "100000"]
-    words += ["--device=cpu", f"--image={options.image}", f"--workers={options.workers}"]
+    words += [
+        "--device=cpu",
+        f"--image={options.image}",
+        f"--encoder={options.encoder}",
+        f"--workers={options.workers}",
+    ]
     begin = time.monotonic()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
     alone, begin = time.monotonic() - begin, time.monotonic()

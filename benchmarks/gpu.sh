@@ -85,7 +85,8 @@ workers=
   watched synccheck &
   tests every_kernel 60 python_tests/ops/test_every_kernel.py -k cuda &
   # shellcheck disable=SC2086 # words
-  tests tests 110 $workers -k cuda python_tests/ops python_tests/models python_tests/training/test_augment.py &
+  tests tests 110 $workers -k cuda python_tests/ops python_tests/models python_tests/training/test_augment.py \
+    python_tests/generation/test_nvjpeg.py &
   part tests_large 60 env SAGE_FAST_LARGE_TESTS=1 "$PYTHON" -m pytest -q -p no:cacheprovider -k "31 and cuda" python_tests/ops/test_upfirdn2d.py &
   part demo 110 "$PYTHON" -m sage_fast.demo --out "$OUT/demo" &
   part train 110 sh -c 'set -e; cd "$1"; sage="$0 -m sage_fast.cli"
@@ -109,8 +110,16 @@ bench synthesis 100 synthesis -k "(gpu or memory) and not convolutions"
 bench training_step 60 training_step
 bench fusion 40 fusion
 bench project_onto_basis 30 project_onto_basis
-part generate 50 sh -c '"$0" benchmarks/bench_generate.py --device cuda --sizes 64 256 --image jpg --rounds 3 --scale "$2" >"$3/generate.txt" &&
-  tail -n 1 "$3/generate.txt" | tee "$1"' "$PYTHON" "$OUT/generate.json" "${SCALE:-4}" "$OUT"
+part generate 90 sh -c 'set -e
+  for encoder in auto nvjpeg; do
+    name=generate
+    if [ $encoder = nvjpeg ]; then
+      name=generate_nvjpeg
+      "$0" -c "import torchvision" || { echo "no torchvision: nvjpeg is not timed"; break; }
+    fi
+    "$0" benchmarks/bench_generate.py --device cuda --sizes 64 256 --image jpg --encoder $encoder --rounds 3 --scale "$1" >"$2/$name.txt"
+    tail -n 1 "$2/$name.txt" | tee "$2/$name.json"
+  done' "$PYTHON" "${SCALE:-4}" "$OUT"
 bench gaussian_low_pass 25 gaussian_low_pass
 bench modulated_conv2d 25 modulated_conv2d
 bench edit_latents 20 edit_latents

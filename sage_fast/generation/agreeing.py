@@ -31,11 +31,11 @@ _CONFIG = "config.json"
 _MB = 1_000_000
 
 
-def choose_config_encoder(config: GenerateConfig, n_channels: int) -> Encoder | None:
-    """The encoder of the settings; None: images are stored as plain arrays."""
+def choose_config_encoder(config: GenerateConfig, pipeline: FewShotPipeline) -> Encoder | None:
+    """The encoder of the settings for a pipeline's images; None: they are stored as plain arrays."""
     if config.format == "safetensors":
         return None
-    return choose_encoder(config.encoder, config.image, config.quality, n_channels)
+    return choose_encoder(config.encoder, config.image, config.quality, pipeline.generator.n_channels, pipeline.device)
 
 
 def prepare_output_of(store: Store, config: GenerateConfig, rank: int, world_size: int) -> None:
@@ -134,8 +134,8 @@ def _shard_of(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, co
 def first_images(pipeline: FewShotPipeline, format: Format) -> list[Stored]:
     """The first micro-batch of a plan, encoded; nothing is written."""
     latents = draw_latents(Prepared(pipeline, format.plan), format.plan.batches(0)[0])
-    pixels = format.pixels(draw_images(pipeline, latents).cpu().numpy())
-    return [format.store(*one) for one in zip(latents.positions, pixels, latents.about())]
+    contents = format.contents(draw_images(pipeline, latents))
+    return [format.store(*one) for one in zip(latents.positions, contents, latents.about())]
 
 
 def _tar_size(image: Stored) -> int:
@@ -163,11 +163,12 @@ def _json(settings: dict[str, Any]) -> bytes:
     return (json.dumps(settings, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def format_of(out: str | os.PathLike[str], writing: bool = True) -> Format:
+def format_of(out: str | os.PathLike[str], writing: bool = True, device: torch.device | None = None) -> Format:
     """The format of an output that a run has begun, with its plan: for another process that writes shards of it.
 
     Args:
         writing: False leaves the encoder out, which then need not be installed.
+        device: where the images are drawn, for an encoder that works there; None: a GPU when there is one.
     Raises:
         InputError: no run has begun there, or its encoder is here another.
     """
@@ -180,7 +181,8 @@ def format_of(out: str | os.PathLike[str], writing: bool = True) -> Format:
     if name is not None:
         encoder = read_only(name, image)
         if writing:
-            encoder = choose_encoder(name.split()[0], image, settings["quality"], n_channels)
+            device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            encoder = choose_encoder(name.split()[0], image, settings["quality"], n_channels, device)
             if encoder.name != name:
                 raise InputError(
                     f"Output {str(store)!r} is written with {name}, and here is {encoder.name}; install that."

@@ -15,8 +15,9 @@ FORMATS = ("folder", "webdataset", "safetensors")
 """An ImageFolder, tar shards, or one file of uint8 arrays."""
 
 IMAGES = ("png", "jpg", "webp")
-ENCODERS = ("auto", "pillow", "opencv", "simplejpeg")
+ENCODERS = ("auto", "pillow", "opencv", "simplejpeg", "nvjpeg")
 
+_JPG_ALONE = ("simplejpeg", "nvjpeg")
 _COUNTS = ("n", "batch", "n_shots", "n_components", "n_similar", "n_directions", "shard", "workers")
 _EDITOR = ("n_components", "n_similar", "n_directions")
 
@@ -48,7 +49,7 @@ class GenerateConfig:
     format: str = "folder"
     image: str = "png"  # png, jpg or webp; safetensors has none
     quality: int | None = None  # jpg, webp: 1 to 100, None: 95; png: zlib's level 0 to 9, None: the encoder's fast one
-    encoder: str = "auto"  # pillow, opencv or simplejpeg; auto: the fastest that is installed
+    encoder: str = "auto"  # pillow, opencv, simplejpeg, nvjpeg (on a GPU); auto: the fastest here of the first three
     shard: int | None = None  # images that are committed together; None: 512, in tar files 4096
     shard_mb: float | None = None  # size of a tar file instead, in MB
     workers: int | None = None  # threads that encode and write; None: as many as torch has, at least 2
@@ -77,9 +78,9 @@ class GenerateConfig:
         lowest, highest = (0, 9) if self.image == "png" else (1, 100)
         if self.quality is not None and not lowest <= self.quality <= highest:
             raise InputError(f"quality of {self.image} must be {lowest} to {highest}, got {self.quality}.")
-        if self.encoder == "simplejpeg" and self.image != "jpg":
+        if self.encoder in _JPG_ALONE and self.image != "jpg":
             raise InputError(
-                f"encoder 'simplejpeg' writes jpg alone, got image '{self.image}'; choose another encoder."
+                f"encoder '{self.encoder}' writes jpg alone, got image '{self.image}'; choose another encoder."
             )
         if self.shard_mb is not None:
             if self.format != "webdataset" or self.shard is not None:

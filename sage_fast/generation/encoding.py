@@ -1,6 +1,6 @@
 """Pixels to the bytes of a PNG, JPEG or WebP file, by one named library, with a line of provenance in it.
 
-Which library is fastest was measured: docs/generation.md. Bytes depend on the library and its version, so both are part
+Which library is fastest on the host was measured: docs/generation.md. Bytes depend on the library and its version, so both are part
 of what a run is (:attr:`Encoder.name`).
 """
 
@@ -16,14 +16,17 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
+from torch import Tensor
 
 from sage_fast.errors import InputError
 
-__all__ = ["Encoder", "choose_encoder", "with_provenance"]
+__all__ = ["Encoder", "choose_encoder", "to_host", "with_provenance"]
 
-_MODULES = {"opencv": "cv2", "simplejpeg": "simplejpeg", "pillow": "PIL"}  # fastest first
+_MODULES = {"opencv": "cv2", "simplejpeg": "simplejpeg", "pillow": "PIL", "nvjpeg": "torchvision"}
+_AUTO = ("opencv", "simplejpeg", "pillow")  # fastest first; nvjpeg has not been timed against them
 _CHANNELS = {"png": (1, 2, 3, 4), "jpg": (1, 3), "webp": (3, 4)}
 _QUALITY = 95  # of jpg and webp
 _PNG_HEADER = 33  # bytes of the signature and of IHDR, behind which text may stand
@@ -33,42 +36,60 @@ _PNG_HEADER = 33  # bytes of the signature and of IHDR, behind which text may st
 class Encoder:
     """``encode`` takes one image, uint8 [H, W, C] (``[H, W]`` when C is 1), ``bgr`` of them colours in reverse order.
 
-    ``name`` is the library with its version.
+    ``name`` is the library with its version. ``encode_batch``, where the library works on a GPU, gives the files of images,
+    uint8 [n, C, H, W] in RGB, that lie there or on the host.
     """
 
     name: str
     image: str
     bgr: bool
     encode: Callable[[np.ndarray], bytes]
+    encode_batch: Callable[[Tensor], list[bytes]] | None = None
 
 
-def choose_encoder(library: str, image: str, quality: int | None, n_channels: int) -> Encoder:
-    """The encoder of a library, or of the fastest one that is installed.
+def to_host(encoder: Encoder | None, images: Tensor) -> Tensor | list[bytes]:
+    """Drawn images, uint8 [n, C, H, W], on the host: as files, if the encoder works on a GPU."""
+    return images.cpu() if encoder is None or encoder.encode_batch is None else encoder.encode_batch(images)
+
+
+def choose_encoder(
+    library: str, image: str, quality: int | None, n_channels: int, device: torch.device = torch.device("cpu")
+) -> Encoder:
+    """The encoder of a library, or of the fastest one on the host that is installed.
 
     Args:
-        library: auto, pillow, opencv or simplejpeg.
+        library: auto, pillow, opencv, simplejpeg or nvjpeg.
         image: png, jpg or webp.
         quality: of jpg and webp 1 to 100, of png zlib's level 0 to 9; None: 95, or the library's fast level.
         n_channels: of the images.
+        device: where they are drawn.
     Raises:
-        InputError: the library is not installed, or cannot encode images of so many channels.
+        InputError: the library is not installed, or cannot encode images of so many channels, or not on the device.
     """
     if n_channels not in _CHANNELS[image]:
         known = " or ".join(name for name, channels in _CHANNELS.items() if n_channels in channels)
         raise InputError(f"Images of {n_channels} channels cannot be stored as {image}; choose image {known}.")
     able = [name for name in _MODULES if _can(name, image, n_channels)]
-    chosen = next((name for name in able if find_spec(_MODULES[name])), "pillow") if library == "auto" else library
+    auto = next((name for name in _AUTO if name in able and find_spec(_MODULES[name])), "pillow")
+    chosen = auto if library == "auto" else library
     if chosen not in able:
         raise InputError(
             f"encoder '{chosen}' cannot store {n_channels} channels as {image}; choose {' or '.join(able)}."
         )
+    if chosen == "nvjpeg" and not _is_gpu(device):
+        raise InputError(
+            f"encoder 'nvjpeg' needs the model on a GPU, got it on {device}; use device cuda, or choose pillow."
+        )
     if find_spec(_MODULES[chosen]) is None:
         raise InputError(f"encoder '{chosen}' is not installed; pip install 'sage_fast[{chosen}]', or choose pillow.")
+    if chosen == "nvjpeg":
+        return _nvjpeg(quality, device)
     return {"opencv": _opencv, "simplejpeg": _simplejpeg, "pillow": _pillow}[chosen](image, quality)
 
 
 def _can(library: str, image: str, n_channels: int) -> bool:
-    return {"opencv": n_channels != 2, "simplejpeg": image == "jpg", "pillow": True}[library]
+    jpg = image == "jpg"
+    return {"opencv": n_channels != 2, "simplejpeg": jpg, "pillow": True, "nvjpeg": jpg and n_channels == 3}[library]
 
 
 def _opencv(image: str, quality: int | None) -> Encoder:
@@ -116,6 +137,44 @@ def _pillow(image: str, quality: int | None) -> Encoder:
         return file.getvalue()
 
     return Encoder(f"pillow {pillow_version}", image, False, encode)
+
+
+def _nvjpeg(quality: int | None, device: torch.device) -> Encoder:
+    """torchvision's ``encode_jpeg`` on a GPU: 4:4:4, as the others."""
+    try:
+        import torchvision
+        from torchvision.io import encode_jpeg
+
+        encode_jpeg([torch.zeros(3, 16, 16, dtype=torch.uint8, device=device)])
+    except (ImportError, AttributeError, RuntimeError) as error:  # made for another torch, or without nvJPEG
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        raise InputError(
+            f"encoder 'nvjpeg' cannot encode on {device} ({reason}); install a torchvision that has nvJPEG, or choose pillow."
+        ) from error
+
+    def encode_batch(images: Tensor) -> list[bytes]:
+        images = (images if _is_gpu(images.device) else images.to(device)).contiguous()
+        _wait_for(images.device)
+        files = encode_jpeg(list(images), quality=quality or _QUALITY)
+        _wait_for(images.device)
+        host = torch.empty(sum(map(len, files)), dtype=torch.uint8, pin_memory=images.is_cuda)
+        host.copy_(torch.cat(files))
+        return [file.numpy().tobytes() for file in host.split([len(file) for file in files])]
+
+    def encode(pixels: np.ndarray) -> bytes:
+        return encode_batch(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+
+    return Encoder(f"nvjpeg {torchvision.__version__}", "jpg", False, encode, encode_batch)
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until a GPU has done everything: torchvision encodes on a stream of its own, and not every version waits."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def with_provenance(data: bytes, image: str, about: Mapping[str, Any]) -> bytes:

@@ -1,7 +1,8 @@
 """What a shard looks like in the output: image files in folders, a tar file, or a piece of one safetensors file.
 
 Each format has the same words. ``store`` makes the bytes of one image, on any thread; ``open`` begins a shard, whose
-images are then added in their order; what is closed is whole. ``read`` gives the stored bytes back.
+images are then added in their order; what is closed is whole. ``read`` gives the stored bytes back. ``contents`` is what
+``store`` takes: pixels, or files where the encoder works on the device that drew them.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from sage_fast.data.writers import cannot_write
-from sage_fast.generation.encoding import Encoder, with_provenance
+from sage_fast.generation.encoding import Encoder, to_host, with_provenance
 from sage_fast.generation.plan import Plan
 from sage_fast.generation.stores import STATE, Store
 
-__all__ = ["ArrayFile", "Format", "ImageFolders", "OpenShard", "Stored", "TarFiles", "choose_format", "read_only"]
+__all__ = [
+    "ArrayFile", "Content", "Format", "ImageFolders", "OpenShard", "Stored", "TarFiles", "choose_format", "read_only",
+]  # fmt: skip
+
+Content = np.ndarray | bytes
+"""An image as ``store`` takes it: pixels as the format has them, or a finished file, without provenance."""
 
 _PROVENANCE = ("category", "index", "source", "seed", "method", "alpha", "fusion", "preset", "model")
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -79,10 +86,18 @@ def _for_encoder(images: np.ndarray, encoder: Encoder) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
-def _encoded(encoder: Encoder, pixels: np.ndarray, about: dict[str, Any]) -> bytes:
+def _contents(images: Tensor | list[bytes], encoder: Encoder) -> Sequence[Content]:
+    """Drawn images, uint8 [n, C, R, R] on any device, or files of them, one by one as ``store`` takes them."""
+    if isinstance(images, Tensor):
+        images = to_host(encoder, images)
+    return images if isinstance(images, list) else list(_for_encoder(images.numpy(), encoder))
+
+
+def _encoded(encoder: Encoder, content: Content, about: dict[str, Any]) -> bytes:
     """An image file that says what it is. The package's version is left to the manifest: bytes are the plan's alone."""
     shown = {key: about[key] for key in _PROVENANCE}
-    return with_provenance(encoder.encode(pixels), encoder.image, {"synthetic": True} | shown)
+    data = content if isinstance(content, bytes) else encoder.encode(content)
+    return with_provenance(data, encoder.image, {"synthetic": True} | shown)
 
 
 def _decoded(data: bytes, n_channels: int) -> np.ndarray:
@@ -104,21 +119,21 @@ class ImageFolders:
         """Name of an image's file."""
         return f"{category}/{category}_{index:05d}.{self.encoder.image}"
 
-    def pixels(self, images: np.ndarray) -> np.ndarray:
-        """Drawn images, uint8 [n, C, R, R], as :meth:`store` takes them one by one."""
-        return _for_encoder(images, self.encoder)
+    def contents(self, images: Tensor | list[bytes]) -> Sequence[Content]:
+        """Drawn images, uint8 [n, C, R, R] on any device, or files of them, one by one as :meth:`store` takes them."""
+        return _contents(images, self.encoder)
 
     def decode(self, data: bytes) -> np.ndarray:
         """Stored bytes as uint8 [C, R, R]."""
         return _decoded(data, self.shape[0])
 
-    def encoded(self, pixels: np.ndarray, about: dict[str, Any]) -> bytes:
+    def encoded(self, content: Content, about: dict[str, Any]) -> bytes:
         """The bytes of an image's file."""
-        return _encoded(self.encoder, pixels, about)
+        return _encoded(self.encoder, content, about)
 
-    def store(self, position: int, pixels: np.ndarray, about: dict[str, Any]) -> Stored:
+    def store(self, position: int, content: Content, about: dict[str, Any]) -> Stored:
         """Encode an image and put it into its place."""
-        category, data = about["category"], self.encoded(pixels, about)
+        category, data = about["category"], self.encoded(content, about)
         if category not in self._made:
             self.target.make_folder(category)
             self._made.add(category)
@@ -164,17 +179,17 @@ class TarFiles:
         """Name of a shard's file."""
         return f"shard-{shard:06d}.tar"
 
-    def pixels(self, images: np.ndarray) -> np.ndarray:
-        """Drawn images, uint8 [n, C, R, R], as :meth:`store` takes them one by one."""
-        return _for_encoder(images, self.encoder)
+    def contents(self, images: Tensor | list[bytes]) -> Sequence[Content]:
+        """Drawn images, uint8 [n, C, R, R] on any device, or files of them, one by one as :meth:`store` takes them."""
+        return _contents(images, self.encoder)
 
     def decode(self, data: bytes) -> np.ndarray:
         """Stored bytes as uint8 [C, R, R]."""
         return _decoded(data, self.shape[0])
 
-    def store(self, position: int, pixels: np.ndarray, about: dict[str, Any]) -> Stored:
+    def store(self, position: int, content: Content, about: dict[str, Any]) -> Stored:
         """Encode an image."""
-        data = _encoded(self.encoder, pixels, about)
+        data = _encoded(self.encoder, content, about)
         file = f"{self.file(position // self.plan.shard)}/{position:09d}.{self.encoder.image}"
         return Stored(position, file, len(data), hashlib.sha256(data).hexdigest(), data, about)
 
@@ -245,6 +260,7 @@ class ArrayFile:
 
     separate = False
     name = "images.safetensors"
+    encoder: Encoder | None = None
 
     def __init__(self, store: Store, plan: Plan, shape: tuple[int, int, int]) -> None:
         self.target, self.plan, self.shape = store, plan, shape
@@ -254,17 +270,17 @@ class ArrayFile:
         """Name of a shard's pixels until all are there."""
         return f"{STATE}/pieces/{shard:08d}.u8"
 
-    def pixels(self, images: np.ndarray) -> np.ndarray:
-        """Drawn images, uint8 [n, C, R, R], as they are."""
-        return images
+    def contents(self, images: Tensor | list[bytes]) -> Sequence[Content]:
+        """Drawn images, uint8 [n, C, R, R] on any device, one by one as they are."""
+        return images if isinstance(images, list) else list(images.cpu().numpy())
 
     def decode(self, data: bytes) -> np.ndarray:
         """Stored bytes as uint8 [C, R, R]."""
         return np.frombuffer(data, np.uint8).reshape(self.shape)
 
-    def store(self, position: int, pixels: np.ndarray, about: dict[str, Any]) -> Stored:
+    def store(self, position: int, content: Content, about: dict[str, Any]) -> Stored:
         """The image's bytes [C, R, R]."""
-        data = pixels.tobytes()
+        data = content if isinstance(content, bytes) else content.tobytes()
         return Stored(position, self.name, len(data), hashlib.sha256(data).hexdigest(), data, about)
 
     def open(self, shard: int) -> OpenShard:

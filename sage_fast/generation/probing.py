@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from sage_fast.data.writers import atomic_write, contact_sheet
-from sage_fast.generation.agreeing import choose_config_encoder
+from sage_fast.generation.agreeing import choose_config_encoder, shape_of
 from sage_fast.generation.committing import line_of
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, draw_shard
+from sage_fast.generation.encoding import to_host
 from sage_fast.generation.formats import choose_format
 from sage_fast.generation.memory import Room, room_for
 from sage_fast.generation.run import load_pipeline, plan_of, ranks
@@ -66,19 +67,18 @@ def estimate(
 ) -> Estimate:
     """What :func:`generate` would make of the same arguments; draws one micro-batch twice and writes nothing."""
     pipeline = load_pipeline(model, config)
-    size, n_channels = pipeline.generator.resolution, pipeline.generator.n_channels
     made = plan_of(pipeline, shots_dir, config, plan)
     room = room_for(pipeline, made, torch.get_num_threads())
     prepared = Prepared(pipeline, made)
-    encoder = choose_config_encoder(config, n_channels)
-    format = choose_format("webdataset", open_store("."), made, encoder, (n_channels, size, size))  # stores in memory
+    encoder = choose_config_encoder(config, pipeline)
+    format = choose_format("webdataset", open_store("."), made, encoder, shape_of(pipeline))  # stores in memory
     positions = made.batches(0)[0]
     draw_images(pipeline, draw_latents(prepared, positions))  # to warm up
     start = time.monotonic()
     latents = draw_latents(prepared, positions)
-    images = draw_images(pipeline, latents).cpu().numpy()
+    images = to_host(encoder, draw_images(pipeline, latents))
     drawn = time.monotonic()
-    stored = [format.store(*one) for one in zip(positions, format.pixels(images), latents.about())]
+    stored = [format.store(*one) for one in zip(positions, format.contents(images), latents.about())]
     seconds = drawn - start + (time.monotonic() - drawn) / (config.workers or max(2, torch.get_num_threads()))
     line_bytes = sum(len(str(line_of(image))) for image in stored) / len(stored)
     return Estimate(

@@ -85,7 +85,7 @@ class _Job:
             raise InputError(
                 f"Node {platform.node()!r} has model {pipeline.hash}, the plan was made with {self.hash}; use one model."
             )
-        format = format_of(self.out)
+        format = format_of(self.out, device=pipeline.device)
         return format, Prepared(pipeline, format.plan)
 
 

@@ -134,7 +134,7 @@ def open_output(
         InputError: the output is not to be written into, has another plan, or another run is at work on it.
     """
     rank, world_size = ranks()
-    store, encoder = open_store(out), choose_config_encoder(config, pipeline.generator.n_channels)
+    store, encoder = open_store(out), choose_config_encoder(config, pipeline)
     prepare_output_of(store, config, rank, world_size)
     file, folder, setup = store.locks
     with joined(str(store), file, folder, rank, world_size, store.empty if config.overwrite else None):

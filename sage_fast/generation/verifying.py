@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK, atomic_write
 from sage_fast.errors import InputError
@@ -216,7 +216,7 @@ def regenerate(
     part = Part(**(values | {"hashes": tuple(shot["sha256"] for shot in line["shots"])}))
     plan = Plan(Path(shots_dir or settings["shots_dir"]), (part,), settings["batch"], 1)
     latents = draw_latents(Prepared(pipeline, plan), range(1))
-    image = draw_images(pipeline, latents).cpu().numpy()
+    image = draw_images(pipeline, latents)
     return _keep(image, next(iter(latents.about())), line, settings, plan, out)
 
 
@@ -228,7 +228,7 @@ def _line(store: Store, number: int) -> dict[str, Any]:
 
 
 def _keep(
-    image: np.ndarray,
+    image: Tensor,
     about: dict[str, Any],
     line: dict[str, Any],
     settings: dict[str, Any],
@@ -238,11 +238,11 @@ def _keep(
     """Write the image as the output has it; plain arrays become a PNG."""
     kind = settings["image"] or "png"
     library = (settings["encoder"] or "pillow").split()[0]
-    encoder = choose_encoder(library, kind, settings["quality"], image.shape[1])
+    encoder = choose_encoder(library, kind, settings["quality"], image.shape[1], image.device)
     path = Path(out or f"{about['category']}_{about['index']:05d}.{kind}")
-    format = ImageFolders(open_store(path.parent), plan, encoder, image.shape[1:])
-    data = format.encoded(format.pixels(image)[0], about)
-    compared = image.tobytes() if settings["format"] == "safetensors" else data
+    format = ImageFolders(open_store(path.parent), plan, encoder, (image.shape[1], image.shape[2], image.shape[3]))
+    data = format.encoded(format.contents(image)[0], about)
+    compared = image.cpu().numpy().tobytes() if settings["format"] == "safetensors" else data
     with atomic_write(path) as file:
         file.write(data)
     return Regenerated(path, hashlib.sha256(compared).hexdigest() == line["sha256"])

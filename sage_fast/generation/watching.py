@@ -15,7 +15,8 @@ from sage_fast.data.writers import cannot_write
 __all__ = ["STAGES", "Meter"]
 
 STAGES = ("sampling", "drawing", "encoding", "committing")
-"""Latents and the preparation of categories; synthesis, fusion and 8 bits; files; shards. They run at the same time."""
+"""Latents and the preparation of categories; synthesis, fusion and 8 bits, with what a GPU encodes; files; shards. They run at
+the same time."""
 
 
 class Meter:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sage_fast.generation.committing import commit
 from sage_fast.generation.drawing import Latents, Prepared, draw_images, draw_latents
+from sage_fast.generation.encoding import Encoder, to_host
 from sage_fast.generation.formats import Format, OpenShard, Stored
 from sage_fast.generation.memory import room_for
 from sage_fast.generation.watching import Meter
@@ -61,7 +62,7 @@ def write_shards(
 
     def draw(latents: Latents) -> _Task:
         with meter.timed("drawing"):
-            images, copied = _on_host(draw_images(pipeline, latents))
+            images, copied = _on_host(format.encoder, draw_images(pipeline, latents))
             return _Task(latents.positions, images, list(latents.about()), copied)
 
     def store(task: _Task) -> list[Stored]:
@@ -87,10 +88,10 @@ def write_shards(
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """Some drawn images [n, C, R, R] on the host, once ``copied`` has come to pass, and what is said of each."""
+    """Some drawn images on the host, [n, C, R, R] once ``copied`` has come to pass or as files, and what is said of each."""
 
     positions: range
-    images: Tensor
+    images: Tensor | list[bytes]
     about: list[dict[str, Any]]
     copied: torch.cuda.Event | None = None
 
@@ -101,17 +102,17 @@ class _Task:
             yield _Task(self.positions[part], self.images[part], self.about[part], self.copied)
 
     def store(self, format: Format) -> list[Stored]:
-        """Encode and store the images."""
+        """Encode the images, unless they are files, and store them."""
         if self.copied is not None:
             self.copied.synchronize()
-        pixels = format.pixels(self.images.numpy())
-        return [format.store(*one) for one in zip(self.positions, pixels, self.about, strict=True)]
+        contents = format.contents(self.images)
+        return [format.store(*one) for one in zip(self.positions, contents, self.about, strict=True)]
 
 
-def _on_host(images: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The images on the host, and when: a copy from a GPU goes on while the next micro-batch is drawn."""
-    if images.device.type != "cuda":
-        return images.cpu(), None
+def _on_host(encoder: Encoder | None, images: Tensor) -> tuple[Tensor | list[bytes], torch.cuda.Event | None]:
+    """:func:`to_host`, and when: a copy of images from a GPU goes on while the next micro-batch is drawn."""
+    if images.device.type != "cuda" or (encoder is not None and encoder.encode_batch is not None):
+        return to_host(encoder, images), None
     host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
     host.copy_(images, non_blocking=True)
     event = torch.cuda.Event()
