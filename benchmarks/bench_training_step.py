@@ -3,9 +3,9 @@
 The step is the plainest, for all: both updates on the same fakes, a pass of the discriminator for each kind (``train_gan``
 draws new fakes, and takes both kinds in one pass). The rivals take it with the same weights: plain PyTorch inside our networks,
 and with ``--peer-path`` the networks of NVlabs as published: on a CPU in float32, on a GPU in float16 at the four largest
-sizes, whatever the row's precision is, which is ours and plain PyTorch's. Time is that of a step plus a sixteenth of an R1
-step; optimizers are left out, they are torch's on all sides. Peak memory is that of both steps above the networks and their
-batch.
+sizes, whatever the row's precision is, which is ours and plain PyTorch's. On a GPU ours is also replayed as CUDA graphs. Time
+is that of a step plus a sixteenth of an R1 step; optimizers are left out, they are torch's on all sides. Peak memory is that of
+both steps above the networks and their batch.
 
     pytest benchmarks/bench_training_step.py --benchmark-enable --bench-device cuda --peer-path ~/stylegan3
 """
@@ -28,6 +28,7 @@ from sage_fast.models import stylegan2_layers
 from sage_fast.models.discriminator import Discriminator
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.ops.convolution import second_derivatives
+from sage_fast.training.graphed import Networks
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 
 CONFIGS = {"32s": (32, 2048, 128), "64s": (64, 4096, 128), "256p": (256, 16384, 512)}  # 256p: on a GPU
@@ -106,7 +107,31 @@ class Step:
         return penalty.detach()[None]
 
 
-def steps(name: str, device: torch.device, peers: list[str]) -> tuple[dict[str, tuple[Step, Callable]], Tensor, Tensor]:
+class GraphedStep(Step):
+    """Ours with both networks replayed as CUDA graphs, as ``train_gan`` does with ``graphs``: reals and fakes in one pass."""
+
+    def __init__(self, G: Generator, D: Discriminator, precision: str) -> None:
+        super().__init__(G.synthesis, D, G, D)
+        self.networks = Networks(G, D, precision, graphs=True)
+
+    def main(self, w_plus: Tensor, real: Tensor) -> Tensor:
+        for p in (*self.G.parameters(), *self.D.parameters()):
+            p.grad = None
+        self.D.requires_grad_(False)
+        noise = [maps.expand(len(w_plus), -1, -1, -1) for maps in self.G.noises.buffers()]
+        fake = self.networks.fakes(w_plus.requires_grad_(), noise)
+        g_loss = nonsaturating_g(self.networks.logits(fake).float())
+        g_loss.backward()
+        self.D.requires_grad_(True)
+        of_reals, of_fakes = self.networks.logits_of_both(real, fake.detach())
+        d_loss = logistic_d(of_reals.float(), of_fakes.float())
+        d_loss.backward()
+        return torch.stack([g_loss.detach(), d_loss.detach()])
+
+
+def steps(
+    name: str, device: torch.device, peers: list[str], precision: str = "float32"
+) -> tuple[dict[str, tuple[Step, Callable]], Tensor, Tensor]:
     """who -> step and the context it runs in; latents and images of a batch."""
     resolution, base, most = CONFIGS[name]
     torch.manual_seed(0)
@@ -116,6 +141,8 @@ def steps(name: str, device: torch.device, peers: list[str]) -> tuple[dict[str, 
     w_plus = torch.randn(BATCH, G.n_latent, 512, device=device)
     ours = Step(G.synthesis, D, G, D)
     found: dict[str, tuple[Step, Callable]] = {"ours": (ours, nullcontext), "plain PyTorch": (ours, plain_ops)}
+    if device.type == "cuda":
+        found["ours, graphs"] = (GraphedStep(G, D, precision), nullcontext)
     for peer, (net, draw, their_D, judge) in load_trainers(peers, G, D).items():
         found[peer] = (Step(draw, judge, net, their_D), nullcontext)
     return found, w_plus, real
@@ -132,7 +159,7 @@ def lowered(device: torch.device, precision: str, who: str) -> AbstractContextMa
 def test_training_step(compare, request, name, precision):
     skip_on_a_cpu(compare.device, name, precision)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    contexts, w_plus, real = steps(name, compare.device, request.config.getoption("--peer-path"))
+    contexts, w_plus, real = steps(name, compare.device, request.config.getoption("--peer-path"), precision)
     compare.compiled = False  # torch.compile differentiates once only, and R1 asks for twice
     compare.tolerance = 1e-3 if precision == "float32" and compare.device.type == "cpu" else 0.1
     compare.rounds = 5

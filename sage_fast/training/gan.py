@@ -25,13 +25,14 @@ from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 from sage_fast.ops.convolution import second_derivatives
 from sage_fast.training.augment import Augment, AugmentConfig
 from sage_fast.training.checkpoints import Checkpoints
+from sage_fast.training.graphed import Networks
 from sage_fast.training.grids import grid_latents
 from sage_fast.training.losses import hinge_d, hinge_g, logistic_d, nonsaturating_g, path_length_penalty, r1_penalty
 from sage_fast.training.prior import draw_pixels, draw_prior, mixed_w_plus
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reals import Reals, as_reals
 from sage_fast.training.runtime import PRECISIONS, Run, autocast, ema_update
-from sage_fast.training.shares import logits_of_both, path_share, share_out
+from sage_fast.training.shares import path_share, share_out
 from sage_fast.training.transfer import transfer
 from sage_fast.training.updates import Guard, Update
 from sage_fast.training.watching import CollapseDetector, Measure, Watch
@@ -73,6 +74,7 @@ class GANConfig:
     transfer_from: str | None = None  # bundle or published file to start from; see sage_fast.training.transfer
     freeze_d: int = 0  # highest-resolution layers of the discriminator that stay as they are (FreezeD)
     precision: str = "float32"  # or "bfloat16": see sage_fast.training.runtime.autocast; or "float64"
+    graphs: bool = False  # on a GPU: replay both networks as CUDA graphs; see sage_fast.training.graphed
     seed: int = 0
     log_every: int = 50
     save_every: int = 1000
@@ -112,6 +114,10 @@ class GANConfig:
             raise InputError(
                 f"freeze_d must be 0 to {n_layers}, the layers of a {self.resolution} px discriminator, got {self.freeze_d}."
             )
+        if self.graphs and self.accumulate > 1:
+            raise InputError(
+                f"graphs keeps one micro-batch's gradients, expected accumulate 1, got {self.accumulate}; use more ranks instead."
+            )
         share_out(self.batch, self.mbstd_group, accumulate=self.accumulate)
 
     @property
@@ -148,6 +154,8 @@ def train_gan(
             finite; then no update was made with it, and ``logs/gan_diagnosis.json`` has what is known.
     """
     data, ranks = as_reals(images, config), join_ranks(device)
+    if config.graphs and ranks.device.type != "cuda":
+        raise InputError(f"graphs needs a GPU, got device '{ranks.device}'; leave it out, or give device 'cuda'.")
     others = None if held_out is None else as_reals(held_out, config, least=1)
     shares = share_out(config.batch, config.mbstd_group, ranks.rank, ranks.world, config.accumulate)
     path_shares = [path_share(share, config.batch, config.mbstd_group) for share in shares]
@@ -168,6 +176,7 @@ def train_gan(
     update = partial(Update, accumulate=config.accumulate, guard=guard, ranks=ranks)
     g_update, path_update = update("g_loss", g_optim), update("path_penalty", g_optim)
     d_update, r1_update = update("d_loss", d_optim), update("r1", d_optim)
+    networks = Networks(G, D, config.precision, config.graphs)
     g_loss_of, d_loss_of = _LOSSES[config.loss]
     augment, watch = Augment(config.augment), Watch(measure, config.measure_every_kimg, config.patience)
     detector = CollapseDetector(data.pixels[data.spread(1024)])
@@ -210,7 +219,8 @@ def train_gan(
             part = prior.take(share)
             w_plus, w = mixed_w_plus(G, part, c)
             with autocast(config.precision, ranks.device):
-                loss = g_loss_of(D(augment.apply(G(w_plus, noise=part.noise), draws[share]), c))
+                images = augment.apply(networks.fakes(w_plus, part.noise), draws[share])
+                loss = g_loss_of(networks.logits(images, c))
             g_update.add(loss)
             w_mean += w.detach().mean(0) / config.accumulate
         g_loss = g_update.apply(w_mean)
@@ -238,9 +248,9 @@ def train_gan(
             part = prior.take(share)
             with autocast(config.precision, ranks.device):
                 with torch.no_grad():
-                    fake = G(mixed_w_plus(G, part, c)[0], noise=part.noise)
+                    fake = networks.fakes(mixed_w_plus(G, part, c)[0], part.noise)
                 shown = augment.apply(real, draws[share]), augment.apply(fake, fake_draws[share])
-                of_reals, of_fakes = logits_of_both(D, *shown, c)
+                of_reals, of_fakes = networks.logits_of_both(*shown, c)
                 loss = d_loss_of(of_reals, of_fakes)
             d_update.add(loss)
             logits[:, share] = torch.stack([of_reals, of_fakes]).detach().flatten(1).to(logits)

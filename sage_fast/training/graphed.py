@@ -1,0 +1,87 @@
+"""The networks of an adversarial training, called or replayed: a step on a GPU is thousands of launches, which Python takes longer
+for than the GPU does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.training.shares import logits_of_both
+
+__all__ = ["Networks"]
+
+
+class Networks:
+    """What an update asks of a generator and a discriminator: first derivatives only; regularisers call the networks themselves.
+
+    With ``graphs`` each of the three functions is captured at its first call, forward and backward, as CUDA graphs
+    (``torch.cuda.make_graphed_callables``), and replayed from then on: batches of one size, one forward before its backward, one
+    backward an update. Images, logits and gradients are buffers that the next replay overwrites. Every function keeps its own
+    activations, so memory is the sum of both updates' instead of the larger one.
+
+    Args:
+        precision: ``"bfloat16"`` for autocast, as :func:`sage_fast.training.runtime.autocast`.
+        graphs: needs a GPU; the parameters must stay where they are from the first call on.
+    """
+
+    def __init__(self, G: Generator, D: Discriminator, precision: str = "float32", graphs: bool = False) -> None:
+        self.device, self.low, self.graphs = G.latent_avg.device, precision == "bfloat16", graphs
+        self._fakes, self._judge, self._judge_both = _Fakes(G), _Judge(D), _JudgeBoth(D)
+        self._captured: set[nn.Module] = set()
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+
+    def fakes(self, w_plus: Tensor, noise: Sequence[Tensor]) -> Tensor:
+        """Images [N, C, R, R] of ``w_plus`` [N, L, D] with noise maps [N, 1, h, w]."""
+        return self._call(self._fakes, w_plus, *noise)
+
+    def logits(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [N, 1] for the generator's update: the discriminator's parameters must not require gradients."""
+        return self._call(self._judge, images, *(() if labels is None else (labels,)))
+
+    def logits_of_both(self, reals: Tensor, fakes: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [N, 1] of reals and of fakes for the discriminator's update: its parameters must require gradients."""
+        return self._call(self._judge_both, reals, fakes, *(() if labels is None else (labels,)))
+
+    def _call(self, network: nn.Module, *arguments: Tensor) -> Any:
+        if network in self._captured:
+            return network(*arguments)
+        # a graph must not hold the copy of a weight in 16 bits that autocast keeps for the next call
+        settings: dict[str, Any] = dict(dtype=torch.bfloat16, enabled=self.low, cache_enabled=not self.graphs)
+        with torch.autocast(self.device.type, **settings):
+            if not self.graphs:
+                return network(*arguments)
+            samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in arguments)
+            torch.cuda.make_graphed_callables(network, samples, allow_unused_input=True, pool=self._pool)
+        self._captured.add(network)
+        return network(*arguments)
+
+
+class _Fakes(nn.Module):
+    def __init__(self, G: Generator) -> None:
+        super().__init__()
+        self.G = G
+
+    def forward(self, w_plus: Tensor, *noise: Tensor) -> Tensor:
+        return self.G(w_plus, noise=list(noise))
+
+
+class _Judge(nn.Module):
+    def __init__(self, D: Discriminator) -> None:
+        super().__init__()
+        self.D = D
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.D(images, labels)
+
+
+class _JudgeBoth(nn.Module):
+    def __init__(self, D: Discriminator) -> None:
+        super().__init__()
+        self.D = D
+
+    def forward(self, reals: Tensor, fakes: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return logits_of_both(self.D, reals, fakes, labels)
