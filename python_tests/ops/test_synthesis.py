@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sage_fast.errors import InputError
-from sage_fast.models.inference import choose_road, counter_noise, fused_network, wanted_dtype
+from sage_fast.models.inference import choose_road, counter_noise, fused_network, layer_by_layer, wanted_dtype
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.ops import synthesis_cuda
 from sage_fast.ops.synthesis import has_products, synthesis, synthesis_reference
@@ -186,6 +186,10 @@ def test_the_road_and_its_reason(device):
     assert choose_road(G, w_plus.clone().requires_grad_())[1] == "gradients are recorded"
     with torch.no_grad():
         assert choose_road(G, w_plus.clone().requires_grad_())[0] == "fused"
+        with layer_by_layer():
+            assert choose_road(G, w_plus)[1] == "weights change from call to call"
+            layered = G.synthesis(w_plus)
+        assert relative(layered, G.synthesis(w_plus)) < 1e-5 and not torch.equal(layered, G.synthesis(w_plus))
     G.requires_grad_(True)
     assert choose_road(G, w_plus)[0] == "differentiable"
     assert G.synthesis(w_plus).requires_grad

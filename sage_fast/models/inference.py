@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -25,12 +27,25 @@ from sage_fast.ops.synthesis_cuda import MAX_CHANNELS
 if TYPE_CHECKING:
     from sage_fast.models.stylegan2 import Generator
 
-__all__ = ["choose_road", "counter_noise", "fused_network", "wanted_dtype"]
+__all__ = ["choose_road", "counter_noise", "fused_network", "layer_by_layer", "wanted_dtype"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_layers: ContextVar[bool] = ContextVar("layer by layer", default=False)
 _Key = tuple[tuple[int, int], ...]
 _networks: WeakKeyDictionary[nn.Module, tuple[_Key, SynthesisNetwork]] = WeakKeyDictionary()
 _binomial: WeakKeyDictionary[nn.Module, tuple[_Key, bool]] = WeakKeyDictionary()
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Inside, no synthesis takes the fused road: for weights that change before the next call. On a GPU preparing them is a
+    dozen small kernels a layer and a wait for the device, more than a small synthesis.
+    """
+    token = _layers.set(True)
+    try:
+        yield
+    finally:
+        _layers.reset(token)
 
 
 def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | None] | None = None) -> tuple[str, str]:
@@ -45,6 +60,8 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", f"the fused synthesis has no kernel on '{device}'"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "differentiable", "a graph is being captured"
+    if _layers.get():
+        return "differentiable", "weights change from call to call"
     if generator.connections == "resnet":
         return "differentiable", "the fused kernels have no residual connections"
     tensors, filters = _weights(generator), _filters(generator)

@@ -4,11 +4,13 @@ for than the GPU does."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sage_fast.models.inference import layer_by_layer
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.training.shares import logits_of_both
 
@@ -36,7 +38,8 @@ class Networks:
 
     def fakes(self, w_plus: Tensor, noise: Sequence[Tensor]) -> Tensor:
         """Images [N, C, R, R] of ``w_plus`` [N, L, D] with noise maps [N, 1, h, w]."""
-        return self._call(self._fakes, w_plus, *noise)
+        with layer_by_layer() if self.device.type == "cuda" else nullcontext():
+            return self._call(self._fakes, w_plus, *noise)
 
     def logits(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits [N, 1] for the generator's update: the discriminator's parameters must not require gradients."""
