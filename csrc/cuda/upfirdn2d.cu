@@ -8,6 +8,11 @@ namespace sage_fast {
 namespace {
 
 constexpr int kThreads = 256, kSide = 4;
+#ifdef SAGE_FAST_ON_HOST  // both sides of the choice in small tests
+constexpr int64_t kEnoughThreads = 32;
+#else
+constexpr int64_t kEnoughThreads = 100000;  // of 16 warps on each multiprocessor of the larger cards, and more
+#endif
 
 // f, in any dtype of the kernels, as correlation taps in shared memory
 template <class T, class A>
@@ -49,46 +54,66 @@ __global__ void any(const T* __restrict__ x, const T* __restrict__ f, UpfirdnPar
   }
 }
 
-// Channels last, 4 x 4 taps, up 1: a thread has Rows outputs one below the other of a pack, and reads each pixel once.
-template <class T, int N, int Down>
-__global__ void columns(const T* __restrict__ x, const T* __restrict__ f, UpfirdnParams p, int64_t out_h, int64_t out_w,
-                        T* __restrict__ y) {
+// Channels last, 4 x 4 taps, up 1: a thread has Rows x Columns neighbouring outputs of a pack, and reads each pixel
+// that they meet once: 4.4 reads an output of 4 x 2, 10 of 2 x 1, which leaves more threads for small images.
+template <class T, int N, int Down, int Rows, int Columns>
+__global__ void __launch_bounds__(kThreads, 2)
+    columns(const T* __restrict__ x, const T* __restrict__ f, UpfirdnParams p, int64_t out_h, int64_t out_w,
+            T* __restrict__ y) {
   using A = typename Accumulator<T>::type;
-  constexpr int Rows = 2, Reach = (Rows - 1) * Down + kSide;
+  constexpr int High = (Rows - 1) * Down + kSide, Wide = (Columns - 1) * Down + kSide;
   __shared__ A taps[kSide * kSide];
   read_taps(f, kSide * kSide, p.flip, p.gain, taps);
-  const int64_t packs = p.inner / N, groups = (out_h + Rows - 1) / Rows;
-  SAGE_FAST_GRID_STRIDE(i, p.planes * groups * out_w * packs) {
-    const int64_t pack = i % packs, column = i / packs % out_w, group = i / packs / out_w % groups;
-    const int64_t plane = i / packs / out_w / groups;
-    const int64_t top = group * Rows * Down - p.top, left = column * Down - p.left;
+  const int64_t packs = p.inner / N, along = (out_w + Columns - 1) / Columns, groups = (out_h + Rows - 1) / Rows;
+  SAGE_FAST_GRID_STRIDE(i, p.planes * groups * along * packs) {
+    const int64_t pack = i % packs, column = i / packs % along * Columns, row = i / packs / along % groups * Rows;
+    const int64_t plane = i / packs / along / groups, top = row * Down - p.top, left = column * Down - p.left;
     const Pack<T, N>* in = reinterpret_cast<const Pack<T, N>*>(x) + plane * p.h * p.w * packs + pack;
-    A sum[Rows][N] = {};
+    A sum[Rows][Columns][N] = {};
 #pragma unroll
-    for (int r = 0; r < Reach; ++r) {
+    for (int r = 0; r < High; ++r) {
+      const int64_t yy = top + r;
+      if (yy < 0 || yy >= p.h) continue;
 #pragma unroll
-      for (int kx = 0; kx < kSide; ++kx) {
-        const int64_t yy = top + r, xx = left + kx;
-        if (yy < 0 || yy >= p.h || xx < 0 || xx >= p.w) continue;
+      for (int c = 0; c < Wide; ++c) {
+        const int64_t xx = left + c;
+        if (xx < 0 || xx >= p.w) continue;
         const Pack<T, N> v = in[(yy * p.w + xx) * packs];
 #pragma unroll
         for (int o = 0; o < Rows; ++o) {
-          const int ky = r - o * Down;
-          if (ky < 0 || ky >= kSide) continue;  // known to the compiler
 #pragma unroll
-          for (int k = 0; k < N; ++k) sum[o][k] += taps[ky * kSide + kx] * static_cast<A>(v.v[k]);
+          for (int q = 0; q < Columns; ++q) {
+            const int ky = r - o * Down, kx = c - q * Down;
+            if (ky < 0 || ky >= kSide || kx < 0 || kx >= kSide) continue;  // known to the compiler
+#pragma unroll
+            for (int k = 0; k < N; ++k) sum[o][q][k] += taps[ky * kSide + kx] * static_cast<A>(v.v[k]);
+          }
         }
       }
     }
 #pragma unroll
     for (int o = 0; o < Rows; ++o) {
-      const int64_t row = group * Rows + o;
-      if (row >= out_h) break;
-      Pack<T, N> out;
 #pragma unroll
-      for (int k = 0; k < N; ++k) out.v[k] = static_cast<T>(sum[o][k]);
-      reinterpret_cast<Pack<T, N>*>(y)[((plane * out_h + row) * out_w + column) * packs + pack] = out;
+      for (int q = 0; q < Columns; ++q) {
+        if (row + o >= out_h || column + q >= out_w) continue;
+        Pack<T, N> out;
+#pragma unroll
+        for (int k = 0; k < N; ++k) out.v[k] = static_cast<T>(sum[o][q][k]);
+        reinterpret_cast<Pack<T, N>*>(y)[((plane * out_h + row + o) * out_w + column + q) * packs + pack] = out;
+      }
     }
+  }
+}
+
+template <class T, int N, int Down>
+void launch_columns(const T* x, const T* f, const UpfirdnParams& p, int64_t out_h, int64_t out_w, T* y,
+                    cudaStream_t stream) {
+  const int64_t many = p.planes * ((out_h + 3) / 4) * ((out_w + 1) / 2) * (p.inner / N);
+  if (many >= kEnoughThreads) {
+    columns<T, N, Down, 4, 2><<<blocks_for(many, kThreads), kThreads, 0, stream>>>(x, f, p, out_h, out_w, y);
+  } else {
+    const int64_t few = p.planes * ((out_h + 1) / 2) * out_w * (p.inner / N);
+    columns<T, N, Down, 2, 1><<<blocks_for(few, kThreads), kThreads, 0, stream>>>(x, f, p, out_h, out_w, y);
   }
 }
 
@@ -175,9 +200,9 @@ void launch(const T* x, const T* f, const UpfirdnParams& p, T* y, cudaStream_t s
   const bool packed =
       p.inner % N == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
   if (square && packed && p.up == 1 && p.down == 1) {
-    columns<T, N, 1><<<blocks_for(n / N / 2 + 1, kThreads), kThreads, 0, stream>>>(x, f, p, out_h, out_w, y);
+    launch_columns<T, N, 1>(x, f, p, out_h, out_w, y, stream);
   } else if (square && packed && p.up == 1 && p.down == 2) {
-    columns<T, N, 2><<<blocks_for(n / N / 2 + 1, kThreads), kThreads, 0, stream>>>(x, f, p, out_h, out_w, y);
+    launch_columns<T, N, 2>(x, f, p, out_h, out_w, y, stream);
   } else if (packed) {
     any<T, N><<<blocks_for(n / N, kThreads), kThreads, 0, stream>>>(x, f, p, out_h, out_w, y);
   } else {
