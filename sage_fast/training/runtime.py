@@ -274,5 +274,5 @@ def ema_update(average: torch.nn.Module, model: torch.nn.Module, decay: float) -
     names, targets = zip(*average.named_parameters())
     sources = dict(model.named_parameters())
     torch._foreach_lerp_(list(targets), [sources[name] for name in names], 1 - decay)
-    for target, source in zip(average.buffers(), model.buffers()):
-        target.copy_(source)
+    if copies := list(average.buffers()):
+        torch._foreach_copy_(copies, list(model.buffers()))
