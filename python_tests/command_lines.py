@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
+import tyro
 
 from sage_fast import cli
 
@@ -15,12 +16,12 @@ class _Parsed(Exception):
 
 def parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail unless the words of ``line`` are understood; nothing of the command runs."""
-    parse = cli._parse
+    parse = tyro.cli
 
-    def stop(*arguments):
-        parse(*arguments)
+    def stop(*arguments, **named):
+        parse(*arguments, **named)
         raise _Parsed
 
-    monkeypatch.setattr(cli, "_parse", stop)
+    monkeypatch.setattr(tyro, "cli", stop)
     with pytest.raises(_Parsed):
         cli.main(shlex.split(line)[1:])

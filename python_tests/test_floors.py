@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[float, str | None]] = {
     "evaluation": (7, None),
     "info": (7, None),
     "demo": (8, None),
+    "commands": (8.3, None),
     "cli": (8.5, None),
 }
 DATA_FROM = 5  # rooms on this floor and above may read files through sage_fast.data
@@ -119,6 +120,7 @@ def test_a_file_imports_only_from_lower_floors_of_its_leg(path):
         ("training", "if TYPE_CHECKING:\n    x = 1\nelse:\n    from sage_fast.evaluation import fid", False),
         ("demo", "if __name__ == '__main__':\n    from sage_fast.cli import main", True),
         ("demo", "from sage_fast.cli import main", False),
+        ("commands", "from sage_fast.cli import COMMANDS", False),
         ("training", "from sage_fast.helpers import x", False),
         ("training", "from ..evaluation.fid import x", False),
         ("training", "from .gan import x", True),

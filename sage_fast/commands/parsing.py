@@ -1,0 +1,114 @@
+"""From the words of a command to the dataclasses that its functions take."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import field, make_dataclass
+from itertools import groupby
+from typing import Annotated, Any
+
+from sage_fast.commands import SUMMARIES
+from sage_fast.errors import InputError
+
+
+def parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
+    """Fill dataclasses from the words of a command; each part is a class, or an instance that gives the defaults.
+
+    An ``InputError`` of a dataclass's own checks comes out as it is, without the parser's frame around it.
+    """
+    import tyro
+
+    inline = tyro.conf.arg(name="")  # options of a part bear no prefix
+    fields: list[Any] = []
+    for number, part in enumerate(parts):
+        kind = part if isinstance(part, type) else type(part)
+        default = () if isinstance(part, type) else (field(default=part),)
+        marked = Annotated[kind, tyro.conf.Positional] if getattr(kind, "positional", False) else kind
+        fields.append((f"part_{number}", Annotated[marked, inline], *default))
+    printed = io.StringIO()
+    try:
+        asks = {"-h", "--help"} & set(argv)
+        with contextlib.redirect_stderr(printed), contextlib.nullcontext() if asks else _unwrapped():
+            filled: Any = tyro.cli(
+                make_dataclass("Options", fields),
+                prog=f"sage-fast {command}",
+                description=SUMMARIES[command.split()[0]],
+                args=list(argv),
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if (error := _cause(stop)) is not None:
+            raise error from None
+        if stop.code and (complaint := _sentence_of_box(printed.getvalue(), command)) is not None:
+            raise InputError(complaint) from None
+        sys.stderr.write(printed.getvalue())
+        raise
+    return tuple(getattr(filled, f"part_{number}") for number in range(len(parts)))
+
+
+def _sentence_of_box(printed: str, command: str) -> str | None:
+    """What the parser drew a frame around, as a sentence; None where it drew none."""
+    lines = [line.strip("│ ") for line in printed.splitlines() if line.strip() and line[0] in "│ "]
+    ruled = groupby(lines, lambda line: set(line) <= {"─", "-"})
+    blocks = [list(block) for is_rule, block in ruled if not is_rule][0 if printed.startswith("╭") else 1 :]  # a title
+    if not blocks:
+        return None
+    said, *others = blocks
+    listed = {block[0].split()[0]: block[1:] for block in others}
+    if said[0].startswith("Missing from"):
+        needs: list[str] = []
+        for line in said[1:]:  # an option and what it is, or a word's kind and what it is
+            if line.startswith("--") or line.isupper() or not needs:
+                needs.append(line.split()[0])
+            elif not needs[-1].startswith("--"):
+                needs[-1] = line.removesuffix(" (required)")
+        unknown = f" and does not know {' '.join(listed['Unrecognized'])}" if "Unrecognized" in listed else ""
+        text = f"{command} needs {' and '.join(needs)}{unknown}"
+    else:
+        text = " ".join(said).rstrip(".")
+    meant = [line.split()[0] for name in ("Perhaps", "Arguments") for line in listed.get(name, ()) if line[:2] == "--"]
+    perhaps = f"; perhaps you meant {' or '.join(meant[:3])}" if meant else ""
+    return f"{text}{perhaps}; see sage-fast {command} --help."
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """The parser's lines are not broken."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _cause(error: BaseException | None) -> InputError | None:
+    """The ``InputError`` that led to an exception, if one did."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def value_of(argv: Sequence[str], *options: str) -> str | None:
+    """The word behind one of ``options`` (``--name word`` or ``--name=word``), or None."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return next((words[i + 1] for i, word in enumerate(words[:-1]) if word in options), None)
+
+
+def usable_device(name: str) -> str:
+    """``name``, with "auto" resolved; refuses a device that is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device must be 'auto', 'cpu' or a device that torch can use here, got {name!r}.") from error
+    return name
