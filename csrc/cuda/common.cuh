@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "../tensor.h"
 
@@ -65,6 +66,22 @@ struct alignas(sizeof(T) * N) Pack {
 
 template <class T>
 constexpr int pack_size = 16 / static_cast<int>(sizeof(T));
+
+// Whether packs of 16 bytes may begin at p.
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// A load that leaves the L2 cache to what is read again.
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> read_once(const Pack<T, N>* from) {
+  Pack<T, N> to;
+  if constexpr (sizeof(to) == 16) {
+    const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(from));
+    std::memcpy(&to, &raw, sizeof(to));
+  } else {
+    to = *from;
+  }
+  return to;
+}
 
 // Calls f(T{}) for the scalar type named by dtype.
 template <class F>

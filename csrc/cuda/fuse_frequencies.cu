@@ -4,49 +4,67 @@
 namespace sage_fast {
 namespace {
 
-constexpr int kThreads = 256;
+// What the low-pass is taken of, put together as it is loaded: (gamma1 - 1) edited + real - gamma2 inverted.
+template <class T, bool kEdited>
+struct Change {
+  static constexpr int kBlocks = sizeof(T) == 4 && !kEdited ? 3 : 2;
+  template <int V>
+  struct Raw {
+    Pack<T, V> real, inverted, edited;  // edited: where it counts
+  };
+  struct At {
+    const T *real, *inverted, *edited;
+  };
 
-// What the low-pass is taken of: [images, c, h, w], `size` values an image.
-template <class T>
-__global__ void change_of(const T* __restrict__ real, const T* __restrict__ inverted, const T* __restrict__ edited,
-                          FuseFrequenciesParams p, int64_t size, int64_t total, T* __restrict__ y) {
-  const T more = T(p.gamma1 - 1), less = T(p.gamma2);
-  SAGE_FAST_GRID_STRIDE(i, total) {
-    const int64_t image = i / size, at = i % size;
-    const T source = real[image * p.real_step + at] - less * inverted[image * p.inverted_step + at];
-    y[i] = more == 0 ? source : more * edited[i] + source;
+  const T *real, *inverted, *edited;
+  int64_t real_step, inverted_step, channels, size;  // size: of a plane
+  T more, less;
+
+  bool aligned() const { return is_aligned(real) && is_aligned(inverted) && is_aligned(edited); }
+  __device__ At at(int64_t plane) const {
+    const int64_t image = plane / channels, of_image = plane % channels * size;
+    return {real + image * real_step + of_image, inverted + image * inverted_step + of_image, edited + plane * size};
   }
-}
-
-template <class T>
-__global__ void add_shared(const T* __restrict__ edited, const T* __restrict__ low, int64_t size, int64_t total,
-                           T* __restrict__ y) {
-  SAGE_FAST_GRID_STRIDE(i, total) y[i] = edited[i] + low[i % size];
-}
+  template <int V>
+  __device__ static Raw<V> fetch(const At& from, int64_t i) {
+    Raw<V> raw;
+    raw.real = read_once(reinterpret_cast<const Pack<T, V>*>(from.real + i));
+    raw.inverted = read_once(reinterpret_cast<const Pack<T, V>*>(from.inverted + i));
+    if constexpr (kEdited) raw.edited = *reinterpret_cast<const Pack<T, V>*>(from.edited + i);
+    return raw;
+  }
+  template <int V>
+  __device__ Pack<T, V> value(const Raw<V>& raw) const {
+    Pack<T, V> y;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      y.v[k] = raw.real.v[k] - less * raw.inverted.v[k];
+      if constexpr (kEdited) y.v[k] = more * raw.edited.v[k] + y.v[k];
+    }
+    return y;
+  }
+};
 
 Tensor fuse_frequencies(Tensor real, Tensor inverted, Tensor edited, double gamma1, double gamma2, double sigma) {
   const FuseFrequenciesParams p = fuse_frequencies_params(real, inverted, edited, gamma1, gamma2, sigma);
   Scope stream(edited);
   if (edited.numel() == 0) return torch::stable::empty_like(edited);
-  const bool share = p.one_source() && p.n > 1;
-  const int64_t images = share ? 1 : p.n, size = p.c * p.h * p.w;
-  Tensor change = torch::stable::new_empty(edited, {images * p.c, p.h, p.w}), out = edited;
+  const int64_t count = p.one_source() ? p.n : 1, images = p.n / count;
+  Tensor out = edited;
   dispatch(edited, [&](auto zero) {
     using T = decltype(zero);
-    change_of<T><<<blocks_for(images * size, kThreads), kThreads, 0, stream>>>(
-        data<T>(real), data<T>(inverted), data<T>(edited), p, size, images * size, mutable_data<T>(change));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    Tensor low = low_pass<T>(change, {sigma, false, false}, stream, share ? nullptr : data<T>(edited));
-    if (!share) {
-      out = torch::stable::view(low, {p.n, p.c, p.h, p.w});
-      return;
+    const auto of = [&](auto load) {
+      load = {data<T>(real), data<T>(inverted), data<T>(edited),    p.real_step,    p.inverted_step,
+              p.c,           p.h * p.w,         T(p.gamma1 - 1), T(p.gamma2)};
+      out = low_pass<T>(edited, load, images * p.c, p.h, p.w, {sigma, false, false}, stream, data<T>(edited), count);
+    };
+    if (T(p.gamma1 - 1) == 0) {
+      of(Change<T, false>());
+    } else {
+      of(Change<T, true>());
     }
-    out = torch::stable::empty_like(edited);
-    add_shared<T><<<blocks_for(edited.numel(), kThreads), kThreads, 0, stream>>>(data<T>(edited), data<T>(low), size,
-                                                                                 edited.numel(), mutable_data<T>(out));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return out;
+  return torch::stable::view(out, {p.n, p.c, p.h, p.w});
 }
 
 }  // namespace

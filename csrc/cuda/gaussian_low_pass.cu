@@ -10,10 +10,11 @@ Tensor gaussian_low_pass(Tensor images, double sigma, bool reflect, bool pixels)
   images = torch::stable::contiguous(images);
   if (images.numel() == 0) return torch::stable::empty_like(images);
   const int64_t n = images.size(0), c = images.size(1), h = images.size(2), w = images.size(3);
-  Tensor planes = torch::stable::view(images, {n * c, h, w}), out = planes;
+  Tensor out = images;
   dispatch(images, [&](auto zero) {
     using T = decltype(zero);
-    out = low_pass<T>(planes, {sigma, reflect, pixels}, stream, nullptr);
+    const PlainPlanes<T> load{data<T>(images), h * w};
+    out = low_pass<T>(images, load, n * c, h, w, {sigma, reflect, pixels}, stream);
   });
   return torch::stable::view(out, {n, c, h, w});
 }

@@ -142,6 +142,11 @@ T __ldg(const T* from) {
   return *from;
 }
 
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+
 // What --use_fast_math makes of it: a rounding of the exponent before, which costs digits of what is far from 1.
 inline float fast_expf(float x) { return float(std::exp2(double(x * 1.4426950408889634f))); }
 #define expf fast_expf
@@ -164,6 +169,11 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // a bad launch t
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   std::memcpy(to, from, bytes);
   return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(const Kernel&, cudaFuncAttribute, int bytes) {
