@@ -54,7 +54,7 @@ Tensor fuse_frequencies(Tensor real, Tensor inverted, Tensor edited, double gamm
   dispatch(edited, [&](auto zero) {
     using T = decltype(zero);
     const auto of = [&](auto load) {
-      load = {data<T>(real), data<T>(inverted), data<T>(edited),    p.real_step,    p.inverted_step,
+      load = {data<T>(real), data<T>(inverted), data<T>(edited), p.real_step, p.inverted_step,
               p.c,           p.h * p.w,         T(p.gamma1 - 1), T(p.gamma2)};
       out = low_pass<T>(edited, load, images * p.c, p.h, p.w, {sigma, false, false}, stream, data<T>(edited), count);
     };

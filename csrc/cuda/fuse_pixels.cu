@@ -23,6 +23,9 @@ __device__ int mirrored(int i, int n) {
   return i < 0 ? 0 : i;  // of an axis of one pixel
 }
 
+template <class T, int V, int kChannels>
+constexpr int kBlocks = V * kChannels * sizeof(T) > 12 ? 4 : 6;  // on a multiprocessor
+
 template <class T>
 struct Images {
   const T *real, *inverted, *edited, *low;  // low: where kLow
@@ -74,7 +77,7 @@ __device__ __forceinline__ Channel<T, V> compare(const Raw<T, V>& raw, Blend ble
 // real, inverted, low [n or 1, c, h, w], edited [n, c, h, w] -> y. A stretch of a strip of an image's rows has `lanes`
 // lanes, a power of two. kChannels: how many stay in registers until their mask is known; 0: any number, read again.
 template <class T, int V, int kChannels, bool kLow>
-__global__ void __launch_bounds__(kThreads, V * kChannels * sizeof(T) > 12 ? 4 : 6)
+__global__ void __launch_bounds__(kThreads, kBlocks<T, V, kChannels>)
     run(Images<T> images, FusePixelsParams p, Numbers<T> numbers, int lanes, int rows, T* __restrict__ y) {
   constexpr int kAtOnce = kChannels ? kChannels : 1;
   const int h = static_cast<int>(p.h), w = static_cast<int>(p.w), channels = kChannels ? kChannels : int(p.c);

@@ -234,8 +234,7 @@ struct PackedBand {
   std::vector<T> weights;
   std::vector<Reach> groups, blocks;
 
-  explicit PackedBand(const Band& band)
-      : n_in(static_cast<int>(band.from.n)), n_out(static_cast<int>(band.rows())) {
+  explicit PackedBand(const Band& band) : n_in(static_cast<int>(band.from.n)), n_out(static_cast<int>(band.rows())) {
     for (int first = 0; first < n_out; first += kGroup) add_group(band, first);
     for (int first = 0; first < n_out; first += kBatch) blocks.push_back(reach_of(band, first, kBatch));
   }
@@ -358,7 +357,8 @@ Tensor multiply_columns(const Tensor& x, const DeviceBand<T>& band, cudaStream_t
   return y;
 }
 
-// Low-pass of load [planes, h, w], and base [count, planes, h, w], which may be null, beside it -> [count planes, h, w].
+// Low-pass of load [planes, h, w], and base [count, planes, h, w], which may be null, beside it -> [count planes, h,
+// w].
 template <class T, class Load>
 Tensor low_pass(const Tensor& like, const Load& load, int64_t planes, int64_t h, int64_t w, const LowPassParams& p,
                 cudaStream_t stream, const T* base = nullptr, int64_t count = 1) {

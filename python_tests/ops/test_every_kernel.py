@@ -68,8 +68,8 @@ def gradient(device: str, act: str, *size: int) -> Pair:
     return results[0], results[1]
 
 
-def fused(device: str, name: str, sources: int, *settings: float) -> Pair:
-    return both(name, *(normal(device, n, 3, 21, 34) for n in (sources, sources, 3)), *settings)
+def fused(device: str, name: str, sources: int, *settings, size=(21, 34), channels: int = 3) -> Pair:
+    return both(name, *(normal(device, n, channels, *size) for n in (sources, sources, 3)), *settings)
 
 
 def epilogue(device: str, k: int) -> Pair:
@@ -106,8 +106,10 @@ def synthesized(device: str) -> Pair:
     return G.synthesis(w_plus), synthesis_reference(fused_network(G), w_plus, noise)
 
 
-def projected(device: str) -> Pair:
-    return both("project_onto_basis", normal(device, 5, 3, 37), normal(device, 3, 37, 7) / 6)
+def projected(device: str, dim: int) -> Pair:
+    """By the op itself: on a GPU the sizes of some would choose two products."""
+    arguments = normal(device, 5, 3, dim), normal(device, 3, dim, 7) / 6
+    return torch.ops.sage_fast.project_onto_basis(*arguments), ops.project_onto_basis_reference(*arguments)
 
 
 def solved(device: str) -> Pair:
@@ -145,13 +147,21 @@ CASES: dict[str, Callable[[str], Pair]] = {
     "bias_act.forward": lambda d: activated(d, "swish", 2, 5, 7, 3),
     "bias_act.backward, packed": lambda d: gradient(d, "lrelu", 2, 8, 4, 4),
     "bias_act.backward": lambda d: gradient(d, "swish", 2, 5, 7, 3),
-    "low_pass.banded": lambda d: both("gaussian_low_pass", normal(d, 2, 3, 37, 50), 5.0),
-    "low_pass.banded, mirrored": lambda d: both("gaussian_low_pass", normal(d, 1, 3, 37, 50), 3.0, "reflect", "pixels"),
-    "fuse_frequencies.change_of": lambda d: fused(d, "fuse_frequencies", 3, 0.7, 0.8),
-    "fuse_frequencies.add_shared": lambda d: fused(d, "fuse_frequencies", 1, 1.0, 0.8),
+    "low_pass.rows": lambda d: both("gaussian_low_pass", normal(d, 2, 3, 37, 50), 5.0),
+    "low_pass.rows, packed": lambda d: both("gaussian_low_pass", normal(d, 1, 3, 150, 132), 3.0),
+    "low_pass.rows, change": lambda d: fused(d, "fuse_frequencies", 3, 0.7, 0.8),
+    "low_pass.rows, one source": lambda d: fused(d, "fuse_frequencies", 1, 1.0, 0.8),
+    "low_pass.columns": lambda d: both("gaussian_low_pass", normal(d, 1, 3, 37, 50), 3.0, "reflect", "pixels"),
     "fuse_pixels.run": lambda d: fused(d, "fuse_pixels", 3),
-    "fuse_pixels.run, one source": lambda d: fused(d, "fuse_pixels", 1),
-    "project_onto_basis.run": projected,
+    "fuse_pixels.run, packed": lambda d: fused(d, "fuse_pixels", 1, size=(21, 132)),
+    "fuse_pixels.run, one channel": lambda d: fused(d, "fuse_pixels", 1, size=(21, 36), channels=1),
+    "fuse_pixels.run, after the frequencies": lambda d: fused(
+        d, "fuse_pixels", 1, 0.5, "convex", normal(d, 1, 3, 21, 34)
+    ),
+    "project_onto_basis.any": lambda d: projected(d, 37),
+    "project_onto_basis.packed": lambda d: projected(d, 36),
+    "project_onto_basis.packed, four packs": lambda d: projected(d, 260),
+    "project_onto_basis.packed, eight packs": lambda d: projected(d, 516),
     "least_squares_codes.run": solved,
     "combine_rows.run": combined,
     "edit_latents.run": lambda d: edited(d, 1),
