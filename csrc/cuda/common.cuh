@@ -31,10 +31,11 @@ class Scope {
 };
 
 #ifdef SAGE_FAST_ON_HOST  // few, so that the loops over what a grid does not hold have rounds in small tests
-constexpr int64_t kMostBlocks = 3, kMostPlanes = 2;
+constexpr int64_t kMostBlocks = 3, kMostPlanes = 2, kManyWarps = 16;
 #else
-constexpr int64_t kMostBlocks = int64_t{1} << 20, kMostPlanes = 65535;
+constexpr int64_t kMostBlocks = int64_t{1} << 20, kMostPlanes = 65535, kManyWarps = 2048;
 #endif
+// kManyWarps: with that many all multiprocessors have loads under way; a warp may do more, rather than be one of more
 
 // Blocks of a grid-stride loop over n items.
 inline unsigned blocks_for(int64_t n, int threads) {

@@ -161,9 +161,9 @@ template <class T, int V, int kChannels>
 void launch(const Images<T>& images, const FusePixelsParams& p, const Numbers<T>& numbers, cudaStream_t stream, T* y) {
   int lanes = 1;
   while (lanes < 32 && lanes * V < p.w) lanes *= 2;
-  // strips as long as leave 2048 warps: two rows more are read of each, from the L2 cache for the most part
+  // strips as long as leave so many warps: two rows more are read of each, from the L2 cache for the most part
   const int64_t stretches = (p.w + lanes * V - 1) / (lanes * V), warps = p.n * p.h * stretches * lanes / 32;
-  const int rows = static_cast<int>(std::clamp<int64_t>(warps / 2048, kFewestRows, 32));
+  const int rows = static_cast<int>(std::clamp<int64_t>(warps / kManyWarps, kFewestRows, 32));
   const int64_t threads = p.n * ((p.h + rows - 1) / rows) * stretches * lanes;
   const unsigned blocks = blocks_for(threads, kThreads);
   if (images.low) {

@@ -313,7 +313,8 @@ const DeviceAxis<T>& device_axis(const Tensor& like, int64_t n, const LowPassPar
 
 // How many copies a block writes: one, unless there are more blocks than fill a device.
 inline Copies shared_among(int64_t copies, int64_t blocks) {
-  return {static_cast<int>(copies), static_cast<int>(std::clamp<int64_t>(copies * blocks / 1024, 1, 8))};
+  return {static_cast<int>(copies),
+          static_cast<int>(std::clamp<int64_t>(copies * blocks * kWarps / (4 * kManyWarps), 1, 8))};
 }
 
 template <class T, class Load>

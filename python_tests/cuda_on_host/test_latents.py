@@ -48,6 +48,39 @@ def test_project_onto_basis(library, n, layers, dim, rank, dtype):
     assert OPS.project_onto_basis(w[:0], basis).shape == (0, layers, dim)
 
 
+# rows of one to 32, 128 and 256 packs, whole and not; samples of whole warps and blocks and not; a basis of 32 columns
+@BOTH
+@pytest.mark.parametrize(
+    "n, layers, dim, rank",
+    [
+        (1, 2, 4, 1),
+        (5, 1, 64, 10),
+        (37, 2, 128, 3),
+        (3, 2, 132, 10),
+        (33, 1, 256, 32),
+        (18, 1, 512, 10),
+        (3, 1, 1024, 7),
+    ],
+)
+def test_project_rows_of_packs(library, n, layers, dim, rank, dtype):
+    w, basis = normal(n, layers, dim, dtype=dtype), normal(layers, dim, rank, dtype=dtype) / (dim * rank) ** 0.5
+    expected = project_onto_basis_reference(w, basis)
+    ours = library.in_every_order(OPS.project_onto_basis, w, basis)
+    torch.testing.assert_close(ours, expected, **TOLERANCE[dtype])
+    for others in zip(strided(w), strided(basis)):
+        assert torch.equal(OPS.project_onto_basis(*others), ours)
+    shifted = w.new_full((w.numel() + 1,), torch.nan)[1:].view_as(w).copy_(w)
+    torch.testing.assert_close(OPS.project_onto_basis(shifted, basis), expected, **TOLERANCE[dtype])
+
+
+def test_what_is_not_a_number_stays_in_its_sample(library):
+    w, basis = normal(9, 2, 64), normal(2, 64, 10) / 25
+    clean = OPS.project_onto_basis(w, basis)
+    w[1::2] = torch.nan
+    ours = OPS.project_onto_basis(w, basis)
+    assert torch.equal(ours[::2], clean[::2]) and ours[1::2].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_widest_basis(library, dtype):
     """512 columns: 32 KiB of dynamic shared memory in float64; one more is refused."""
