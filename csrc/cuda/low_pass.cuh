@@ -158,17 +158,24 @@ __global__ void __launch_bounds__(kLowPassThreads, Load::kBlocks)
   }
 }
 
-// x [lines, n_in] -> y [copies, lines, n_out] + base. A block has 32 lines, one a lane, and a batch of outputs.
-template <class T>
-__global__ void __launch_bounds__(kLowPassThreads)
-    columns(const T* __restrict__ x, DeviceBand<T> band, int64_t lines, Copies copies, const T* __restrict__ base,
-            T* __restrict__ y) {
+// All positions of an axis.
+struct Whole {
+  int start, end;
+};
+
+// x [lines, n_in] -> y [copies, lines, n_out] + base. A block has 32 lines, one a lane, and a batch of outputs; or all
+// outputs of a first band, which fit a batch, and from them batches of those of a second one (kTwo).
+template <class T, bool kTwo>
+__global__ void __launch_bounds__(kLowPassThreads, 4)
+    columns(const T* __restrict__ x, DeviceBand<T> band, DeviceBand<T> second, int64_t lines, Copies copies,
+            const T* __restrict__ base, T* __restrict__ y) {
   constexpr int kPlaces = 32, kPitch = 33, kOutPitch = kBatch + 1, kEach = kPlaces / kWarps;
-  __shared__ T memory[2 * kPlaces * kPitch];
+  __shared__ T memory[2 * kPlaces * kPitch], between[kTwo ? kBatch * kPitch : 1];
   static_assert(32 * kOutPitch <= 2 * kPlaces * kPitch);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.y * kBatch + warp * kGroup;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, batch = kTwo ? 0 : blockIdx.y;
+  const int first = batch * kBatch + warp * kGroup;
   const int64_t line0 = int64_t{blockIdx.x} * 32;
-  const Reach all = band.blocks[blockIdx.y], group = first < band.n_out ? band.groups[first / kGroup] : Reach{};
+  const Reach all = band.blocks[batch], group = first < band.n_out ? band.groups[first / kGroup] : Reach{};
   T raw[kEach] = {};
   const auto fetch = [&](const Chunk<kPlaces>& chunk) {
 #pragma unroll
@@ -192,18 +199,36 @@ __global__ void __launch_bounds__(kLowPassThreads)
     add_products(sums, reinterpret_cast<const Pack<T, 1>*>(tile + lane), kPitch, here, group, band.weights);
     if (!more) break;
   }
-  __syncthreads();
+  // the block's sums to y, turned, so that a warp writes along a line
+  const auto write = [&](int batch, int n_out) {
+    __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) memory[lane * kOutPitch + warp * kGroup + i] = sums[i][0];
-  __syncthreads();
-  const int out = threadIdx.x % kBatch, j = blockIdx.y * kBatch + out;  // along a line, so that a warp writes together
-  for (int at = threadIdx.x / kBatch; at < 32 && line0 + at < lines; at += kLowPassThreads / kBatch) {
-    if (j >= band.n_out) break;
-    const T value = memory[at * kOutPitch + out];
-    for (int copy = copies.first(blockIdx.z); copy < copies.last(blockIdx.z); ++copy) {
-      const int64_t to = (int64_t{copy} * lines + line0 + at) * band.n_out + j;
-      y[to] = base ? base[to] + value : value;
+    for (int i = 0; i < kGroup; ++i) memory[lane * kOutPitch + warp * kGroup + i] = sums[i][0];
+    __syncthreads();
+    const int out = threadIdx.x % kBatch, j = batch * kBatch + out;
+    for (int at = threadIdx.x / kBatch; at < 32 && line0 + at < lines; at += kLowPassThreads / kBatch) {
+      if (j >= n_out) break;
+      const T value = memory[at * kOutPitch + out];
+      for (int copy = copies.first(blockIdx.z); copy < copies.last(blockIdx.z); ++copy) {
+        const int64_t to = (int64_t{copy} * lines + line0 + at) * n_out + j;
+        y[to] = base ? base[to] + value : value;
+      }
     }
+  };
+  if constexpr (kTwo) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) between[(warp * kGroup + i) * kPitch + lane] = sums[i][0];
+    __syncthreads();
+    for (int b = blockIdx.y; b * kBatch < second.n_out; b += gridDim.y) {
+      const int j = b * kBatch + warp * kGroup;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) sums[i][0] = 0;
+      add_products(sums, reinterpret_cast<const Pack<T, 1>*>(between + lane), kPitch, Whole{0, band.n_out},
+                   j < second.n_out ? second.groups[j / kGroup] : Reach{}, second.weights);
+      write(b, second.n_out);
+    }
+  } else {
+    write(batch, band.n_out);
   }
 }
 
@@ -342,18 +367,27 @@ Tensor multiply_rows(const Tensor& like, const Load& load, int64_t planes, int64
   return y;
 }
 
-// x [planes, n_mid, n_in] -> [count planes, n_mid, n_out].
+// x [planes, n_mid, n_in] -> [count planes, n_mid, n_out], by one band or, at once, by two.
 template <class T>
-Tensor multiply_columns(const Tensor& x, const DeviceBand<T>& band, cudaStream_t stream, const T* base = nullptr,
-                        int64_t count = 1) {
+Tensor multiply_columns(const Tensor& x, const DeviceBand<T>& band, const DeviceBand<T>* second, cudaStream_t stream,
+                        const T* base = nullptr, int64_t count = 1) {
   const int64_t lines = x.size(0) * x.size(1), blocks = (lines + 31) / 32;
-  const unsigned batches = (band.n_out + kBatch - 1) / kBatch;
-  Tensor y = torch::stable::new_empty(x, {count * x.size(0), x.size(1), band.n_out});
+  const int n_out = second ? second->n_out : band.n_out;
+  unsigned batches = (n_out + kBatch - 1) / kBatch;
+  Tensor y = torch::stable::new_empty(x, {count * x.size(0), x.size(1), n_out});
   Copies copies = shared_among(count, blocks * batches);
   copies.each = std::max(copies.each, static_cast<int>((count + kMostPlanes - 1) / kMostPlanes));
-  const dim3 grid(static_cast<unsigned>(blocks), batches,
-                  static_cast<unsigned>((count + copies.each - 1) / copies.each));
-  columns<T><<<grid, kLowPassThreads, 0, stream>>>(data<T>(x), band, lines, copies, base, mutable_data<T>(y));
+  const unsigned depth = static_cast<unsigned>((count + copies.each - 1) / copies.each);
+  // few blocks make the first band anew for each batch of the second one
+  if (second) batches = std::min(batches, 1 + static_cast<unsigned>(kManyWarps / (blocks * kWarps)));
+  const dim3 grid(static_cast<unsigned>(blocks), batches, depth);
+  const T* from = data<T>(x);
+  T* to = mutable_data<T>(y);
+  if (second) {
+    columns<T, true><<<grid, kLowPassThreads, 0, stream>>>(from, band, *second, lines, copies, base, to);
+  } else {
+    columns<T, false><<<grid, kLowPassThreads, 0, stream>>>(from, band, band, lines, copies, base, to);
+  }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return y;
 }
@@ -367,9 +401,11 @@ Tensor low_pass(const Tensor& like, const Load& load, int64_t planes, int64_t h,
   const DeviceAxis<T>&down = device_axis<T>(like, h, p, stream), &across = device_axis<T>(like, w, p, stream);
   const bool both = down.down.n_out > 0;
   Tensor x = multiply_rows(like, load, planes, w, both ? down.down : down.up, stream);
-  if (across.down.n_out > 0) x = multiply_columns(x, across.down, stream);
-  if (!both) return multiply_columns(x, across.up, stream, base, count);
-  x = multiply_columns(x, across.up, stream);
+  const bool at_once = across.down.n_out > 0 && across.down.n_out <= kBatch;
+  if (across.down.n_out > kBatch) x = multiply_columns<T>(x, across.down, nullptr, stream);
+  const DeviceBand<T>&next = at_once ? across.down : across.up, *then = at_once ? &across.up : nullptr;
+  if (!both) return multiply_columns(x, next, then, stream, base, count);
+  x = multiply_columns<T>(x, next, then, stream);
   const PlainPlanes<T> plain{data<T>(x), x.size(1) * w};
   return multiply_rows(like, plain, planes, w, down.up, stream, base, count);
 }
