@@ -71,7 +71,20 @@ constexpr int pack_size = 16 / static_cast<int>(sizeof(T));
 // Whether packs of 16 bytes may begin at p.
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// A load that leaves the L2 cache to what is read again.
+// One load of a pack, whatever of it is used when.
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> read_pack(const Pack<T, N>* from) {
+  Pack<T, N> to;
+  if constexpr (sizeof(to) == 16) {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
+    std::memcpy(&to, &raw, sizeof(to));
+  } else {
+    to = *from;
+  }
+  return to;
+}
+
+// The same, of what is not read again: it leaves the L2 cache to the rest.
 template <class T, int N>
 __device__ __forceinline__ Pack<T, N> read_once(const Pack<T, N>* from) {
   Pack<T, N> to;

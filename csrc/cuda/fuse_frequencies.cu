@@ -7,7 +7,12 @@ namespace {
 // What the low-pass is taken of, put together as it is loaded: (gamma1 - 1) edited + real - gamma2 inverted.
 template <class T, bool kEdited>
 struct Change {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kBlocks = 2;  // 80 registers would spill there
+#else
   static constexpr int kBlocks = sizeof(T) == 4 && !kEdited ? 3 : 2;
+#endif
+  static constexpr bool kLast = false;
   template <int V>
   struct Raw {
     Pack<T, V> real, inverted, edited;  // edited: where it counts
@@ -30,7 +35,7 @@ struct Change {
     Raw<V> raw;
     raw.real = read_once(reinterpret_cast<const Pack<T, V>*>(from.real + i));
     raw.inverted = read_once(reinterpret_cast<const Pack<T, V>*>(from.inverted + i));
-    if constexpr (kEdited) raw.edited = *reinterpret_cast<const Pack<T, V>*>(from.edited + i);
+    if constexpr (kEdited) raw.edited = read_pack(reinterpret_cast<const Pack<T, V>*>(from.edited + i));
     return raw;
   }
   template <int V>

@@ -3,8 +3,8 @@
 //
 // A warp makes eight outputs next to each other of each of its lines, from the places that their bands cover together:
 // at each place a value of every line from shared memory, and eight weights that all lanes share.
-// 256 px at a pass band of 5 (256 -> 59 -> 256, bands of 68 and 16): 39 products a pixel, 52 with those that are zero;
-// 192 planes with real, inverted and edited images are 201 MB, 47 us at 4.2 TB/s, and 0.65 G products, 22 us at the
+// 256 px at a pass band of 5 (256 -> 59 -> 256, bands of 68 and 16): 39 products a pixel, 51 with those that are zero;
+// 192 planes with real, inverted and edited images are 201 MB, 47 us at 4.2 TB/s, and 0.64 G products, 21 us at the
 // rate of 132 multiprocessors; what lies between the kernels is 46 MB, from the L2 cache for the most part.
 #pragma once
 
@@ -21,8 +21,8 @@ constexpr int kGroup = 8, kBatch = kGroup * kWarps;  // outputs of a warp and of
 
 // Positions on an axis: one span of them or, where they go around a circle, two.
 struct Reach {
-  int begin[2] = {}, end[2] = {};
-  int weights = 0;  // of a group: the first of its rows of kGroup weights, a row a position
+  int begin[2], end[2];
+  int weights;  // of a group: the first of its rows of kGroup weights, a row a position
 };
 
 // A band in groups of kGroup outputs, and what the groups of a block reach together.
@@ -32,6 +32,15 @@ struct DeviceBand {
   const T* weights = nullptr;
   const Reach *groups = nullptr, *blocks = nullptr;
 };
+
+// Those of the groups of a batch, and what they reach together, into shared memory, where they cost no registers.
+template <class T>
+__device__ void read_reaches(const DeviceBand<T>& band, int batch, Reach* to) {
+  const int i = threadIdx.x, group = batch * kWarps + i;
+  if (i < kWarps) to[i] = group * kGroup < band.n_out ? band.groups[group] : Reach{};
+  if (i == kWarps) to[i] = band.blocks[batch];
+  __syncthreads();
+}
 
 // The next positions of a reach, kMost at most; none at its end.
 template <int kMost>
@@ -50,23 +59,25 @@ struct Chunk {
 template <class T, int V, class C>
 __device__ __forceinline__ void add_products(T (&sums)[kGroup][V], const Pack<T, V>* values, int pitch, const C& chunk,
                                              const Reach& group, const T* weights) {
-#pragma unroll
+#pragma unroll 1
   for (int part = 0; part < 2; ++part) {
     const int low = max(group.begin[part], chunk.start), high = min(group.end[part], chunk.end);
     const int row = group.weights - group.begin[part] + (part == 0 ? 0 : group.end[0] - group.begin[0]);
     const auto* w = reinterpret_cast<const Pack<T, pack_size<T>>*>(weights + int64_t{row + low} * kGroup);
-    values += (low - chunk.start) * pitch;
-#pragma unroll 2
-    for (int at = low; at < high; ++at, values += pitch, w += kGroup / pack_size<T>) {
-      const Pack<T, V> value = *values;
+    const Pack<T, V>* v = values + (low - chunk.start) * pitch;
+#pragma unroll(V > 1 ? 1 : 4)
+    for (int at = low; at < high; ++at, v += pitch, w += kGroup / pack_size<T>) {
+      const Pack<T, V> value = *v;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        const T weight = w[i / pack_size<T>].v[i % pack_size<T>];
+      for (int i = 0; i < kGroup; i += pack_size<T>) {
+        const auto pack = read_pack(w + i / pack_size<T>);
 #pragma unroll
-        for (int k = 0; k < V; ++k) sums[i][k] += weight * value.v[k];
+        for (int j = 0; j < pack_size<T>; ++j) {
+#pragma unroll
+          for (int k = 0; k < V; ++k) sums[i + j][k] += pack.v[j] * value.v[k];
+        }
       }
     }
-    values -= (max(low, high) - chunk.start) * pitch;
   }
 }
 
@@ -82,6 +93,7 @@ struct Copies {
 template <class T>
 struct PlainPlanes {
   static constexpr int kBlocks = sizeof(T) == 4 ? 3 : 2;  // on a multiprocessor
+  static constexpr bool kLast = true;                     // something may be added to what is made of them
   template <int V>
   using Raw = Pack<T, V>;
   using At = const T*;
@@ -93,7 +105,7 @@ struct PlainPlanes {
   __device__ At at(int64_t plane) const { return x + plane * size; }
   template <int V>
   __device__ static Raw<V> fetch(const At& from, int64_t i) {
-    return *reinterpret_cast<const Pack<T, V>*>(from + i);
+    return read_pack(reinterpret_cast<const Pack<T, V>*>(from + i));
   }
   template <int V>
   __device__ Pack<T, V> value(const Raw<V>& raw) const {
@@ -111,13 +123,15 @@ struct RowsShape {
 template <class T, int V, class Load>
 __global__ void __launch_bounds__(kLowPassThreads, Load::kBlocks)
     rows(Load load, DeviceBand<T> band, RowsShape s, Copies copies, const T* __restrict__ base, T* __restrict__ y) {
-  constexpr int kRows = 2 * kWarps;
+  constexpr int kRows = 2 * kWarps, kAtOnce = 4;  // outputs whose base is on its way
   __shared__ Pack<T, V> tile[2][kRows][32];
+  __shared__ Reach reaches[kWarps + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int column = (static_cast<int>(blockIdx.x) % s.strips * 32 + lane) * V, block = blockIdx.x / s.strips;
   const bool inside = column < s.w;
   const int first = blockIdx.y * kBatch + warp * kGroup;
-  const Reach all = band.blocks[blockIdx.y], group = first < band.n_out ? band.groups[first / kGroup] : Reach{};
+  read_reaches(band, blockIdx.y, reaches);
+  const Reach &group = reaches[warp], &all = reaches[kWarps];
   for (int64_t plane = blockIdx.z; plane < s.planes; plane += gridDim.z) {
     const typename Load::At from = load.at(plane);
     typename Load::template Raw<V> raw[2] = {};
@@ -144,19 +158,30 @@ __global__ void __launch_bounds__(kLowPassThreads, Load::kBlocks)
     }
     for (int copy = copies.first(block); copy < copies.last(block); ++copy) {
       const int64_t to = ((int64_t{copy} * s.planes + plane) * band.n_out + first) * s.w + column;
+      const auto writes = [&](int i) { return inside && first + i < band.n_out; };
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        if (!inside || first + i >= band.n_out) continue;
-        Pack<T, V> out{};
-        if (base) out = read_once(reinterpret_cast<const Pack<T, V>*>(base + to + i * s.w));
+      for (int i0 = 0; i0 < kGroup; i0 += kAtOnce) {
+        Pack<T, V> out[kAtOnce] = {};
 #pragma unroll
-        for (int k = 0; k < V; ++k) out.v[k] += sums[i][k];
-        *reinterpret_cast<Pack<T, V>*>(y + to + i * s.w) = out;
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (Load::kLast && base && writes(i0 + i)) {
+            out[i] = read_once(reinterpret_cast<const Pack<T, V>*>(base + to + (i0 + i) * s.w));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+          for (int k = 0; k < V; ++k) out[i].v[k] += sums[i0 + i][k];
+          if (writes(i0 + i)) *reinterpret_cast<Pack<T, V>*>(y + to + (i0 + i) * s.w) = out[i];
+        }
       }
     }
     __syncthreads();  // before the next plane takes the tile
   }
 }
+
+template <class T>
+constexpr int kColumnBlocks = sizeof(T) == 4 ? 3 : 2;  // on a multiprocessor
 
 // All positions of an axis.
 struct Whole {
@@ -166,16 +191,17 @@ struct Whole {
 // x [lines, n_in] -> y [copies, lines, n_out] + base. A block has 32 lines, one a lane, and a batch of outputs; or all
 // outputs of a first band, which fit a batch, and from them batches of those of a second one (kTwo).
 template <class T, bool kTwo>
-__global__ void __launch_bounds__(kLowPassThreads, 4)
+__global__ void __launch_bounds__(kLowPassThreads, kColumnBlocks<T>)
     columns(const T* __restrict__ x, DeviceBand<T> band, DeviceBand<T> second, int64_t lines, Copies copies,
             const T* __restrict__ base, T* __restrict__ y) {
   constexpr int kPlaces = 32, kPitch = 33, kOutPitch = kBatch + 1, kEach = kPlaces / kWarps;
   __shared__ T memory[2 * kPlaces * kPitch], between[kTwo ? kBatch * kPitch : 1];
+  __shared__ Reach reaches[kWarps + 1];
   static_assert(32 * kOutPitch <= 2 * kPlaces * kPitch);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, batch = kTwo ? 0 : blockIdx.y;
-  const int first = batch * kBatch + warp * kGroup;
   const int64_t line0 = int64_t{blockIdx.x} * 32;
-  const Reach all = band.blocks[batch], group = first < band.n_out ? band.groups[first / kGroup] : Reach{};
+  read_reaches(band, batch, reaches);
+  const Reach &group = reaches[warp], &all = reaches[kWarps];
   T raw[kEach] = {};
   const auto fetch = [&](const Chunk<kPlaces>& chunk) {
 #pragma unroll
@@ -220,11 +246,11 @@ __global__ void __launch_bounds__(kLowPassThreads, 4)
     for (int i = 0; i < kGroup; ++i) between[(warp * kGroup + i) * kPitch + lane] = sums[i][0];
     __syncthreads();
     for (int b = blockIdx.y; b * kBatch < second.n_out; b += gridDim.y) {
-      const int j = b * kBatch + warp * kGroup;
+      read_reaches(second, b, reaches);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) sums[i][0] = 0;
-      add_products(sums, reinterpret_cast<const Pack<T, 1>*>(between + lane), kPitch, Whole{0, band.n_out},
-                   j < second.n_out ? second.groups[j / kGroup] : Reach{}, second.weights);
+      add_products(sums, reinterpret_cast<const Pack<T, 1>*>(between + lane), kPitch, Whole{0, band.n_out}, group,
+                   second.weights);
       write(b, second.n_out);
     }
   } else {
@@ -235,7 +261,7 @@ __global__ void __launch_bounds__(kLowPassThreads, 4)
 // Places low to high - 1 of an endless line, folded onto its pixels.
 inline Reach reach_of(const Line& line, int64_t low, int64_t high) {
   const int n = static_cast<int>(line.n);
-  Reach reach;
+  Reach reach{};
   if (high - low >= line.period()) {
     reach.end[0] = n;
   } else if (line.reflect) {
