@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.ops import convolution
 from sage_fast.ops.convolution import conv2d, conv_transpose2d, second_derivatives
 from sage_fast.training.losses import path_length_penalty, r1_penalty
 
@@ -20,6 +21,11 @@ CASES = {
     "transposed": ((2, 3, 4, 3), (3, 2, 3, 3), {"stride": 2}),
     "transposed, stride 1": ((1, 3, 2, 2), (3, 2, 3, 3), {"stride": 1}),
 }
+
+
+@pytest.fixture(autouse=True)
+def on_every_device(monkeypatch):
+    monkeypatch.setattr(convolution, "_DEVICES", ("cpu", "cuda"))
 
 
 def pair(case: str):
@@ -81,6 +87,13 @@ def test_empty_batches_and_layouts(device):
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     for one, other in zip(derivatives(ours, x, weight), derivatives(ours, last, weight), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_on_a_cpu_they_are_pytorchs(monkeypatch):
+    monkeypatch.undo()
+    with second_derivatives():
+        y = conv2d(draw(1, 2, 4, 4, device="cpu"), draw(2, 2, 3, 3, device="cpu"))
+    assert "Convolution" in type(y.grad_fn).__name__
 
 
 def test_outside_the_block_they_are_pytorchs():
