@@ -22,9 +22,13 @@ demo: setup
 	$(PYTHON) -m sage_fast.demo --out demo_out
 
 # a process a core with one thread each: the tests' tensors are too small for two
-# Ray is large, so it is no part of the set-up; where it cannot be had, the tests that need it skip, saying so.
+# Ray and Lightning are large, so they are no part of the set-up; where they cannot be had, the tests that need them skip, saying so.
 test: setup
-	$(PYTHON) -c 'import ray' 2>/dev/null || $(PYTHON) -m pip install --quiet 'ray[data]' || echo "Ray cannot be installed here."
+	@for library in 'ray[data]' lightning; do \
+	  $(PYTHON) -c "import $${library%%[*}" 2>/dev/null || \
+	  $(PYTHON) -m pip install --quiet "$$library" "torch==$$($(PYTHON) -c 'import torch; print(torch.__version__)')" || \
+	  echo "$$library cannot be installed here."; \
+	done
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 # Objects of their own, in build/sanitize. Python is not instrumented, so the sanitizers' libraries are loaded before it;
