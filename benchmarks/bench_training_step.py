@@ -119,7 +119,7 @@ class GraphedStep(Step):
             p.grad = None
         self.D.requires_grad_(False)
         noise = [maps.expand(len(w_plus), -1, -1, -1) for maps in self.G.noises.buffers()]
-        fake = self.networks.fakes(w_plus.requires_grad_(), noise)
+        fake = self.networks.fakes(w_plus.detach().requires_grad_(), noise)
         g_loss = nonsaturating_g(self.networks.logits(fake).float())
         g_loss.backward()
         self.D.requires_grad_(True)
