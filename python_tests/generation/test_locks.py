@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +93,26 @@ def test_a_ranks_lock_survives_that_its_folder_is_deleted(tmp_path):
         (tmp_path / "own").rmdir()
         with enter(tmp_path, 1, 2):
             assert (tmp_path / "own" / "rank-1.lock").exists()
+
+
+def test_a_ranks_lock_survives_that_its_folder_is_deleted_as_it_is_made(tmp_path, monkeypatch):
+    """``mkdir`` finds the folder, and then, as it asks whether that is one, no more."""
+    make, failures = Path.mkdir, ["File exists"]
+
+    def mkdir(folder, *args, **settings):
+        if folder.name == "own" and failures:
+            raise FileExistsError(17, failures.pop(), str(folder))
+        make(folder, *args, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with enter(tmp_path, 0, 2):
+        assert (tmp_path / "own" / "rank-0.lock").exists() and not failures
+
+
+def test_a_file_in_the_folders_place_is_named(tmp_path):
+    (tmp_path / "own").write_text("")
+    with pytest.raises(InputError, match="rank-0.lock' cannot be made .*File exists"), enter(tmp_path, 0, 2):
+        pass
 
 
 def test_one_after_another(tmp_path):

@@ -93,6 +93,10 @@ def _take_own(folder: Path, name: str, output: str) -> int:
             if folder.parent.is_dir():
                 continue
             raise _cannot_make(folder / name, "its folder is gone") from None
+        except FileExistsError as error:  # also when the folder was there and then, as mkdir looked, no more
+            if folder.is_dir() or not os.path.lexists(folder):
+                continue
+            raise _cannot_make(folder / name, error.strerror) from error
         except OSError as error:
             raise _cannot_make(folder / name, error.strerror) from error
         if not _taken(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
