@@ -94,7 +94,7 @@ def no_worse_than_plain() -> Callable[[Tensor, Tensor, Tensor], None]:
 
 @pytest.fixture(scope="session")
 def host_twin(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The thread functions of the CUDA synthesis, compiled for this processor: ``host_twin.cpp``."""
+    """What CUDA kernels take from headers that any compiler takes: counter-based words, the places of a patch: ``host_twin.cpp``."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")

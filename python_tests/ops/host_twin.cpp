@@ -1,4 +1,4 @@
-// The thread functions of the CUDA kernels, called in loops in place of a grid; for tests on machines without a GPU.
+// What CUDA kernels take from headers that any compiler takes, for tests that look at it by itself.
 #include "counter_normal.h"
 #include "styled_conv.h"
 

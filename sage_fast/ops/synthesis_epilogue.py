@@ -42,6 +42,8 @@ def styled_epilogue(
         image_weight: [N, channels, >= C] weight of the layer to the image times its style, 1 to 4 channels.
         image_bias: [channels].
         skip: [N, channels, H / 2, W / 2], the image of half the size, upsampled by [1, 3, 3, 1] and added; or None.
+        slope: of the leaky ReLU below zero, 0 to 1.
+        gain: factor behind it, above 0.
         clamp: largest magnitude of the activation, and of the image before ``skip``; negative: none.
     Returns:
         ``y`` [N, H, W, C] in the dtype of ``x``, the activation times ``next_style`` (empty without one), and the image
