@@ -45,17 +45,21 @@ def plain_upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1.0):
     return F.conv2d(x, taps, stride=down, padding=(pad[2], pad[0]), groups=c)
 
 
-def plain_modulated_conv2d(x, weight, style, demodulate=True, up=1, down=1, resample_filter=None, eps=1e-8):
+def plain_unscaled_conv2d(x, weight, style, demodulate=True, up=1, down=1, resample_filter=None, eps=1e-8):
     x = x * style[:, :, None, None]
     if up == 2:
         x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
         x = plain_upfirdn2d(x, resample_filter, padding=1, gain=4.0)
     else:
         x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
-    if demodulate:
-        norm = style.square() @ weight.square().sum((2, 3)).t()
-        x = x * torch.rsqrt(norm + eps)[:, :, None, None]
-    return x
+    norm = style.square() @ weight.square().sum((2, 3)).t() if demodulate else None
+    return x, None if norm is None else torch.rsqrt(norm + eps)
+
+
+def plain_scaled_bias_act(x, scale, noise, strength, b, gain=2**0.5, clamp=None):
+    x = x if scale is None else x * scale[:, :, None, None]
+    x = x if noise is None else x + strength * noise
+    return plain_bias_act(x, b, gain=gain)
 
 
 def plain_conv3x3(x, weight, stride=1):
@@ -70,8 +74,9 @@ def plain_bias_act(x, b, act="lrelu", gain=2**0.5, clamp=None):
 def plain_ops() -> Iterator[None]:
     """The networks of this process take plain PyTorch inside."""
     plain: dict[str, Callable] = dict(
-        upfirdn2d=plain_upfirdn2d, modulated_conv2d=plain_modulated_conv2d, bias_act=plain_bias_act
+        upfirdn2d=plain_upfirdn2d, unscaled_conv2d=plain_unscaled_conv2d, bias_act=plain_bias_act
     )
+    plain |= dict(scaled_bias_act=plain_scaled_bias_act)
     plain |= dict(conv3x3=plain_conv3x3, conv2d=F.conv2d)
     ours = {name: getattr(stylegan2_layers, name) for name in plain}
     vars(stylegan2_layers).update(plain)

@@ -109,6 +109,7 @@ fi
 bench convolutions 30 synthesis -k convolutions
 bench synthesis 100 synthesis -k "(gpu or memory) and not convolutions"
 bench training_step 60 training_step
+bench scaled_bias_act 20 scaled_bias_act
 bench fusion 40 fusion
 bench project_onto_basis 30 project_onto_basis
 part generate 90 sh -c 'set -e

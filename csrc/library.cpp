@@ -6,6 +6,12 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def("bias_act(Tensor x, Tensor? b, int dim, float slope, float gain, float clamp, int act=0) -> Tensor");
   m.def("bias_act_backward(Tensor grad, Tensor y, float slope, float gain, float clamp, int act=0) -> Tensor");
   m.def(
+      "scaled_bias_act(Tensor x, Tensor? scale, Tensor? noise, Tensor? strength, Tensor? b, float slope, float gain, "
+      "float clamp) -> Tensor");
+  m.def(
+      "scaled_bias_act_backward(Tensor grad, Tensor? x, Tensor y, Tensor? scale, Tensor? noise, float slope, "
+      "float gain, float clamp) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "upfirdn2d(Tensor x, Tensor f, int up, int down, int left, int right, int top, int bottom, bool flip_filter, "
       "float gain) -> Tensor");
   m.def("project_onto_basis(Tensor w_plus, Tensor basis) -> Tensor");

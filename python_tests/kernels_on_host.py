@@ -270,7 +270,7 @@ def routed() -> Iterator[None]:
     has_kernel, route = _native.has_kernel, torch.library.Library("sage_fast", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the kernels for the CPU step back
-        for name in (*_native.NATIVE_OPS, "bias_act_backward", *_native.CUDA_OPS):
+        for name in (*_native.NATIVE_OPS, "bias_act_backward", "scaled_bias_act_backward", *_native.CUDA_OPS):
             if hasattr(torch.ops.sage_fast_on_host, name) and name not in ONLY_ON_CPU:
                 route.impl(name, _to_host(name), "CPU", allow_override=True)
     _native.has_kernel = lambda op, device: op in _native.CUDA_OPS or has_kernel(op, device)

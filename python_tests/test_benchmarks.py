@@ -15,7 +15,7 @@ from clocks import CpuClock, CudaClock, copy_rate, medians, product_rate
 
 ROOT = Path(__file__).parents[1]
 ON_A_GPU = ["bias_act", "edit_latents", "fusion", "gaussian_low_pass", "least_squares_codes", "modulated_conv2d"]
-ON_A_GPU += ["project_onto_basis", "upfirdn2d"]
+ON_A_GPU += ["project_onto_basis", "scaled_bias_act", "upfirdn2d"]
 #: left out: autograd (it has threads for its devices), numbers of classes (they are looked at), and forms alike
 NOT_FAKE = "not gradient and not several and not bfloat16 and not last"
 

@@ -40,6 +40,7 @@ __all__ = [
 #: ops with kernels of their own; the other ops of ``sage_fast.ops`` are compositions of these and of PyTorch
 NATIVE_OPS = (
     "bias_act",
+    "scaled_bias_act",
     "upfirdn2d",
     "project_onto_basis",
     "least_squares_codes",

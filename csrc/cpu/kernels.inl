@@ -15,5 +15,6 @@
 #include "gaussian_low_pass.inl"
 #include "least_squares_codes.inl"
 #include "project_onto_basis.inl"
+#include "scaled_bias_act.inl"
 #include "synthesis.inl"
 #include "upfirdn2d.inl"

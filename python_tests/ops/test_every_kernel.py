@@ -24,6 +24,7 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.ops import bias_act, upfirdn2d
 from sage_fast.ops.bias_act import bias_act_reference
 from sage_fast.ops.counter_normal import counter_normal, counter_normal_reference
+from sage_fast.ops.scaled_bias_act import scaled_bias_act, scaled_bias_act_reference
 from sage_fast.ops.styled_conv import composed_weight, styled_conv, styled_conv_reference
 from sage_fast.ops.synthesis import synthesis_reference
 from sage_fast.ops.synthesis_epilogue import (
@@ -65,6 +66,20 @@ def gradient(device: str, act: str, *size: int) -> Pair:
     for op in (bias_act, bias_act_reference):
         leaf = x.clone().requires_grad_()
         results.append(torch.autograd.grad(op(leaf, b, act=act, clamp=0.9), leaf, grad)[0])
+    return results[0], results[1]
+
+
+def scaled(device: str, c: int, backward: bool = False, plain: bool = False) -> Pair:
+    """``plain``: without scale and noise."""
+    x, grad = normal(device, 3, c, 5, 7), normal(device, 3, c, 5, 7) + 1
+    t = [normal(device, 3, c), normal(device, 3, 1, 5, 7), normal(device, 1), normal(device, c)]
+    t = [None, None, None, t[3]] if plain else t
+    results: list[Tensor | list[Tensor]] = []
+    for op in (scaled_bias_act, scaled_bias_act_reference):
+        leaves = [None if s is None else s.clone().requires_grad_(s.ndim < 4 or s is x) for s in (x, *t)]
+        y = op(*leaves, clamp=1.5)
+        learned = [s for s in leaves if s is not None and s.requires_grad]
+        results.append(list(torch.autograd.grad(y, learned, grad)) if backward else y.detach())
     return results[0], results[1]
 
 
@@ -149,6 +164,13 @@ CASES: dict[str, Callable[[str], Pair]] = {
     "bias_act.forward": lambda d: activated(d, "swish", 2, 5, 7, 3),
     "bias_act.backward, packed": lambda d: gradient(d, "lrelu", 2, 8, 4, 4),
     "bias_act.backward": lambda d: gradient(d, "swish", 2, 5, 7, 3),
+    "scaled_bias_act.forward, packed": lambda d: scaled(d, 24),
+    "scaled_bias_act.forward": lambda d: scaled(d, 5, plain=True),
+    "scaled_bias_act.backward, packed": lambda d: scaled(d, 24, True),
+    "scaled_bias_act.backward, packed, plain": lambda d: scaled(d, 24, True, True),
+    "scaled_bias_act.backward": lambda d: scaled(d, 5, True),
+    "scaled_bias_act.backward, plain": lambda d: scaled(d, 5, True, True),
+    "scaled_bias_act.join": lambda d: scaled(d, 1100, True),
     "low_pass.rows": lambda d: both("gaussian_low_pass", normal(d, 2, 3, 37, 50), 5.0),
     "low_pass.rows, packed": lambda d: both("gaussian_low_pass", normal(d, 1, 3, 150, 132), 3.0),
     "low_pass.rows, change": lambda d: fused(d, "fuse_frequencies", 3, 0.7, 0.8),

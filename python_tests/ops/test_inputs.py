@@ -20,6 +20,10 @@ FIR = torch.ones(4, 4)
 #: op -> arguments that it takes
 GOOD: dict[str, dict[str, Any]] = {
     "bias_act": dict(x=torch.zeros(2, 3, 4), b=torch.zeros(3), act="lrelu", alpha=0.1, gain=2.0, clamp=1.0),
+    "scaled_bias_act": dict(
+        x=torch.zeros(2, 3, 4, 4), scale=torch.zeros(2, 3), noise=torch.zeros(1, 1, 4, 4), strength=torch.zeros(1),
+        b=torch.zeros(3), gain=2.0, clamp=1.0,
+    ),
     "upfirdn2d": dict(x=torch.zeros(1, 2, 8, 8), f=FIR, gain=1.0),
     "conv3x3": dict(x=torch.zeros(1, 16, 8, 8), weight=torch.zeros(16, 16, 3, 3)),
     "conv3x3_transposed": dict(x=torch.zeros(1, 16, 8, 8), weight=torch.zeros(16, 16, 3, 3)),
@@ -40,7 +44,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "fuse_pixels": dict(**IMAGES, low=torch.zeros(1, 3, 8, 8), beta=0.5),
     "counter_normal": dict(samples=INDEX, seed=0, stream=0, numel=4),
 }  # fmt: skip
-OPTIONAL = {"b", "mask", "class_index", "low", "resample_filter", "alpha", "gain", "clamp"}
+OPTIONAL = {"b", "mask", "class_index", "low", "resample_filter", "alpha", "gain", "clamp", "scale"}
 #: of any dtype: numbers of which zero is no, or a filter that is converted
 LOOSE = {"mask", "f", "resample_filter"}
 #: whose device the others are to share
@@ -57,7 +61,7 @@ def wrong() -> Iterator[tuple[str, str, Any]]:
                 bad = [*NO_TENSORS, value.to("meta")]
                 if value.is_floating_point():
                     bad += [value.to(torch.float8_e4m3fn), value + 0j] if name != "mask" else []
-                    bad += [value.long()] if name not in {*LOOSE, "b"} else []
+                    bad += [value.long()] if name not in {*LOOSE, "b", "strength"} else []
                 if name in FIRST:  # that it is elsewhere than the others is their fault
                     bad = [b for b in bad if not isinstance(b, torch.Tensor) or not b.is_meta]
             elif isinstance(value, float):

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sage_fast.errors import InputError
-from sage_fast.ops import bias_act, modulated_conv2d, upfirdn2d
+from sage_fast.ops import bias_act, upfirdn2d
 from sage_fast.ops.conv3x3 import conv3x3
 from sage_fast.ops.convolution import conv2d
 from sage_fast.ops.inputs import require_floats, require_same_device, seen
+from sage_fast.ops.modulated_conv2d import unscaled_conv2d
+from sage_fast.ops.scaled_bias_act import scaled_bias_act
 
 __all__ = [
     "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
@@ -93,7 +95,9 @@ class StyledConv(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """x [N, C_in, H, W], w [N, D], noise [N or 1, 1, up H, up W] or None -> [N, C_out, up H, up W]."""
-        return self.activate(self.noise(self.conv(x, w), noise))
+        x, scale = self.conv.unscaled(x, w)
+        strength = None if noise is None else self.noise.weight
+        return scaled_bias_act(x, scale, noise, strength, self.activate.bias, clamp=self.activate.clamp)
 
 
 class ToRGB(nn.Module):
@@ -236,24 +240,26 @@ class _ModulatedConv(nn.Module):
             self.blur = Resample(up=2)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        y, scale = self.unscaled(x, w)
+        return y if scale is None else y * scale[:, :, None, None].to(y.dtype)
+
+    def unscaled(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result but for the factor [N, C_out] that demodulates it, and that factor; None: nothing is left to do."""
         style = self.modulation(w)
         # the op applies the gain up^2 itself; the stored kernel has it folded in, as the common port's files do
         fir = self.blur.kernel / 4 if self.up == 2 else None
         weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype)) * self.scale
         # [N, ...] where each sample has its own (models.weight_deltas); one that all share is a good deal faster
         weight = weight if weight.shape[0] > 1 and weight.shape[0] == x.shape[0] else weight[0]
-        return modulated_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
+        return unscaled_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
 
 
 class _NoiseStrength(nn.Module):
-    """Adds ``weight * noise``; one learned strength per layer, zero at the start."""
+    """The factor of a layer's noise, learned, zero at the start."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        return x if noise is None else x + (self.weight * noise).to(x.dtype)  # float32 noise would widen bfloat16 maps
 
 
 class _Normalize(nn.Module):

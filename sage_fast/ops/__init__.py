@@ -11,6 +11,7 @@ from sage_fast.ops.gaussian_low_pass import gaussian_low_pass, gaussian_low_pass
 from sage_fast.ops.least_squares_codes import least_squares_codes, least_squares_codes_reference
 from sage_fast.ops.modulated_conv2d import modulated_conv2d, modulated_conv2d_reference
 from sage_fast.ops.project_onto_basis import project_onto_basis, project_onto_basis_reference
+from sage_fast.ops.scaled_bias_act import scaled_bias_act, scaled_bias_act_reference
 from sage_fast.ops.synthesis import synthesis, synthesis_reference
 from sage_fast.ops.upfirdn2d import upfirdn2d, upfirdn2d_reference
 
@@ -39,6 +40,8 @@ __all__ = [
     "modulated_conv2d_reference",
     "project_onto_basis",
     "project_onto_basis_reference",
+    "scaled_bias_act",
+    "scaled_bias_act_reference",
     "synthesis",
     "synthesis_reference",
     "upfirdn2d",

@@ -14,7 +14,7 @@ from sage_fast.errors import InputError
 from sage_fast.ops._arrays import takes_arrays
 from sage_fast.ops.inputs import FLOATS, number, require_real, require_same_device, seen
 
-__all__ = ["ACTIVATIONS", "bias_act", "bias_act_reference"]
+__all__ = ["ACTIVATIONS", "bias_act", "bias_act_reference", "straight_derivative"]
 
 #: name -> (function of x and alpha, alpha by default, gain by default)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], float, float]] = {
@@ -193,13 +193,30 @@ def _backward(ctx, grad):
     y, *b = ctx.saved_tensors
     if ctx.settings[-1] == _SWISH:  # takes most values twice: the derivative is read off x + b
         y = _biased(y, b[0], ctx.dim)
+    wants_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+    if wants_bias and _summed_beside(y, ctx.dim, *ctx.settings):
+        slope, gain, clamp, _ = ctx.settings
+        op = torch.ops.sage_fast.scaled_bias_act_backward.default
+        grad_x, _, grad_b, _ = op(grad, None, y, None, None, slope, gain, clamp)
+        return grad_x, grad_b.to(ctx.bias_dtype), *[None] * 5
     grad_x = _native.call(torch.ops.sage_fast.bias_act_backward.default, (grad, y), *ctx.settings)
-    if ctx.bias_dtype is None or not ctx.needs_input_grad[1]:
+    if not wants_bias:
         return grad_x, *[None] * 6
     # float32 sums in either case; on the CPU asking for a float32 result would copy grad_x to float32 first
     exact = torch.float32 if grad_x.dtype in _HALVES and grad_x.device.type != "cpu" else grad_x.dtype
     grad_b = grad_x.sum(ctx.sum_over, dtype=exact) if ctx.sum_over else grad_x
     return grad_x, grad_b.to(ctx.bias_dtype), *[None] * 5
+
+
+def _summed_beside(y: Tensor, dim: int, slope: float, gain: float, clamp: float, kernel: int) -> bool:
+    """Whether one pass gives both gradients of these activations; it has no derivative of its own."""
+    images = y.ndim == 4 and dim == 1 and y.is_contiguous(memory_format=torch.channels_last)
+    return images and kernel == 0 and slope > 0 and not torch.is_grad_enabled()
+
+
+def straight_derivative(grad: Tensor, y: Tensor, slope: float, gain: float, clamp: float) -> Tensor:
+    """``grad`` through a leaky ReLU with gain and clamp (-1: none) whose output is ``y``; linear in ``grad``."""
+    return _native.call(torch.ops.sage_fast.bias_act_backward.default, (grad, y), slope, gain, clamp, 0)
 
 
 def _setup_context_backward(ctx, inputs, output):

@@ -12,7 +12,7 @@ from sage_fast.ops.convolution import conv2d, conv_transpose2d
 from sage_fast.ops.inputs import FLOATS, number, require_floats, seen
 from sage_fast.ops.upfirdn2d import check_filter, upfirdn2d, upfirdn2d_reference
 
-__all__ = ["modulated_conv2d", "modulated_conv2d_reference"]
+__all__ = ["modulated_conv2d", "modulated_conv2d_reference", "unscaled_conv2d"]
 
 
 def modulated_conv2d(
@@ -45,16 +45,36 @@ def modulated_conv2d(
         InputError: shapes or devices that do not fit, no channels or pixels (two a side with ``down``), or a resample filter
             that is missing or without use.
     """
+    y, factor = unscaled_conv2d(x, weight, style, demodulate, up, down, resample_filter, eps)
+    return y if factor is None else y * factor[:, :, None, None].to(y.dtype)
+
+
+def unscaled_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    demodulate: bool = True,
+    up: int = 1,
+    down: int = 1,
+    resample_filter: Tensor | None = None,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`modulated_conv2d` but for its last step: the result, and the factor [N, C_out] to scale it with, or None.
+
+    For who scales and does more in one pass (``ops.scaled_bias_act``).
+    """
     eps = _check(x, weight, style, up, down, resample_filter, eps)
     if weight.ndim == 5 and x.shape[0] == 0:
         weight = weight.sum(0)  # of no samples: groups cannot be none
     if weight.ndim == 5:
         weight = _modulated(weight, style[:, None], demodulate, eps)
-        return _convolve(x, weight, up, down, resample_filter)
+        return _convolve(x, weight, up, down, resample_filter), None
+    if weight.shape[2] == up == down == 1 and not demodulate:  # a product of matrices: no pass over x for the style
+        weight = (weight[:, :, 0, 0] * style[:, None]).to(x.dtype)
+        return torch.einsum("nchw,nkc->nkhw", x, weight), None
     style, factor = _demodulation(x, weight, style, eps) if demodulate else (style, None)
     x = x * style[:, :, None, None].to(x.dtype)
-    x = _convolve(x, weight, up, down, resample_filter)
-    return x if factor is None else x * factor[:, :, None, None].to(x.dtype)
+    return _convolve(x, weight, up, down, resample_filter), factor
 
 
 def _demodulation(x: Tensor, weight: Tensor, style: Tensor, eps: float) -> tuple[Tensor, Tensor]:
