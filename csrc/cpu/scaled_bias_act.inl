@@ -44,7 +44,11 @@ Of<A> channels_backward(const T* grad, const T* x, const T* y, const A* scale, c
   for (int v = 0; kScaled && v < kVectors; ++v) factors[v] = get(scale + v * lanes);
   for (int64_t pixel = 0; pixel < pixels; ++pixel, grad += stride, x += stride, y += stride, out += stride) {
     Of<A> together = {};
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {  // steps from pixel to pixel are too long for the processor to foresee
+      __builtin_prefetch(y + 8 * stride + v * lanes);
+      __builtin_prefetch(grad + 8 * stride + v * lanes);
+      if (kScaled) __builtin_prefetch(x + 8 * stride + v * lanes);
+      __builtin_prefetch(out + 8 * stride + v * lanes, 1);
       const Of<A> value = get(y + v * lanes);
       Of<A> g = get(grad + v * lanes) * (value > 0 ? splat(above) : splat(below));
       g = (value >= dead) | (value <= -dead) ? splat(A(0)) : g;
