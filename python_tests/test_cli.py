@@ -207,6 +207,23 @@ def test_a_preset_of_the_generator_for_the_whole_road(monkeypatch):
     assert given == [dataclasses.replace(presets.config_f(size), lr=0.5) for size in (64, 1024)]
 
 
+def test_a_preset_of_the_encoder_gives_the_defaults_of_its_options(monkeypatch):
+    from sage_fast.training import presets
+    from sage_fast.training.encoder import EncoderConfig
+
+    given = []
+    monkeypatch.setattr(stages, "train_all", lambda config, *rest: given.append(config.encoder) or Path("out"))
+    monkeypatch.setattr(stages, "read_seen_of_run", lambda *rest: None)
+    monkeypatch.setattr(stages, "encoder_stage", lambda config, *rest: given.append(config))
+    words = ["--data=in", "--out=out", "--device=cpu"]
+    assert cli.main(["train", *words, "--preset-encoder=small", "--encoder.total-steps=7"]) == 0
+    assert cli.main(["train-encoder", *words, "--preset-encoder", "small", "--batch=8"]) == 0
+    assert cli.main(["train-encoder", *words]) == 0
+    small = presets.small_encoder()
+    expected = [dataclasses.replace(small, total_steps=7), dataclasses.replace(small, batch=8), EncoderConfig()]
+    assert given == expected
+
+
 # --- the road of training ---------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,13 @@ def test_flora_is_how_the_shipped_model_was_trained():
     assert {key: flora[key] for key in about["settings"]["gan"]} == about["settings"]["gan"]
 
 
+def test_small_encoder_is_how_that_of_the_shipped_model_was_trained():
+    about = json.loads((Path(sage_fast.__file__).parent / "model" / "bundle.json").read_text())["about"]
+    small = json.loads(json.dumps(dataclasses.asdict(presets.small_encoder())))
+    old = about["settings"]["encoder"]
+    assert old["tune_generator"] and {key: small[key] for key in old if key in small} == old
+
+
 def test_the_papers_numbers():
     f, p = presets.config_f(), presets.paper256()
     assert (f.resolution, f.batch, f.lr, f.gamma, f.ema_kimg, f.channel_base) == (1024, 32, 0.002, 10, 10, 32768)

@@ -76,14 +76,23 @@ class GanPreset:
     preset_gan: Literal["flora", "small", "low_shot", "paper256", "config_f", "auto"] | None = None  # docs/training.md
 
 
+@dataclass(frozen=True)
+class EncoderPreset:
+    """Which settings of the encoder's training the settings below start from."""
+
+    preset_encoder: Literal["small"] | None = None  # small: 32 or 64 px on a CPU, the generator tuned beside it
+
+
 def train(argv: Sequence[str]) -> None:
     """Train every stage in one run folder."""
     from sage_fast.training.dictionary import DictionaryConfig
     from sage_fast.training.ranks import join_ranks
     from sage_fast.training.stages import TrainConfig, train_all
 
-    start = TrainConfig(gan=_gan_start(argv), dictionary=DictionaryConfig.preset(_preset_of(argv)))
-    paths, _, _, options, config = parse("train", argv, NewData, Preset, GanPreset, MeasureOptions(), start)
+    dictionary = DictionaryConfig.preset(_preset_of(argv))
+    start = TrainConfig(gan=_gan_start(argv), encoder=_encoder_start(argv), dictionary=dictionary)
+    parts = (NewData, Preset, GanPreset, EncoderPreset, MeasureOptions(), start)
+    paths, _, _, _, options, config = parse("train", argv, *parts)
     _check_patience(config.gan, options)
     device = usable_device(paths.device)
     places = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
@@ -113,12 +122,11 @@ def train_gan(argv: Sequence[str]) -> None:
 
 def train_encoder(argv: Sequence[str]) -> None:
     """Train the encoder of a run folder, or of a generator that comes from elsewhere."""
-    from sage_fast.training.encoder import EncoderConfig
     from sage_fast.training.ranks import first_then_all, join_ranks
     from sage_fast.training.runtime import open_run_folder
     from sage_fast.training.stages import adopt_generator, encoder_stage, read_seen_of_run
 
-    paths, config = parse("train-encoder", argv, EncoderData, EncoderConfig())
+    paths, _, config = parse("train-encoder", argv, EncoderData, EncoderPreset, _encoder_start(argv))
     device = usable_device(paths.device)
     source = paths.generator
     with join_ranks(device) as ranks:
@@ -190,6 +198,15 @@ def _preset_of(argv: Sequence[str]) -> str:
     """The value of ``--preset``: it decides the defaults, so it is needed before the rest is parsed."""
     value = value_of(argv, "--preset")
     return value if value in ("paper", "released") else "default"
+
+
+def _encoder_start(argv: Sequence[str]) -> Any:
+    """The ``EncoderConfig`` that ``--preset-encoder`` names."""
+    from sage_fast.training import presets
+    from sage_fast.training.encoder import EncoderConfig
+
+    name = value_of(argv, "--preset-encoder", "--preset_encoder")
+    return presets.small_encoder() if name == "small" else EncoderConfig()
 
 
 def _gan_start(argv: Sequence[str]) -> Any:

@@ -1,4 +1,5 @@
-"""Settings of the generator's training that were found to work, by name; each returns a ``GANConfig`` to change further.
+"""Settings of training that were found to work, by name; each returns a config to change further: those of the generator a
+``GANConfig``, :func:`small_encoder` an ``EncoderConfig``.
 
 [StyleGAN2] is Karras et al. 2020 ("Analyzing and improving"), [ADA] Karras et al. 2020 ("Training generative adversarial
 networks with limited data"), [DiffAugment] Zhao et al. 2020. Where they trained in float16 at the four highest
@@ -12,9 +13,10 @@ from dataclasses import replace
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import n_latent_of
 from sage_fast.training.augment import AugmentConfig
+from sage_fast.training.encoder import EncoderConfig
 from sage_fast.training.gan import GANConfig
 
-__all__ = ["NAMES", "auto", "config_f", "flora", "low_shot", "paper256", "preset", "small"]
+__all__ = ["NAMES", "auto", "config_f", "flora", "low_shot", "paper256", "preset", "small", "small_encoder"]
 
 NAMES = ("flora", "small", "low_shot", "paper256", "config_f", "auto")
 
@@ -52,6 +54,23 @@ def small(resolution: int = 32) -> GANConfig:
     """
     n_latent_of(resolution)
     return GANConfig(resolution=resolution, channel_base=32 * resolution, precision="bfloat16")
+
+
+def small_encoder() -> EncoderConfig:
+    """32 or 64 px on a CPU: what the encoder of the model that comes with the package was trained with (docs/results.md).
+
+    The generator is tuned beside it, which on short trainings is worth more than a longer one of the generator alone.
+    """
+    return EncoderConfig(
+        total_steps=15_000,
+        channel_base=1536,
+        channel_max=160,
+        lr=0.002,
+        tune_lr=0.002,
+        perceptual_share=0.5,
+        precision="bfloat16",
+        tune_generator=True,
+    )
 
 
 def low_shot(resolution: int = 256, transfer_from: str | None = None) -> GANConfig:
