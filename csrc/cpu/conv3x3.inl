@@ -10,6 +10,7 @@
 #include "../conv3x3.h"
 #include "bands.inl"
 #include "gemm.inl"
+#include "taps.inl"
 #include "workspace.h"
 
 namespace sage_fast::SAGE_ISA {
@@ -127,50 +128,6 @@ void from_points(const Band& band, const End& end, const float* m, int64_t pitch
                }
              }
            });
-}
-
-#if SAGE_VECTOR_BYTES == 64
-// Rows become columns. Four times, row i and row i + 8 interleaved are rows 2 i and 2 i + 1.
-inline void transpose(V* rows) {
-  V mixed[16];
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  for (int round = 0; round < 4; ++round) {
-    for (int i = 0; i < 8; ++i) {
-      mixed[2 * i] = (V)_mm512_permutex2var_ps((__m512)rows[i], low, (__m512)rows[i + 8]);
-      mixed[2 * i + 1] = (V)_mm512_permutex2var_ps((__m512)rows[i], high, (__m512)rows[i + 8]);
-    }
-    for (int i = 0; i < 16; ++i) rows[i] = mixed[i];
-  }
-}
-#endif
-
-// The first 9 numbers of kLanes rows that lie `stride` apart, as 9 vectors over the rows.
-inline void load_taps(const float* from, int64_t stride, V* g) {
-#if SAGE_VECTOR_BYTES == 64
-  V rows[16];
-  for (int i = 0; i < 16; ++i) rows[i] = load_first<float>(from + i * stride, 9);
-  transpose(rows);
-  for (int k = 0; k < 9; ++k) g[k] = rows[k];
-#else
-  for (int64_t k = 0; k < 9; ++k) {
-    for (int64_t l = 0; l < kLanes; ++l) g[k][l] = from[l * stride + k];
-  }
-#endif
-}
-
-// The way back.
-inline void store_taps(const V* g, float* to, int64_t stride) {
-#if SAGE_VECTOR_BYTES == 64
-  V rows[16] = {};
-  for (int k = 0; k < 9; ++k) rows[k] = g[k];
-  transpose(rows);
-  for (int i = 0; i < 16; ++i) store_first<float>(rows[i], to + i * stride, 9);
-#else
-  for (int64_t l = 0; l < kLanes; ++l) {
-    for (int64_t k = 0; k < 9; ++k) to[l * stride + k] = g[k][l];
-  }
-#endif
 }
 
 // G w G^T -> [matrices^2, `pitch` apart][panels][depth, kPanel], zeros beyond the columns

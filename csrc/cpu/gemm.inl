@@ -28,8 +28,14 @@ struct Fp32Products {
   using type = float;
   static constexpr int64_t pair = 1;  // values multiplied by one instruction's lane
   static void put(Vector<float>::type v, float* to) { store<float>(v, to); }
-  static float round(double v) { return float(v); }
+  static void put_weights(const V* v, float* to) { store<float>(v[0], to); }
 };
+
+// From the panels of one matrix of weights to the next's, a cache line apart.
+template <class P>
+inline int64_t packed_pitch(int64_t depth, int64_t panels) {
+  return panels * depth * kPanel + 64 / int64_t(sizeof(typename P::type));
+}
 
 // c [Rows, kPanel] (pitch ldc) = a [Rows, depth] (pitch lda) x b [depth, kPanel]
 template <int Rows>
@@ -61,11 +67,10 @@ struct Bf16Products {
     const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
     std::memcpy(to, &half, sizeof(half));
   }
-  static uint16_t round(double v) {
-    const float f = float(v);
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  static void put_weights(const V* v, uint16_t* to) {  // those of two neighbouring depths, side by side
+    const Words low = (Words)v[0], high = (Words)v[1];
+    const Words pairs = (low + 0x7fff + ((low >> 16) & 1)) >> 16 | ((high + 0x7fff + ((high >> 16) & 1)) & 0xffff0000);
+    std::memcpy(to, &pairs, sizeof(pairs));
   }
 };
 

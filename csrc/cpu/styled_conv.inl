@@ -90,7 +90,7 @@ class StyledConv {
   void to_points(const Band& band) {
     gather(band);
     multiply<P, F>(v_, static_cast<const T*>(layer_.packed), band.tiles(), pitch_in_, panels_, m_,
-                   {v_pitch_, m_pitch_, panels_ * pitch_in_ * kPanel});
+                   {v_pitch_, m_pitch_, packed_pitch<P>(pitch_in_, panels_)});
   }
 
   // Tile rows `begin` to `end` of all images.

@@ -1,5 +1,6 @@
 #include "../synthesis.h"
 #include "styled_conv.inl"
+#include "taps.inl"
 #include "workspace.h"
 
 namespace sage_fast::SAGE_ISA {
@@ -198,24 +199,39 @@ void run(const SynthesisNetwork& net, Workspace& workspace) {
   }
 }
 
-// weight [c_out, c_in, 3, 3] -> [matrices^2][panels][depth / pair][kPanel][pair]
+// weight [c_out, c_in, 3, 3] -> [matrices^2][panels][depth / pair][kPanel][pair], zeros beyond the channels. In double,
+// so that a transformed weight is rounded once.
 template <class P, class F>
 void pack(const float* weight, const PackShape& shape, typename P::type* out) {
-  const int64_t depth = pitch_of(shape.c_in), panels = panels_of(shape.c_out);
-  constexpr int64_t matrices = F::matrices * F::matrices;
-  std::memset(out, 0, matrices * panels * depth * kPanel * sizeof(typename P::type));
-  parallel(shape.c_out, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      for (int64_t c = 0; c < shape.c_in; ++c) {
-        const float* g = weight + (o * shape.c_in + c) * 9;
+  typedef double Doubles __attribute__((vector_size(2 * SAGE_VECTOR_BYTES)));  // as many as V has
+  const int64_t depth = pitch_of(shape.c_in) / P::pair, panels = panels_of(shape.c_out);
+  const int64_t pitch = packed_pitch<P>(depth * P::pair, panels);
+  parallel(depth, 1 + 2048 / shape.c_out, [=](int64_t begin, int64_t end) {
+    for (int64_t o = 0; o < panels * kPanel; o += kLanes) {
+      for (int64_t step = begin; step < end; ++step) {
+        Doubles taps[P::pair][9];
+        for (int64_t p = 0; p < P::pair; ++p) {
+          const int64_t c = step * P::pair + p, filters = c < shape.c_in ? shape.c_out - o : 0;
+          V g[9];
+          load_taps(weight + (o * shape.c_in + c) * 9, shape.c_in * 9, g, filters);
+          for (int64_t k = 0; k < 9; ++k) taps[p][k] = __builtin_convertvector(g[k], Doubles);
+        }
+        typename P::type* to = out + ((o / kPanel * depth + step) * kPanel + o % kPanel) * P::pair;
         for (int64_t i = 0; i < F::matrices; ++i) {
-          double row[3];
-          for (int64_t k = 0; k < 3; ++k) row[k] = F::G[i][0] * g[k] + F::G[i][1] * g[3 + k] + F::G[i][2] * g[6 + k];
+          Doubles row[P::pair][3];
+          for (int64_t p = 0; p < P::pair; ++p) {
+            for (int64_t k = 0; k < 3; ++k) {
+              const Doubles* g = taps[p] + k;
+              row[p][k] = F::G[i][0] * g[0] + F::G[i][1] * g[3] + F::G[i][2] * g[6];
+            }
+          }
           for (int64_t j = 0; j < F::matrices; ++j) {
-            const double u = F::G[j][0] * row[0] + F::G[j][1] * row[1] + F::G[j][2] * row[2];
-            const int64_t panel = (i * F::matrices + j) * panels + o / kPanel;
-            out[(panel * (depth / P::pair) + c / P::pair) * kPanel * P::pair + o % kPanel * P::pair + c % P::pair] =
-                P::round(u);
+            V u[P::pair];
+            for (int64_t p = 0; p < P::pair; ++p) {
+              const Doubles sum = F::G[j][0] * row[p][0] + F::G[j][1] * row[p][1] + F::G[j][2] * row[p][2];
+              u[p] = __builtin_convertvector(sum, V);
+            }
+            P::put_weights(u, to + (i * F::matrices + j) * pitch);
           }
         }
       }
@@ -224,10 +240,10 @@ void pack(const float* weight, const PackShape& shape, typename P::type* out) {
 }
 
 // numbers in what pack writes
-template <int M>
+template <class P, int M>
 int64_t packed_size(const PackShape& shape) {
   const int64_t matrices = shape.up ? Transform<M, true>::matrices : Transform<M, false>::matrices;
-  return matrices * matrices * panels_of(shape.c_out) * kPanel * pitch_of(shape.c_in);
+  return matrices * matrices * packed_pitch<P>(pitch_of(shape.c_in), panels_of(shape.c_out));
 }
 
 template <class P, int M>
@@ -241,12 +257,12 @@ void pack(const float* weight, const PackShape& shape, void* out) {
 
 void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run(net, workspace); }
 #ifdef SAGE_BF16
-int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<2>(shape); }
+int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Bf16Products, 2>(shape); }
 void synthesis_pack(const float* weight, const PackShape& shape, void* out) {
   pack<Bf16Products, 2>(weight, shape, out);
 }
 #else
-int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<4>(shape); }
+int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Fp32Products, 4>(shape); }
 void synthesis_pack(const float* weight, const PackShape& shape, void* out) {
   pack<Fp32Products, 4>(weight, shape, out);
 }
