@@ -235,11 +235,12 @@ def test_identity_by_path(tmp_path, images):
     from sage_fast.models.perceptual import SqueezeFeatures
 
     torch.manual_seed(0)
-    torch.save(SqueezeFeatures().state_dict(), tmp_path / "squeeze.pt")
+    fresh = SqueezeFeatures().state_dict()  # as drawn, biases outweigh images: all features point one way
+    torch.save({name: 2 * w if w.ndim == 4 else 0 * w for name, w in fresh.items()}, tmp_path / "squeeze.pt")
     config = dataclasses.replace(TINY, total_steps=1, identity=str(tmp_path / "squeeze.pt"))
     train_encoder(config, images, *_networks(), tmp_path / "run")
     (value,) = _column(tmp_path / "run", "identity_squeezenet1_1")
-    assert 0 < value <= 2
+    assert 0.01 < value <= 2
 
 
 @pytest.mark.parametrize(

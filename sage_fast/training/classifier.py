@@ -169,7 +169,7 @@ def _optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optim
     weights = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def _schedule(step: int, config: OptimizerConfig) -> float:

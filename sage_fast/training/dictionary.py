@@ -153,7 +153,7 @@ def train_dictionary(
     A = torch.nn.Parameter(_first_directions(config, delta_w, groups, rng))
     mlp = _new_mlp(config, groups, w_plus).to(device)
     learned = [A, *mlp.parameters()]
-    optim = torch.optim.Adam(learned, lr=config.lr, betas=(0.9, 0.999))
+    optim = torch.optim.Adam(learned, lr=config.lr, betas=(0.9, 0.999), fused=True)
     rebuild = config.rec_weight > 0
     G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild and generator is not None else None
     perceptual = perceptual.to(device) if perceptual is not None and rebuild and config.perceptual_weight else None

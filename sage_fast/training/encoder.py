@@ -204,7 +204,7 @@ def train_encoder(
     run = Run(folder, "encoder", config, resume, ranks, facts, {"own": own})
     E = new_encoder(config, generator).to(ranks.device)
     average = copy.deepcopy(E).eval().requires_grad_(False)
-    optim = torch.optim.Adam(E.parameters(), lr=config.lr, betas=(0.9, 0.999))
+    optim = torch.optim.Adam(E.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
     reconstruction = Reconstruction(config, discriminator, ranks)
     tuning = GeneratorTuning(config, generator, discriminator, ranks) if config.tune_generator else None
     G = tuning.G if tuning else copy.deepcopy(generator).to(ranks.device).eval().requires_grad_(False)

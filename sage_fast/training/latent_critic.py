@@ -77,7 +77,7 @@ class LatentCritic:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.D = LatentDiscriminator(generator.style_dim, config.n_layers).to(ranks.device)
-        self.optim = torch.optim.Adam(self.D.parameters(), lr=config.discriminator_lr)
+        self.optim = torch.optim.Adam(self.D.parameters(), lr=config.discriminator_lr, fused=True)
         self.scalars: dict[str, Tensor] = {}
 
     def parts(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer]:

@@ -56,8 +56,8 @@ class GeneratorTuning:
         self.average_G = copy.deepcopy(self.G).eval().requires_grad_(False)
         learned = [p for p in self.G.parameters() if p.requires_grad]
         c = config.r1_every / (config.r1_every + 1)  # lazy regularisation, StyleGAN2 appendix B
-        self.g_optim = torch.optim.Adam(learned, lr=config.tune_lr, betas=(0.0, 0.99))
-        self.d_optim = torch.optim.Adam(self.D.parameters(), lr=config.tune_lr * c, betas=(0.0, 0.99**c))
+        self.g_optim = torch.optim.Adam(learned, lr=config.tune_lr, betas=(0.0, 0.99), fused=True)
+        self.d_optim = torch.optim.Adam(self.D.parameters(), lr=config.tune_lr * c, betas=(0.0, 0.99**c), fused=True)
         gamma = 0.0002 * generator.resolution**2 / config.batch if config.r1_gamma is None else config.r1_gamma
         self.r1_weight = gamma / 2 * config.r1_every
         self.fakes = torch.empty(0)
