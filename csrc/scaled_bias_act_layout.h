@@ -29,15 +29,19 @@ inline ScaledBiasActParams scaled_as(Tensor& x, const std::optional<Tensor>& noi
 }
 
 struct ScaledBiasActFactors {
-  const void *scale, *noise, *strength, *b;
+  const void *scale, *noise, *strength = nullptr, *b = nullptr;
 
   ScaledBiasActFactors(const ScaledBiasActParams& p, const Tensor& x, std::optional<Tensor>& s,
-                       std::optional<Tensor>& map, std::optional<Tensor>& weight, std::optional<Tensor>& bias)
+                       std::optional<Tensor>& map)
       : scale(factors_of(s, x, p.n * p.channels, "scaled_bias_act: scale must be [N, C], in the dtype of sums")),
         noise(factors_of(map, x, p.pixels * (p.shared_noise ? 1 : p.n),
-                         "scaled_bias_act: noise must be [1 or N, 1, H, W], in the dtype of sums")),
-        strength(factors_of(weight, x, 1, "scaled_bias_act: strength must be one number, in the dtype of sums")),
-        b(factors_of(bias, x, p.channels, "scaled_bias_act: b must be [C], in the dtype of sums")) {}
+                         "scaled_bias_act: noise must be [1 or N, 1, H, W], in the dtype of sums")) {}
+  ScaledBiasActFactors(const ScaledBiasActParams& p, const Tensor& x, std::optional<Tensor>& s,
+                       std::optional<Tensor>& map, std::optional<Tensor>& weight, std::optional<Tensor>& bias)
+      : ScaledBiasActFactors(p, x, s, map) {
+    strength = factors_of(weight, x, 1, "scaled_bias_act: strength must be one number, in the dtype of sums");
+    b = factors_of(bias, x, p.channels, "scaled_bias_act: b must be [C], in the dtype of sums");
+  }
 };
 
 // The results of the backward: the gradient of x, and sums for those of scale (empty without one), b and strength.
@@ -67,5 +71,20 @@ inline void match_images(Tensor& images, const Tensor& y) {
           "scaled_bias_act_backward: grad and x must match y");
   images = torch::stable::contiguous(images, torch::headeronly::MemoryFormat::ChannelsLast);
 }
+
+// What the backward takes and gives: grad and x, which goes with scale, laid out as y is.
+struct ScaledBiasActBackward {
+  const ScaledBiasActParams p;
+  const ScaledBiasActFactors given;
+  ScaledBiasActGradients made;
+
+  ScaledBiasActBackward(Tensor& grad, std::optional<Tensor>& x, Tensor& y, std::optional<Tensor>& scale,
+                        std::optional<Tensor>& noise, double slope, double gain, double clamp)
+      : p(scaled_as(y, noise, slope, gain, clamp)), given(p, y, scale, noise), made(p, y, scale.has_value()) {
+    match_images(grad, y);
+    require(x.has_value() == scale.has_value(), "scaled_bias_act_backward: x goes with scale");
+    if (x) match_images(*x, y);
+  }
+};
 
 }  // namespace sage_fast

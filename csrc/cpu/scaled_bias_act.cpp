@@ -28,19 +28,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_bias_act_backward(Tensor grad,
                                                                     std::optional<Tensor> scale,
                                                                     std::optional<Tensor> noise, double slope,
                                                                     double gain, double clamp) {
-  const ScaledBiasActParams p = scaled_as(y, noise, slope, gain, clamp);
-  std::optional<Tensor> none;
-  const ScaledBiasActFactors given(p, y, scale, noise, none, none);
-  match_images(grad, y);
-  require(x.has_value() == scale.has_value(), "scaled_bias_act_backward: x goes with scale");
-  if (x) match_images(*x, y);
-  ScaledBiasActGradients made(p, y, scale.has_value());
+  ScaledBiasActBackward call(grad, x, y, scale, noise, slope, gain, clamp);
+  ScaledBiasActGradients& made = call.made;
   if (y.numel() == 0) return made.all();
   prefer_huge_pages(made.x.mutable_data_ptr(), y.numel() * y.element_size());
   SAGE_CALL(scaled_bias_act_backward)(grad.const_data_ptr(), x ? x->const_data_ptr() : nullptr, y.const_data_ptr(),
-                                      given.scale, given.noise, p, dtype_of(y), made.x.mutable_data_ptr(),
-                                      made.scale.mutable_data_ptr(), made.b.mutable_data_ptr(),
-                                      made.strength.mutable_data_ptr());
+                                      call.given.scale, call.given.noise, call.p, dtype_of(y),
+                                      made.x.mutable_data_ptr(), made.scale.mutable_data_ptr(),
+                                      made.b.mutable_data_ptr(), made.strength.mutable_data_ptr());
   return made.all();
 }
 

@@ -221,13 +221,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_bias_act_backward(Tensor grad,
                                                                     std::optional<Tensor> noise, double slope,
                                                                     double gain, double clamp) {
   Scope stream(y);
-  const ScaledBiasActParams p = scaled_as(y, noise, slope, gain, clamp);
-  std::optional<Tensor> none;
-  const ScaledBiasActFactors given(p, y, scale, noise, none, none);
-  match_images(grad, y);
-  require(x.has_value() == scale.has_value(), "scaled_bias_act_backward: x goes with scale");
-  if (x) match_images(*x, y);
-  ScaledBiasActGradients made(p, y, scale.has_value());
+  ScaledBiasActBackward call(grad, x, y, scale, noise, slope, gain, clamp);
+  const ScaledBiasActParams& p = call.p;
+  ScaledBiasActGradients& made = call.made;
   if (y.numel() == 0) return made.all();
   with_type(dtype_of(y), [&](auto zero) {
     using T = decltype(zero);
@@ -239,8 +235,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_bias_act_backward(Tensor grad,
       const int64_t rows = p.n * grid.blocks.x, width = 2 * p.channels + 1;
       Tensor parts = torch::stable::new_empty(made.b, {rows * width});
       backward<T, N, kScaled><<<grid.blocks, grid.threads, 0, stream>>>(
-          data<T>(grad), x ? data<T>(*x) : nullptr, data<T>(y), Factors<A>(given), p, A(p.gain), A(p.gain * p.slope),
-          A(p.dead_above()), mutable_data<T>(made.x), mutable_data<A>(parts));
+          data<T>(grad), x ? data<T>(*x) : nullptr, data<T>(y), Factors<A>(call.given), p, A(p.gain),
+          A(p.gain * p.slope), A(p.dead_above()), mutable_data<T>(made.x), mutable_data<A>(parts));
       const dim3 columns(static_cast<unsigned>((p.channels + 32) / 32), kScaled ? depth_for(p.n + 1) : 1);
       join<A><<<columns, dim3(32, kSumRows), 0, stream>>>(data<A>(parts), grid.blocks.x, p, kScaled,
                                                           mutable_data<A>(made.scale), mutable_data<A>(made.b),
