@@ -32,7 +32,7 @@ struct Factors {
 // Threads lie over the packs of N channels, then over pixels; a block strides over the pixels of an image, so what the
 // channels have is read once.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     forward(const T* __restrict__ x, Factors<typename Accumulator<T>::type> of, ScaledBiasActParams p,
             typename Accumulator<T>::type slope, typename Accumulator<T>::type gain,
             typename Accumulator<T>::type limit, T* __restrict__ y) {
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
 // The gradient of x, and of a block's pixels the sums over scale and b, [2, channels] with the noise's behind them: a
 // row of `parts` [n, blocks of an image, 2 channels + 1].
 template <class T, int N, bool kScaled>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     backward(const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ y,
              Factors<typename Accumulator<T>::type> of, ScaledBiasActParams p, typename Accumulator<T>::type above,
              typename Accumulator<T>::type below, typename Accumulator<T>::type dead, T* __restrict__ out,
