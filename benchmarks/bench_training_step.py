@@ -57,8 +57,8 @@ def plain_unscaled_conv2d(x, weight, style, demodulate=True, up=1, down=1, resam
 
 
 def plain_scaled_bias_act(x, scale, noise, strength, b, gain=2**0.5, clamp=None):
-    x = x if scale is None else x * scale[:, :, None, None]
-    x = x if noise is None else x + strength * noise
+    x = x if scale is None else x * scale[:, :, None, None].to(x.dtype)  # float32 factors would widen bfloat16 maps
+    x = x if noise is None else x + (strength * noise).to(x.dtype)
     return plain_bias_act(x, b, gain=gain)
 
 
@@ -67,7 +67,7 @@ def plain_conv3x3(x, weight, stride=1):
 
 
 def plain_bias_act(x, b, act="lrelu", gain=2**0.5, clamp=None):
-    return F.leaky_relu(x + b.view(1, -1, *[1] * (x.ndim - 2)), 0.2) * gain
+    return F.leaky_relu(x + b.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2)), 0.2) * gain
 
 
 @contextmanager

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sage_fast import _native
 from sage_fast.errors import InputError
-from sage_fast.ops.bias_act import straight_derivative
+from sage_fast.ops.bias_act import bias_act_reference, straight_derivative
 from sage_fast.ops.inputs import number, require_floats, require_real, require_same_device
 
 __all__ = ["scaled_bias_act", "scaled_bias_act_reference"]
@@ -30,8 +29,8 @@ def scaled_bias_act(
 ) -> Tensor:
     """``clamp(gain * leaky_relu(x * scale + strength * noise + b))``, slope 0.2; differentiable any number of times.
 
-    Demodulation, noise, bias and activation of [StyleGAN2], Fig. 2 (d). Everything between is float32 (float64 for such images).
-    No derivative by ``noise`` is taken where the kernel runs, so noise that wants one goes the plain way.
+    Demodulation, noise, bias and activation of Karras et al. 2020 [StyleGAN2], Fig. 2 (d). Everything between is float32, for float64
+    images float64. No derivative by ``noise`` is taken where the kernel runs, so noise that wants one goes the plain way.
 
     Args:
         x: [N, C, H, W], floating; channels last, or copied so.
@@ -44,7 +43,8 @@ def scaled_bias_act(
     Returns:
         The shape and dtype of ``x``; channels last by the kernel.
     Raises:
-        InputError: shapes, dtypes or devices that do not belong together.
+        InputError: shapes, dtypes or devices that do not belong together, noise or strength without the other, a gain that is
+            not above 0, or a negative clamp.
     """
     limit = _check(x, scale, noise, strength, b, gain, clamp)
     needs_noise = noise is not None and noise.requires_grad and torch.is_grad_enabled()
@@ -65,16 +65,13 @@ def scaled_bias_act_reference(
     clamp: float | None = None,
 ) -> Tensor:
     """The same in plain PyTorch."""
-    limit = _check(x, scale, noise, strength, b, gain, clamp)
+    _check(x, scale, noise, strength, b, gain, clamp)
     if scale is not None:
         x = x * scale[:, :, None, None].to(x.dtype)
     if noise is not None:
         assert strength is not None
         x = x + (strength * noise).to(x.dtype)  # float32 noise would widen bfloat16 maps
-    if b is not None:
-        x = x + b.to(x.dtype).view(1, -1, 1, 1)
-    x = F.leaky_relu(x, _SLOPE) * gain
-    return x if limit < 0 else x.clamp(-limit, limit)
+    return bias_act_reference(x, b, act="lrelu", alpha=_SLOPE, gain=gain, clamp=clamp)
 
 
 def _check(x, scale, noise, strength, b, gain, clamp) -> float:

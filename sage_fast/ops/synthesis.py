@@ -167,7 +167,10 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def synthesis_reference(network: SynthesisNetwork, w_plus: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
-    """The same in plain PyTorch, layer by layer: shared weights, scaled activations."""
+    """The same in plain PyTorch, layer by layer: shared weights, scaled activations.
+
+    Under autocast activations stay in 16 bits: no float32 factor widens them.
+    """
     _check(network, w_plus, noise)
     taps = torch.tensor([0.25, 0.75, 0.75, 0.25], dtype=w_plus.dtype, device=w_plus.device)
     fir = torch.outer(taps, taps)
@@ -176,22 +179,22 @@ def synthesis_reference(network: SynthesisNetwork, w_plus: Tensor, noise: Sequen
     for i, layer in enumerate(network.layers):
         style = F.linear(w_plus[:, i], layer.affine, layer.affine_bias)
         factor = torch.rsqrt(style.square() @ layer.weight.square().sum((2, 3)).t() + 1e-8)
-        x = x * style[:, :, None, None]
+        x = x * style[:, :, None, None].to(x.dtype)
         if i % 2 == 1:
             x = F.conv_transpose2d(x, layer.weight.transpose(0, 1), stride=2)
             x = F.conv2d(x, fir.expand(x.shape[1], 1, 4, 4), padding=1, groups=x.shape[1])
         else:
             x = F.conv2d(x, layer.weight, padding=1)
-        x = x * factor[:, :, None, None]
+        x = x * factor[:, :, None, None].to(x.dtype)
         map_ = noise[i]
         if map_ is not None:
-            x = x + layer.strength * map_
-        x = F.leaky_relu(x + layer.bias.view(1, -1, 1, 1), network.slope) * network.gain
+            x = x + (layer.strength * map_).to(x.dtype)
+        x = F.leaky_relu(x + layer.bias.to(x.dtype).view(1, -1, 1, 1), network.slope) * network.gain
         x = x if network.clamp is None else x.clamp(-network.clamp, network.clamp)
         if i % 2 == 0:
             to_image = network.images[i // 2]
             style = F.linear(w_plus[:, i + 1], to_image.affine, to_image.affine_bias)
-            new = F.conv2d(x * style[:, :, None, None], to_image.weight[:, :, None, None], to_image.bias)
+            new = F.conv2d(x * style[:, :, None, None].to(x.dtype), to_image.weight[:, :, None, None], to_image.bias)
             new = new if network.clamp is None else new.clamp(-network.clamp, network.clamp)
             if image is not None:
                 new = new + F.conv_transpose2d(
