@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 ROUNDS, ROUND_SECONDS = 11, 0.006
+_SETTLING = 0.025  # seconds until the threads of another's pool sleep and ours have a processor each
 _FLUSHED = 256 << 20  # bytes
 _MOST_REPEATS = {"cpu": 1_000_000, "cuda": 30}  # a flush takes longer than a small op
 _COPIED = {"cpu": 1 << 25, "cuda": 1 << 28}  # floats: 128 MiB and 1 GiB, beyond the caches
@@ -30,12 +31,22 @@ class Clock(Protocol):
     def __call__(self, call: Call, repeats: int) -> float:
         """Seconds of one of so many calls."""
 
+    def settle(self, call: Call) -> None:
+        """What must come between another's calls and these, so that both are timed alike."""
+
 
 class CpuClock:
     device = torch.device("cpu")
 
     def __init__(self, one_thread: bool) -> None:
+        self.one_thread = one_thread
         self.now = time.thread_time if one_thread else time.perf_counter
+
+    def settle(self, call: Call) -> None:
+        """Until only the threads of ``call`` are at work."""
+        end = time.perf_counter() + (0 if self.one_thread else _SETTLING)
+        while time.perf_counter() < end:
+            call()
 
     def __call__(self, call: Call, repeats: int) -> float:
         start = self.now()
@@ -48,6 +59,9 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.scratch = torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
+
+    def settle(self, call: Call) -> None:
+        """Nothing to wait for."""
 
     def __call__(self, call: Call, repeats: int) -> float:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
@@ -67,6 +81,7 @@ def medians(clock: Clock, calls: Mapping[str, Call], rounds: int = ROUNDS) -> di
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds):
         for name in list(calls)[:: 1 if i % 2 else -1]:  # there and back, so that nobody always comes first
+            clock.settle(calls[name])
             times[name].append(clock(calls[name], repeats[name]))
     return {name: median(values) for name, values in times.items()}
 

@@ -19,11 +19,18 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before NumPy is loaded: products as this processor can have them, by threads that sleep soon after (they wait on a
+# processor for 0.1 s else, and whoever is timed next has one less).
+os.environ.pop("OPENBLAS_CORETYPE", None)
+os.environ["OPENBLAS_THREAD_TIMEOUT"] = "20"
+
 import pytest
 import torch
+from array_rivals import imported
 from clocks import ROUNDS, Clock, CpuClock, CudaClock, copy_rate, medians, product_rate
 from torch import Tensor
 
@@ -214,7 +221,7 @@ def compare(request: pytest.FixtureRequest, benchmark) -> Comparison:
 
 @pytest.fixture(autouse=True)
 def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Threads as asked for; on a GPU float32 products are float32's unless a test says TF32, and cuDNN searches for its best."""
+    """Threads as asked for, NumPy's too; on a GPU float32 products are float32's unless a test says TF32; cuDNN searches its best."""
     backends = torch.backends
     before = (
         torch.get_num_threads(),
@@ -222,9 +229,12 @@ def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
         backends.cudnn.allow_tf32,
         backends.cuda.matmul.allow_tf32,
     )
-    torch.set_num_threads(request.config.getoption("--bench-threads"))
+    threads = request.config.getoption("--bench-threads")
+    torch.set_num_threads(threads)
     backends.cudnn.benchmark = True
     backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
-    yield
+    limits = imported("threadpoolctl")  # not on every GPU machine, where NumPy is no rival
+    with limits.threadpool_limits(threads, user_api="blas") if limits else nullcontext():
+        yield
     torch.set_num_threads(before[0])
     backends.cudnn.benchmark, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = before[1:]

@@ -59,6 +59,7 @@ void edit_latents(const T* embeddings, const T* codes, const T* directions, cons
     });
     return;
   }
+  const bool past = P::streams(out, p.dim, p.n * p.layers * p.dim * sizeof(T));
   parallel(p.layers * runs, 1 + 2000 / work, [=](int64_t begin, int64_t end_task) {
     constexpr int64_t most = 16;
     Scratch<T> panels(P::panels_size(p.dim, p.k)), kept_codes(most * p.k);
@@ -78,8 +79,13 @@ void edit_latents(const T* embeddings, const T* codes, const T* directions, cons
         base[s] = embedding(samples[s], layer);
         to[s] = out + (samples[s] * p.layers + layer) * p.dim;
       }
-      P::expand(kept_codes.data(), n, count, kept.data(), panels.data(), p.k, p.dim, base, alpha, to, nullptr, 0);
+      const auto expand = [&](auto far) {
+        P::template expand<far.value>(kept_codes.data(), n, count, kept.data(), panels.data(), p.k, p.dim, base, alpha,
+                                      to, nullptr, 0);
+      };
+      past ? expand(std::true_type()) : expand(std::false_type());
     }
+    if (past) finish_stores();
   });
 }
 

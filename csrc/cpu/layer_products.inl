@@ -89,10 +89,10 @@ struct Products {
 
   static int64_t panels_size(int64_t rows, int64_t cols) { return round_up(rows, width) * cols; }
 
-  // [rows, cols] -> panels [rows / width, cols, width], zero beyond the last row.
-  static void pack(const Matrix<T>& m, T* panels) {
+  // [rows, cols] -> panels [rows / width, cols, width], zero beyond the last row up to a multiple of `fill`.
+  static void pack(const Matrix<T>& m, T* panels, int64_t fill = width) {
     Buffer<T> copy;
-    for (int64_t d = 0; d < round_up(m.rows, width); d += lanes) {
+    for (int64_t d = 0; d < round_up(m.rows, fill); d += lanes) {
       const Matrix<T> rows = rows_from(m, d, copy);
       T* to = panels + d / width * width * m.cols + d % width;
       for (int64_t c = 0; c < m.cols; c += lanes) {
@@ -126,7 +126,7 @@ struct Products {
       const T* panel = m.data + d / width * m.next + first * m.apart;
       for (int64_t v = 0; v < width; v += lanes) {
         V in[S];
-        for (int64_t s = 0; s < S; ++s) in[s] = load(at[s] + v);
+        for (int64_t s = 0; s < S; ++s) in[s] = in_register(load(at[s] + v));
         for (int64_t c = 0; c < C; ++c) {
           const T* at_column = panel + c * m.apart + v;
           if constexpr (S == 1) __builtin_prefetch(at_column + C * m.apart);  // one sample: the matrix from afar, once
@@ -172,14 +172,75 @@ struct Products {
   static int64_t sums_size(int64_t cols) { return (group * cols + lanes) * lanes; }
   static int64_t codes_size(int64_t cols) { return group * cols + lanes; }
 
+  // The other way to the codes: lanes lie across the columns of a matrix [dim][apart] whose columns fill whole vectors.
+  // No lanes to be added at the end, but lanes without a column work for nothing, and the matrix must be laid out.
+  static bool across_pays(int64_t dim, int64_t cols) {
+    const int64_t steps = round_up(cols, lanes) / lanes * dim;  // products of vectors a sample
+    return 4 * steps < 3 * cols * (round_up(dim, width) / lanes + 5);
+  }
+
+  // codes[s][0 .. held) = w[s] times C vectors of columns at m, for S samples.
+  template <int64_t S, int64_t C>
+  static void across(const T* const* w, int64_t dim, const T* m, int64_t apart, int64_t held, T* const* codes) {
+    V sum[S][C];
+    for (int64_t s = 0; s < S; ++s) {
+      for (int64_t c = 0; c < C; ++c) sum[s][c] = V{};
+    }
+    for (int64_t d = 0; d < dim; ++d) {
+      V column[C];
+      for (int64_t c = 0; c < C; ++c) column[c] = load(m + d * apart + c * lanes);
+      for (int64_t s = 0; s < S; ++s) {
+        for (int64_t c = 0; c < C; ++c) sum[s][c] += w[s][d] * column[c];
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t s = 0; s < S; ++s) {
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < C; ++c) {
+        if ((c + 1) * lanes <= held) {
+          store<T>(sum[s][c], codes[s] + c * lanes);
+        } else {
+          store_first<T>(sum[s][c], codes[s] + c * lanes, held - c * lanes);
+        }
+      }
+    }
+  }
+
+  // codes[s] [cols] = w[s] [dim] times columns at m, for n samples and at most `width` columns.
+  static void reduce_across(const T* const* w, int64_t n, int64_t dim, const T* m, int64_t apart, int64_t cols,
+                            T* const* codes) {
+    constexpr int64_t rows = 2 * tile;
+    for (int64_t c = 0; c < cols; c += 2 * lanes) {
+      T* to[rows];
+      const int64_t held = std::min(2 * lanes, cols - c);
+      int64_t s = 0;
+      const auto run = [&](auto samples) {
+        constexpr int64_t S = decltype(samples)::value;
+        for (; s + S <= n; s += S) {
+          for (int64_t i = 0; i < S; ++i) to[i] = codes[s + i] + c;
+          if (held > lanes) across<S, 2>(w + s, dim, m + c, apart, held, to);
+          if (held <= lanes) across<S, 1>(w + s, dim, m + c, apart, held, to);
+        }
+      };
+      run(std::integral_constant<int64_t, rows>());
+      run(std::integral_constant<int64_t, 1>());
+    }
+  }
+
   // Rows of samples lie far apart, where the processor does not look ahead by itself.
   static void prefetch(const T* row, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
   }
 
+  // Whether rows of `dim` values in `bytes` from `out` on go past the caches to memory: they would not stay in any,
+  // and the lines need not be read before they are written.
+  static bool streams(const T* out, int64_t dim, int64_t bytes) {
+    return bytes > (int64_t(24) << 20) && reinterpret_cast<uintptr_t>(out) % 64 == 0 && dim * sizeof(T) % 64 == 0;
+  }
+
   // out[s] = base[s] + alpha * sum_j codes[s * stride + j] * column kept[j], for S samples and one panel; base may be
-  // null.
-  template <int64_t S>
+  // null. `past`: see streams.
+  template <int64_t S, bool past = false>
   static void expand_panel(const T* codes, int64_t stride, int64_t count, const int64_t* kept, const T* panel,
                            const T* const* base, T alpha, T* const* out, int64_t d, int64_t dim) {
     V sum[S][vectors];
@@ -193,15 +254,18 @@ struct Products {
         for (int64_t v = 0; v < vectors; ++v) sum[s][v] += codes[s * stride + j] * column[v];
       }
     }
+    // unrolled, without an index into a vector: else the sums lie on the stack
+#pragma GCC unroll 4
     for (int64_t s = 0; s < S; ++s) {
+#pragma GCC unroll 4
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t at = d + v * lanes;
         if (at + lanes <= dim) {
-          store<T>(base ? load(base[s] + at) + alpha * sum[s][v] : sum[s][v], out[s] + at);
-        } else {
-          for (int64_t i = at; i < dim; ++i) {
-            out[s][i] = base ? base[s][i] + alpha * sum[s][v][i - at] : sum[s][v][i - at];
-          }
+          const V all = base ? load(base[s] + at) + alpha * sum[s][v] : sum[s][v];
+          past ? store_past_caches<T>(all, out[s] + at) : store<T>(all, out[s] + at);
+        } else if (at < dim) {
+          const V all = base ? load_first<T>(base[s] + at, dim - at) + alpha * sum[s][v] : sum[s][v];
+          store_first<T>(all, out[s] + at, dim - at);
         }
       }
     }
@@ -209,6 +273,7 @@ struct Products {
 
   // out [n, dim] from codes [n, count] over the columns `kept` of a packed matrix; base may be null. Rows `ahead` [n]
   // are fetched meanwhile.
+  template <bool past = false>
   static void expand(const T* codes, int64_t n, int64_t count, const int64_t* kept, const T* panels, int64_t cols,
                      int64_t dim, const T* const* base, T alpha, T* const* out, const T* const* ahead,
                      int64_t n_ahead) {
@@ -218,12 +283,12 @@ struct Products {
       for (int64_t s = 0; s < n_ahead; ++s) prefetch(ahead[s] + d, held);
       int64_t s = 0;
       for (; s + tile <= n; s += tile) {
-        expand_panel<tile>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d,
-                           dim);
+        expand_panel<tile, past>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha,
+                                 out + s, d, dim);
       }
       for (; s < n; ++s) {
-        expand_panel<1>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s, d,
-                        dim);
+        expand_panel<1, past>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha, out + s,
+                              d, dim);
       }
     }
   }

@@ -33,6 +33,7 @@ void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* o
   parallel(p.layers, 1 + 20000 / work, [=](int64_t begin, int64_t end_layer) {
     for (int64_t layer = begin; layer < end_layer; ++layer) P::pack(layer_basis(layer), panels + layer * size);
   });
+  const bool past = P::streams(out, p.dim, p.n * p.layers * p.dim * sizeof(T));
   parallel(p.layers * runs, 1 + 20000 / (work * P::group), [=](int64_t begin, int64_t end_task) {
     Scratch<T> sums(P::sums_size(p.rank)), codes(P::codes_size(p.rank));
     Buffer<int64_t> kept(p.rank);
@@ -50,8 +51,13 @@ void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* o
       }
       const T* panel = panels + layer * size;
       P::reduce(in, n, p.dim, P::packed(panel, p.rank), sums, codes.data());
-      P::expand(codes.data(), n, p.rank, kept.data(), panel, p.rank, p.dim, nullptr, T(1), to, ahead, n);
+      const auto expand = [&](auto far) {
+        P::template expand<far.value>(codes.data(), n, p.rank, kept.data(), panel, p.rank, p.dim, nullptr, T(1), to,
+                                      ahead, n);
+      };
+      past ? expand(std::true_type()) : expand(std::false_type());
     }
+    if (past) finish_stores();
   });
 }
 

@@ -22,6 +22,34 @@ inline void store(typename Vector<T>::type v, T* p) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// To memory, past the caches: `p` is aligned to the vector, and finish_stores() comes before others may look.
+template <class T>
+inline void store_past_caches(typename Vector<T>::type v, T* p) {
+#if SAGE_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif SAGE_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store<T>(v, p);
+#endif
+}
+inline void finish_stores() {
+#if SAGE_VECTOR_BYTES > 16
+  _mm_sfence();
+#endif
+}
+
+// A value that several products take: GCC would rather load it again in each.
+template <class V>
+inline V in_register(V v) {
+#if SAGE_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#elif SAGE_VECTOR_BYTES == 32
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // Numbers of 16 bits: loaded to float, stored rounded to the nearest (ties to even); no arithmetic of their own.
 struct BFloat16 {
   uint16_t bits;

@@ -104,6 +104,14 @@ def test_kernel_equals_reference(device, n, n_latent, dim, k, dtype):
         torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
 
 
+def test_more_than_a_cache_holds(device):
+    e, codes, directions, mask = (t.to(device) for t in arguments(1601, 8, 512, 6, rows=1))
+    expected = edit_latents_reference(e, codes, directions, 1.7, mask)
+    ours = torch.ops.sage_fast.edit_latents.default(e, codes, directions, 1.7, mask[None].bool(), None)
+    assert ours.nbytes > 24 << 20
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+
+
 def test_kernel_takes_any_rows(device):
     e, codes, directions, _ = (t.to(device) for t in arguments(9, 3, 20, 6))
     mask, index = classes(9, 3, 6, rows=9, device=device)

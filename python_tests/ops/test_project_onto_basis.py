@@ -30,6 +30,15 @@ def test_kernel_equals_reference(device, shape, dtype):
         torch.testing.assert_close(op(w_plus, basis), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dim", [512, 516])
+def test_more_than_a_cache_holds(device, dim):
+    """On a CPU such a result goes past the caches, if its rows are whole lines."""
+    w_plus, basis = arguments(1601, 8, dim, 5, device=device)
+    assert w_plus.nbytes > 24 << 20
+    expected = project_onto_basis_reference(w_plus, basis)
+    torch.testing.assert_close(torch.ops.sage_fast.project_onto_basis(w_plus, basis), expected, atol=2e-6, rtol=2e-6)
+
+
 @pytest.mark.parametrize("op", [project_onto_basis, project_onto_basis_reference])
 def test_equals_numpy(op):
     w_plus, basis = arguments(5, 3, 20, 6, dtype=torch.float64)
