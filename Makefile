@@ -64,7 +64,7 @@ endif
 	@mkdir -p build && touch $@
 
 # glibc maps and unmaps blocks above 32 MB at every op otherwise, which slows the rivals; PEERS: --peer-path CLONE ...
-BENCH = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 $(PYTHON)
+BENCH = env -u OPENBLAS_CORETYPE MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456 $(PYTHON)
 bench: setup
 	$(BENCH) benchmarks/bench_dictionary.py
 	$(BENCH) benchmarks/bench_inversion.py --threads 1 --steps 100
