@@ -22,10 +22,10 @@ demo: setup
 	$(PYTHON) -m sage_fast.demo --out demo_out
 
 # a process a core with one thread each: the tests' tensors are too small for two
-# Ray and Lightning are large, so they are no part of the set-up; where they cannot be had, the tests that need them skip, saying so.
+# What the optional parts work with is no part of the set-up; where it cannot be had, the tests that need it skip, saying so.
+OPTIONAL := 'ray[data]' lightning torchmetrics tensorboard webdataset simplejpeg opencv-python-headless matplotlib
 test: setup
-	@for library in 'ray[data]' lightning; do \
-	  $(PYTHON) -c "import $${library%%[*}" 2>/dev/null || \
+	@for library in $(OPTIONAL); do \
 	  $(PYTHON) -m pip install --quiet "$$library" "torch==$$($(PYTHON) -c 'import torch; print(torch.__version__)')" || \
 	  echo "$$library cannot be installed here."; \
 	done
