@@ -32,10 +32,11 @@ def _names(folder):
 
 
 def test_what_was_saved_is_loaded(tmp_path):
-    assert Checkpoints(tmp_path, "gan").load() is None and not Checkpoints(tmp_path, "gan").exist()
+    assert Checkpoints(tmp_path, "gan").load() is None and Checkpoints(tmp_path, "gan").latest() is None
     Checkpoints(tmp_path, "gan").save(_state(7))
     state = Checkpoints(tmp_path, "gan").load()
-    assert Checkpoints(tmp_path, "gan").exist() and state["step"] == 7 and state["about"] == _state(7)["about"]
+    assert Checkpoints(tmp_path, "gan").latest() == tmp_path / "gan.pt"
+    assert state["step"] == 7 and state["about"] == _state(7)["about"]
     assert torch.equal(state["w"], _state(7)["w"])
     assert torch.load(tmp_path / "gan.pt", weights_only=True)["step"] == 7  # by anybody who has torch
 
@@ -100,7 +101,7 @@ def test_a_lost_newest_file_is_no_reason_to_begin_anew(tmp_path):
     _steps(Checkpoints(tmp_path, "gan"), 5)
     (tmp_path / "gan.pt").unlink()
     kept = Checkpoints(tmp_path, "gan")
-    assert kept.exist() and kept.load()["step"] == 4
+    assert kept.latest() is not None and kept.load()["step"] == 4
 
 
 def test_nothing_whole_is_left(tmp_path):

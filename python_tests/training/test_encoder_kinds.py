@@ -16,8 +16,8 @@ from sage_fast.models.weight_deltas import synthesize
 from sage_fast.training import encoder_steps
 from sage_fast.training.encoder import EncoderConfig, HyperStyleConfig, train_encoder
 from sage_fast.training.latent_critic import E4EConfig, LatentCritic, delta_norm, stage_of
-from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run
+from sage_fast.training.updates import Guard
 
 TINY = EncoderConfig(
     total_steps=8,
@@ -147,8 +147,8 @@ def test_the_log_follows_the_schedule_and_styles_that_have_not_joined_stay(tmp_p
     stages = {}
     backward = encoder_steps.OnePassSteps.backward
 
-    def look(self, real, step, rate, rng):
-        loss = backward(self, real, step, rate, rng)
+    def look(self, update, real, step, rate, rng):
+        loss = backward(self, update, real, step, rate, rng)
         gradients = [heads.weight.grad.flatten(1).abs().sum(1) for heads in self.E.heads]
         stages[step] = [bool(g > 0) for g in torch.cat(gradients)]
         return loss
@@ -168,13 +168,16 @@ def test_norm_of_the_deltas():
     assert delta_norm(offsets, 2).item() == pytest.approx(5.0, abs=1e-4)
 
 
-def test_the_latent_discriminator_learns_to_tell_and_its_verdict_draws_codes_to_w():
+def test_the_latent_discriminator_learns_to_tell_and_its_verdict_draws_codes_to_w(tmp_path):
     G, _ = _networks()
-    critic = LatentCritic(E4EConfig(discriminator_lr=0.01, r1_gamma=0.01), G, join_ranks("cpu"), seed=0)
+    critic = LatentCritic(
+        E4EConfig(discriminator_lr=0.01, r1_gamma=0.01), G, Guard(Run(tmp_path, "encoder", TINY), {}), seed=0
+    )
     rng = torch.Generator().manual_seed(0)
     far = torch.full((16, 3, 8), 3.0)
     losses = []
     for step in range(60):
+        critic.update.guard.begin(step)
         critic.step(far, G, step, rng)
         losses.append(critic.scalars["latent_d_loss"].item())
     assert losses[-1] < 0.3 * losses[0]
@@ -185,7 +188,7 @@ def test_the_latent_discriminator_learns_to_tell_and_its_verdict_draws_codes_to_
     assert codes.grad.abs().sum() > 0
     conditional = Generator(8, 8, 2, channel_base=64, channel_max=8, c_dim=2)
     with pytest.raises(InputError, match="unconditional generator"):
-        LatentCritic(E4EConfig(), conditional, join_ranks("cpu"), 0)
+        LatentCritic(E4EConfig(), conditional, critic.update.guard, 0)
 
 
 # --- restyle and hyperstyle ---
@@ -213,8 +216,8 @@ def test_hyperstyle_trains_its_parts_one_after_the_other(tmp_path, images, monke
     moved = []
     backward = encoder_steps.HyperStyleSteps.backward
 
-    def look(self, real, step, rate, rng):
-        loss = backward(self, real, step, rate, rng)
+    def look(self, update, real, step, rate, rng):
+        loss = backward(self, update, real, step, rate, rng)
         moved.append(
             [any(p.grad is not None for p in part.parameters()) for part in (self.E.w_encoder, self.E.hypernet)]
         )

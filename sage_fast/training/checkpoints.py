@@ -52,9 +52,9 @@ class Checkpoints:
         self.best_score: float | None = None
         self._newest_step: int | None = None  # of a whole newest file
 
-    def exist(self) -> bool:
-        """Whether there is one to go on from."""
-        return self.newest.exists() or bool(self._older())
+    def latest(self) -> Path | None:
+        """The newest file that is there; None: there is none to go on from."""
+        return self.newest if self.newest.exists() else next(iter(self._older()), None)
 
     def save(self, state: Mapping[str, Any], score: float | None = None) -> None:
         """Write ``state``, which has its ``step``; a kill or a full disk at any moment leaves the previous ones.

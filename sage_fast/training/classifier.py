@@ -19,6 +19,7 @@ from sage_fast.models.classifiers import SmallResNet
 from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run
+from sage_fast.training.updates import Guard, Update
 
 __all__ = ["ClassifierConfig", "OptimizerConfig", "seeded", "train_classifier", "train_network"]
 
@@ -123,10 +124,14 @@ def train_network(
         run: where to log and to save; a checkpoint in it is continued bit for bit. Its ranks each draw their own batch, or
             their share of one, and average gradients and running statistics.
         sampler: what ``batch_loss`` draws from, for the checkpoint.
+    Raises:
+        InputError: a loss is not finite; no update was made with it, and ``logs/<stage>_diagnosis.json`` has what is known.
     """
     network.train()
     rng = torch.Generator().manual_seed(config.seed)
     optim = _optimizer(config, network)
+    guard = Guard(run, {"network": network})
+    update = Update("loss", optim, guard)
     statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     first = 0
     if state := run.load():
@@ -142,17 +147,18 @@ def train_network(
         rate = config.lr * _schedule(step, config)
         for group in optim.param_groups:
             group["lr"] = rate
+        guard.begin(step)
         with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss, scalars = batch_loss(rng)
-        optim.zero_grad(set_to_none=True)
-        loss.backward()
-        run.ranks.average_gradients(network.parameters(), statistics)
-        optim.step()
+        update.add(loss)
+        loss = update.apply(*statistics)
 
         done = step + 1
         if done % config.log_every == 0 or done == config.total_steps:
+            guard.look()
             run.log(done, loss=loss, lr=rate, **scalars)
         if run.save_due(done, config.total_steps):
+            guard.before_saving()
             state = {"network": network.state_dict(), "optim": optim.state_dict(), "rng": rng.get_state(), "step": done}
             run.save(state | ({"sampler": sampler.state_dict()} if sampler is not None else {}))
     network.eval()

@@ -36,6 +36,7 @@ from sage_fast.training.feature_cache import cached_features
 from sage_fast.training.losses import pixel_mse
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import PRECISIONS, Run, autocast
+from sage_fast.training.updates import Guard, Update
 
 __all__ = ["DictionaryConfig", "train_dictionary"]
 
@@ -134,7 +135,8 @@ def train_dictionary(
         images: uint8 [N, C, R, R], those of ``w_plus``; may be None with ``rec_weight=0``, as may ``generator``.
         perceptual: feature network of Eq. 11, or None; frozen, as the generator is.
     Raises:
-        InputError: tensors that do not belong together, a missing network, or a loss that is not finite.
+        InputError: tensors that do not belong together, a missing network, or a loss that is not finite; then no update was
+            made with it, and ``logs/dictionary_diagnosis.json`` has what is known.
     """
     facts = {"codes": list(w_plus.shape), "data": {} if images is None else data_fingerprint(images)}
     pixels = images.images if isinstance(images, ImageSet) else images
@@ -152,8 +154,9 @@ def train_dictionary(
 
     A = torch.nn.Parameter(_first_directions(config, delta_w, groups, rng))
     mlp = _new_mlp(config, groups, w_plus).to(device)
-    learned = [A, *mlp.parameters()]
-    optim = torch.optim.Adam(learned, lr=config.lr, betas=(0.9, 0.999), fused=True)
+    optim = torch.optim.Adam([A, *mlp.parameters()], lr=config.lr, betas=(0.9, 0.999), fused=True)
+    guard = Guard(run, {"mlp": mlp, "dictionary": torch.nn.ParameterDict({"directions": A})})
+    update = Update("loss", optim, guard)
     rebuild = config.rec_weight > 0
     G = copy.deepcopy(generator).to(device).eval().requires_grad_(False) if rebuild and generator is not None else None
     perceptual = perceptual.to(device) if perceptual is not None and rebuild and config.perceptual_weight else None
@@ -174,7 +177,9 @@ def train_dictionary(
             features = cached_features(perceptual, pixels, delta_w, config.feature_cache_gb)
 
     for step in run.track(first, config.total_steps):
-        index = sampler.next()[share]
+        batch = sampler.next()
+        guard.begin(step, batch)
+        index = batch[share]
         target = delta_w[index.to(device)]  # [N, L, D], Eq. 7
         codes = mlp(target)  # [N, L, K], Eq. 9
         edits = torch.where(edited, torch.einsum("ldk,nlk->nld", A, codes), target)
@@ -196,17 +201,17 @@ def train_dictionary(
                     terms[f"perceptual_{perceptual.name}"] = distance
         loss = torch.stack([_weight(config, name) * term for name, term in terms.items()]).sum()  # Eq. 14
 
-        optim.zero_grad(set_to_none=True)
-        loss.backward()
-        ranks.average_gradients(learned)
-        optim.step()
+        update.add(loss)
+        loss = update.apply()
 
         done = step + 1
         if done % config.log_every == 0 or done == config.total_steps:
+            guard.look()
             run.log(done, loss=loss, **terms)
         if G is not None and (done % config.grid_every == 0 or done == config.total_steps):
             run.grid(f"rebuilt_{done:06d}", torch.stack([real, rebuilt], 1).flatten(0, 1)[:64])
         if run.save_due(done, config.total_steps):
+            guard.before_saving()
             state = {"mlp": mlp.state_dict(), "directions": A.detach(), "optim": optim.state_dict()}
             run.save({**state, "sampler": sampler.state_dict(), "step": done})
     return CategoryIrrelevantDictionary(A.detach().cpu(), groups)

@@ -30,10 +30,11 @@ from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.encoder_steps import HyperStyleSteps, OnePassSteps, ReStyleSteps, new_encoder
 from sage_fast.training.latent_critic import E4EConfig
 from sage_fast.training.losses import pixel_mse
-from sage_fast.training.ranks import Ranks, join_ranks
+from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reconstruction import Reconstruction
 from sage_fast.training.runtime import PRECISIONS, Run, ema_update
 from sage_fast.training.tuning import GeneratorTuning
+from sage_fast.training.updates import Guard, Update
 
 __all__ = ["EncoderConfig", "HyperStyleConfig", "train_encoder"]
 
@@ -192,7 +193,8 @@ def train_encoder(
     with it. HyperStyle's two networks are trained one after the other here, by one call.
 
     Raises:
-        InputError: the images do not fit the generator, a network is missing, or a loss is not finite.
+        InputError: the images do not fit the generator, a network is missing, or a loss is not finite; then no update was made
+            with it, and ``logs/encoder_diagnosis.json`` has what is known.
     """
     facts = {"data": data_fingerprint(images), "generator": generator.architecture()}
     images = images.images if isinstance(images, ImageSet) else images
@@ -205,15 +207,18 @@ def train_encoder(
     E = new_encoder(config, generator).to(ranks.device)
     average = copy.deepcopy(E).eval().requires_grad_(False)
     optim = torch.optim.Adam(E.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+    guard = Guard(run, {"E": E}, _changes(config))
+    update = Update("loss", optim, guard)
     reconstruction = Reconstruction(config, discriminator, ranks)
-    tuning = GeneratorTuning(config, generator, discriminator, ranks) if config.tune_generator else None
+    tuning = GeneratorTuning(config, generator, discriminator, guard) if config.tune_generator else None
     G = tuning.G if tuning else copy.deepcopy(generator).to(ranks.device).eval().requires_grad_(False)
     synthesis = tuning.average_G if tuning else G
-    steps = _steps(config, E, average, G, reconstruction, tuning, ranks)
+    steps = _steps(config, E, average, G, reconstruction, tuning, guard)
     parts: dict[str, torch.nn.Module | torch.optim.Optimizer] = {"E": E, "average": average, "optim": optim}
     parts |= steps.parts()
     if tuning and reconstruction.perceptual is not None:
         parts["perceptual"] = reconstruction.perceptual
+    guard.networks = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     train, held_out = _split(len(images), config.n_validation)
     sampler = EpochSampler(len(train), config.batch, config.seed)
     check = to_pixels(images, held_out if len(held_out) else train[:32], None, G.latent_avg)
@@ -233,12 +238,11 @@ def train_encoder(
         rate = _rate(step, config)
         optim.param_groups[0]["lr"] = config.lr * rate
         index, flips = deal(sampler, share, config.flip, rng)
+        guard.begin(step, train[index])
         real = to_pixels(images, train[index], flips, G.latent_avg)
 
-        optim.zero_grad(set_to_none=True)
-        loss = steps.backward(real, step, rate, own)
-        ranks.average_gradients(E.parameters())
-        optim.step()
+        loss = steps.backward(update, real, step, rate, own)
+        update.apply()
         steps.after(real, step, rate, own)
 
         done = step + 1
@@ -247,14 +251,17 @@ def train_encoder(
         if tuning is not None:
             tuning.average(decay)
         if done % config.log_every == 0 or done == config.total_steps:
+            guard.look()
             run.log(done, loss=loss, lr=config.lr * rate, **steps.scalars)
         val_mse = None
         if done % config.grid_every == 0 or done == config.total_steps:
+            guard.look()
             rebuilt = _reconstruct(average, synthesis, check, config.noise)
             val_mse = pixel_mse(rebuilt, check).item()
             run.grid(f"rebuilt_{done:06d}", rebuilt[:32])
             run.log(done, val_mse=val_mse)
         if run.save_due(done, config.total_steps):
+            guard.before_saving()
             weights = {name: part.state_dict() for name, part in parts.items()}
             places = {"rng": rng.get_state(), "sampler": sampler.state_dict(), "step": done}
             run.save({**weights, **places, "architecture": encoder_architecture(E)}, score=val_mse)
@@ -270,16 +277,23 @@ def _steps(
     G: Generator,
     reconstruction: Reconstruction,
     tuning: GeneratorTuning | None,
-    ranks: Ranks,
+    guard: Guard,
 ) -> OnePassSteps | ReStyleSteps | HyperStyleSteps:
     """What a step of the config's kind does."""
     if isinstance(E, HyperStyle):
         assert isinstance(average, HyperStyle)
-        return HyperStyleSteps(config, E, average, G, reconstruction, ranks)
+        return HyperStyleSteps(config, E, average, G, reconstruction)
     assert isinstance(E, PyramidEncoder)
     if config.kind == "restyle":
-        return ReStyleSteps(config, E, G, reconstruction, ranks)
-    return OnePassSteps(config, E, G, reconstruction, tuning, ranks)
+        return ReStyleSteps(config, E, G, reconstruction)
+    return OnePassSteps(config, E, G, reconstruction, tuning, guard)
+
+
+def _changes(config: EncoderConfig) -> list[str]:
+    """Settings that may help where a loss is not finite, of the networks that this config trains."""
+    tuned = ["a lower tune_lr", "a larger r1_gamma"] if config.tune_generator else []
+    e4e = ["a lower e4e.discriminator_lr", "a larger e4e.r1_gamma"] if config.kind == "e4e" else []
+    return ["a lower lr", *tuned, *e4e]
 
 
 def _rate(step: int, config: EncoderConfig) -> float:

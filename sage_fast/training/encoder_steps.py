@@ -20,10 +20,10 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import synthesize, weight_shapes
 from sage_fast.models.weights import load_encoder
 from sage_fast.training.latent_critic import LatentCritic, delta_norm, stage_of
-from sage_fast.training.ranks import Ranks
 from sage_fast.training.reconstruction import Reconstruction
 from sage_fast.training.runtime import autocast
 from sage_fast.training.tuning import GeneratorTuning
+from sage_fast.training.updates import Guard, Update
 
 if TYPE_CHECKING:
     from sage_fast.training.encoder import EncoderConfig
@@ -43,11 +43,11 @@ class OnePassSteps:
         generator: Generator,
         reconstruction: Reconstruction,
         tuning: GeneratorTuning | None,
-        ranks: Ranks,
+        guard: Guard,
     ) -> None:
-        self.config, self.E, self.G, self.device = config, encoder, generator, ranks.device
+        self.config, self.E, self.G, self.device = config, encoder, generator, generator.latent_avg.device
         self.reconstruction, self.tuning = reconstruction, tuning
-        self.critic = LatentCritic(config.e4e, generator, ranks, config.seed) if config.kind == "e4e" else None
+        self.critic = LatentCritic(config.e4e, generator, guard, config.seed) if config.kind == "e4e" else None
         self.styles = torch.empty(0)
         self.scalars: dict[str, Tensor | float] = {}
 
@@ -56,7 +56,7 @@ class OnePassSteps:
         critic = self.critic.parts() if self.critic else {}
         return critic | (self.tuning.parts() if self.tuning else {})
 
-    def backward(self, real: Tensor, step: int, rate: float, rng: torch.Generator) -> Tensor:
+    def backward(self, update: Update, real: Tensor, step: int, rate: float, rng: torch.Generator) -> Tensor:
         """Gradients of the encoder for images [N, C, R, R] in [-1, 1]; returns the loss. A tuned generator is updated."""
         c = self.config
         if self.critic is not None:
@@ -73,9 +73,10 @@ class OnePassSteps:
         self.scalars = {**self.reconstruction.scalars, **(self.tuning.scalars if self.tuning else {})}
         if self.critic is not None:
             loss = loss + self._latent_loss(self.critic, w_plus)
-        if self.tuning is None:
-            loss.backward()
-        else:
+        if self.tuning is not None:
+            self.tuning.g_optim.zero_grad(set_to_none=True)
+        update.add(loss)
+        if self.tuning is not None:
             self.tuning.step_generator(loss, rate)
         return loss.detach()
 
@@ -106,9 +107,8 @@ class ReStyleSteps:
         encoder: PyramidEncoder,
         generator: Generator,
         reconstruction: Reconstruction,
-        ranks: Ranks,
     ) -> None:
-        self.config, self.E, self.G, self.device = config, encoder, generator, ranks.device
+        self.config, self.E, self.G, self.device = config, encoder, generator, generator.latent_avg.device
         self.reconstruction = reconstruction
         self.start = encoder.average_image(generator, config.noise)
         self.scalars: dict[str, Tensor | float] = {}
@@ -117,7 +117,7 @@ class ReStyleSteps:
         """Nothing beside the encoder."""
         return {}
 
-    def backward(self, real: Tensor, step: int, rate: float, rng: torch.Generator) -> Tensor:
+    def backward(self, update: Update, real: Tensor, step: int, rate: float, rng: torch.Generator) -> Tensor:
         """Gradients of the encoder, summed over the corrections; returns the last loss."""
         rendered = self.start.expand(len(real), -1, -1, -1)
         offsets = real.new_zeros(len(real), self.E.n_latent, self.E.style_dim)
@@ -127,7 +127,7 @@ class ReStyleSteps:
                 offsets = offsets.detach() + self.E.correction(real, rendered).to(self.G.latent_avg)
                 rebuilt = self.G(offsets + self.G.latent_avg, noise=self.config.noise)
                 loss = self.reconstruction.loss(rebuilt, real, offsets)
-            loss.backward()
+            update.add(loss)
             rendered = rebuilt.detach().to(self.G.latent_avg)
         self.scalars = dict(self.reconstruction.scalars)
         return loss.detach()
@@ -146,9 +146,9 @@ class HyperStyleSteps:
         average: HyperStyle,
         generator: Generator,
         reconstruction: Reconstruction,
-        ranks: Ranks,
     ) -> None:
-        self.config, self.E, self.average, self.G, self.device = config, encoder, average, generator, ranks.device
+        self.config, self.E, self.average, self.G = config, encoder, average, generator
+        self.device = generator.latent_avg.device
         self.reconstruction = reconstruction
         self.scalars: dict[str, Tensor | float] = {}
 
@@ -156,26 +156,26 @@ class HyperStyleSteps:
         """Nothing beside the encoder."""
         return {}
 
-    def backward(self, real: Tensor, step: int, rate: float, rng: torch.Generator) -> Tensor:
+    def backward(self, update: Update, real: Tensor, step: int, rate: float, rng: torch.Generator) -> Tensor:
         """Gradients of the encoder into W, or those of the hypernetwork summed over its refinements; the last loss."""
         if step == self.config.w_steps:  # from here on the codes are those of the average
             self.E.w_encoder.load_state_dict(self.average.w_encoder.state_dict())
-        loss = self._code(real) if step < self.config.w_steps else self._refinements(real)
+        loss = (self._code if step < self.config.w_steps else self._refinements)(update, real)
         self.scalars = dict(self.reconstruction.scalars)
         return loss
 
     def after(self, real: Tensor, step: int, rate: float, rng: torch.Generator) -> None:
         """Nothing is left to do."""
 
-    def _code(self, real: Tensor) -> Tensor:
+    def _code(self, update: Update, real: Tensor) -> Tensor:
         with autocast(self.config.precision, self.device):
             offsets = self.E.w_encoder(real).to(self.G.latent_avg)
             rebuilt = self.G(offsets + self.G.latent_avg, noise=self.config.noise)
             loss = self.reconstruction.loss(rebuilt, real, offsets)
-        loss.backward()
+        update.add(loss)
         return loss.detach()
 
-    def _refinements(self, real: Tensor) -> Tensor:
+    def _refinements(self, update: Update, real: Tensor) -> Tensor:
         with torch.no_grad(), autocast(self.config.precision, self.device):
             offsets = self.E.w_encoder.invert(real, self.G, self.config.noise).offsets.to(self.G.latent_avg)
             w_plus = offsets + self.G.latent_avg
@@ -186,7 +186,7 @@ class HyperStyleSteps:
                 deltas = self.E.refine(real, rendered, deltas)
                 rebuilt = synthesize(self.G, w_plus, deltas, self.config.noise)
                 loss = self.reconstruction.loss(rebuilt, real, offsets)
-            loss.backward()
+            update.add(loss)
             rendered = rebuilt.detach().to(self.G.latent_avg)
             deltas = tuple(None if delta is None else delta.detach() for delta in deltas)
         return loss.detach()

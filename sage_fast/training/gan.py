@@ -161,7 +161,7 @@ def train_gan(
     path_shares = [path_share(share, config.batch, config.mbstd_group) for share in shares]
     G, D = _networks(config, data.n_classes, ranks.device)
     average = copy.deepcopy(G).eval().requires_grad_(False)
-    if config.transfer_from is not None and not Checkpoints(Path(folder) / "checkpoints", "gan").exist():
+    if config.transfer_from is not None and Checkpoints(Path(folder) / "checkpoints", "gan").latest() is None:
         report = transfer(config.transfer_from, G, D, average)
         if ranks.is_first:
             print(report)
@@ -171,9 +171,8 @@ def train_gan(
     d_params = [p for p in D.parameters() if p.requires_grad]
     g_optim = _lazy_adam(G.parameters(), config.lr, config.pl_every if config.pl_weight else 0)
     d_optim = _lazy_adam(d_params, config.lr, config.r1_every)
-    diagnosis = run.folder / "logs" / "gan_diagnosis.json"
-    guard = Guard(diagnosis, {"G": G, "D": D}, [g_optim, d_optim], run.checkpoint, ranks.is_first)
-    update = partial(Update, accumulate=config.accumulate, guard=guard, ranks=ranks)
+    guard = Guard(run, {"G": G, "D": D}, ("a lower lr", "a larger r1_gamma"))
+    update = partial(Update, guard=guard, accumulate=config.accumulate)
     g_update, path_update = update("g_loss", g_optim), update("path_penalty", g_optim)
     d_update, r1_update = update("d_loss", d_optim), update("r1", d_optim)
     networks = Networks(G, D, config.precision, config.graphs)
@@ -287,7 +286,7 @@ def train_gan(
             signs = real_logits.sign().mean()
             run.log(done, kimg=kimg, g_loss=g_loss, d_loss=d_loss, r1=r1, real_sign=signs, **scores)
         if run.save_due(done, total) or (measured and watch.improved) or watch.stop:
-            guard.look()
+            guard.before_saving()
             score = next(iter(watch.scores.values())) if measured else None
             state = {name: part.state_dict() for name, part in (parts | places).items()}
             state |= {"rng": rng.get_state(), "noise_rng": noise_rng.get_state(), "path_mean": path_mean, "r1": r1}

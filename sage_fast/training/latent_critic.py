@@ -11,7 +11,7 @@ from sage_fast.errors import InputError
 from sage_fast.models.latent_discriminator import LatentDiscriminator
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
-from sage_fast.training.ranks import Ranks
+from sage_fast.training.updates import Guard, Update
 
 __all__ = ["E4EConfig", "LatentCritic", "delta_norm", "stage_of"]
 
@@ -70,14 +70,15 @@ class LatentCritic:
     sees every style that has joined, so a batch holds more of them than that pool.
     """
 
-    def __init__(self, config: E4EConfig, generator: Generator, ranks: Ranks, seed: int) -> None:
+    def __init__(self, config: E4EConfig, generator: Generator, guard: Guard, seed: int) -> None:
         if generator.c_dim:
             raise InputError("kind 'e4e' needs an unconditional generator, whose w it compares codes with; use 'psp'.")
-        self.config, self.ranks, self.device = config, ranks, ranks.device
+        self.config, self.device = config, guard.run.ranks.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.D = LatentDiscriminator(generator.style_dim, config.n_layers).to(ranks.device)
+            self.D = LatentDiscriminator(generator.style_dim, config.n_layers).to(self.device)
         self.optim = torch.optim.Adam(self.D.parameters(), lr=config.discriminator_lr, fused=True)
+        self.update, self.r1_update = Update("latent_d_loss", self.optim, guard), Update("latent_r1", self.optim, guard)
         self.scalars: dict[str, Tensor] = {}
 
     def parts(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer]:
@@ -97,14 +98,9 @@ class LatentCritic:
             real = generator.mapping(z)
         self.D.requires_grad_(True)
         loss = logistic_d(self.D(real), self.D(w_plus.detach().flatten(0, 1)))
-        self._update(loss)
-        self.scalars = {"latent_d_loss": loss.detach()}
+        self.update.add(loss)
+        self.scalars = {"latent_d_loss": self.update.apply()}
         if step % c.r1_every == 0:
             real.requires_grad_(True)
-            self._update(r1_penalty(self.D(real), real) * (c.r1_gamma / 2 * c.r1_every))
-
-    def _update(self, loss: Tensor) -> None:
-        self.optim.zero_grad(set_to_none=True)
-        loss.backward()
-        self.ranks.average_gradients(self.D.parameters())
-        self.optim.step()
+            self.r1_update.add(r1_penalty(self.D(real), real), c.r1_gamma / 2 * c.r1_every)
+            self.r1_update.apply()

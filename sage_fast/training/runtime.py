@@ -73,7 +73,6 @@ class Run:
         self.ranks = ranks or Ranks(torch.device("cpu"))
         self.facts, self.generators = json.loads(json.dumps(facts or {})), generators or {}
         self.checkpoints = Checkpoints(self.folder / "checkpoints", stage, getattr(config, "keep", 2))
-        self.checkpoint = self.checkpoints.newest
         self.ranks.once(lambda: self._prepare(resume or restarted()))
         self._log = TrainingLog(
             self.folder / "logs", stage, self.ranks.is_first and getattr(config, "tensorboard", False)
@@ -83,7 +82,7 @@ class Run:
         self._progress: StageProgress | None = None
 
     def _prepare(self, resume: bool) -> None:
-        if self.checkpoints.exist():
+        if self.checkpoints.latest() is not None:
             if not resume:
                 raise InputError(
                     f"{self.folder} already holds a checkpoint of stage '{self.stage}'; "
@@ -124,9 +123,21 @@ class Run:
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         if bad:
             raise InputError(
-                f"stage '{self.stage}' stopped at step {step}: {', '.join(bad)} is not finite; lower the learning rate and "
-                f"resume from {self.checkpoint}."
+                f"stage '{self.stage}' stopped at step {step}: {', '.join(bad)} is not finite; {self.remedy()}."
             )
+
+    def remedy(self, *changes: str) -> str:
+        """What to do about numbers that are not finite: settings to change, and where to go on from; ends a sentence.
+
+        Args:
+            changes: of the settings, such as "a lower lr", which is the default.
+        """
+        low = getattr(self.config, "precision", "") == "bfloat16"
+        tries = " or ".join([*(changes or ("a lower lr",)), *(["precision float32"] if low else [])])
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return f"try {tries}, and begin anew: there is no checkpoint yet"
+        return f"try {tries}, and resume from {latest}"
 
     def save_due(self, done: int, total: int) -> bool:
         """Whether to save after ``done`` steps: every ``save_every``, at the last, and when a signal asks any rank to stop."""

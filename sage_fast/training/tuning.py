@@ -20,9 +20,9 @@ from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.ops.convolution import second_derivatives
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
-from sage_fast.training.ranks import Ranks
 from sage_fast.training.runtime import autocast, ema_update
 from sage_fast.training.shares import logits_of_both
+from sage_fast.training.updates import Guard, Update
 
 if TYPE_CHECKING:
     from sage_fast.training.encoder import EncoderConfig
@@ -41,7 +41,7 @@ class GeneratorTuning:
         config: EncoderConfig,
         generator: Generator,
         discriminator: Discriminator | None,
-        ranks: Ranks,
+        guard: Guard,
     ) -> None:
         if discriminator is None:
             raise InputError("tune_generator needs the discriminator of the generator's training, got none; pass it.")
@@ -49,15 +49,17 @@ class GeneratorTuning:
             raise InputError(
                 f"tune_generator samples the prior without labels, got networks of {generator.c_dim} classes; leave it out."
             )
-        self.config, self.ranks, self.device = config, ranks, ranks.device
-        self.G = copy.deepcopy(generator).to(ranks.device).train().requires_grad_(True)
+        self.config, self.device = config, guard.run.ranks.device
+        self.G = copy.deepcopy(generator).to(self.device).train().requires_grad_(True)
         self.G.style.requires_grad_(config.tune_mapping)
-        self.D = copy.deepcopy(discriminator).to(ranks.device).train().requires_grad_(True)
+        self.D = copy.deepcopy(discriminator).to(self.device).train().requires_grad_(True)
         self.average_G = copy.deepcopy(self.G).eval().requires_grad_(False)
         learned = [p for p in self.G.parameters() if p.requires_grad]
         c = config.r1_every / (config.r1_every + 1)  # lazy regularisation, StyleGAN2 appendix B
         self.g_optim = torch.optim.Adam(learned, lr=config.tune_lr, betas=(0.0, 0.99), fused=True)
         self.d_optim = torch.optim.Adam(self.D.parameters(), lr=config.tune_lr * c, betas=(0.0, 0.99**c), fused=True)
+        self.g_update = Update("loss", self.g_optim, guard)
+        self.d_update, self.r1_update = Update("d_loss", self.d_optim, guard), Update("r1", self.d_optim, guard)
         gamma = 0.0002 * generator.resolution**2 / config.batch if config.r1_gamma is None else config.r1_gamma
         self.r1_weight = gamma / 2 * config.r1_every
         self.fakes = torch.empty(0)
@@ -83,12 +85,9 @@ class GeneratorTuning:
         return rebuilt, loss
 
     def step_generator(self, loss: Tensor, rate: float) -> None:
-        """Backward of the whole loss (the encoder's gradients come with it) and one update of the generator."""
-        self.g_optim.zero_grad(set_to_none=True)
-        loss.backward()
-        self.ranks.average_gradients(self.G.parameters())
+        """One update of the generator, with the gradients that the backward of the whole loss left beside the encoder's."""
         self.g_optim.param_groups[0]["lr"] = self.config.tune_lr * rate
-        self.g_optim.step()
+        self.g_update.step(loss.detach().clone())
 
     def step_discriminator(self, real: Tensor, step: int, rate: float) -> None:
         """Logistic loss on the real images and the fakes of this step; R1 every ``r1_every`` steps."""
@@ -97,19 +96,14 @@ class GeneratorTuning:
         self.D.requires_grad_(True)
         with autocast(self.config.precision, self.device):
             loss = logistic_d(*logits_of_both(self.D, real, self.fakes))
-        self.d_optim.zero_grad(set_to_none=True)
-        loss.backward()
-        self.ranks.average_gradients(self.D.parameters())
-        self.d_optim.step()
-        self.scalars["d_loss"] = loss.detach()
+        self.d_update.add(loss)
+        self.scalars["d_loss"] = self.d_update.apply()
         if step % self.config.r1_every == 0:
             real = real.detach().requires_grad_(True)
             with second_derivatives(), autocast(self.config.precision, self.device):
                 r1 = r1_penalty(self.D(real), real)
-            self.d_optim.zero_grad(set_to_none=True)
-            (r1 * self.r1_weight).backward()
-            self.ranks.average_gradients(self.D.parameters())
-            self.d_optim.step()
+            self.r1_update.add(r1, self.r1_weight)
+            self.r1_update.apply()
 
     def average(self, decay: float) -> None:
         """Update the averaged generator."""

@@ -7,15 +7,14 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from sage_fast.data.writers import write_json
 from sage_fast.errors import InputError
-from sage_fast.training.ranks import Ranks
+from sage_fast.training.runtime import Run
 
 __all__ = ["Guard", "Update", "block_norms"]
 
@@ -27,16 +26,16 @@ class Update:
 
     Args:
         name: of the loss, in messages.
-        optim: a fused optimizer, one of those that ``guard`` was given.
-        accumulate: micro-batches of a rank's share of a batch.
+        optim: a fused optimizer: on a GPU it skips what ``guard`` found bad.
         guard: looks at the loss before the step.
-        ranks: that share a batch.
+        accumulate: micro-batches of a rank's share of a batch.
     """
 
-    def __init__(self, name: str, optim: torch.optim.Optimizer, accumulate: int, guard: Guard, ranks: Ranks) -> None:
-        self.name, self.optim, self.accumulate, self.guard, self.ranks = name, optim, accumulate, guard, ranks
+    def __init__(self, name: str, optim: torch.optim.Optimizer, guard: Guard, accumulate: int = 1) -> None:
+        self.name, self.optim, self.guard, self.accumulate = name, optim, guard, accumulate
         self.parameters = [p for group in optim.param_groups for p in group["params"]]
         self.loss: Tensor | None = None
+        optim.found_inf = guard.bad  # type: ignore[attr-defined]
 
     def add(self, loss: Tensor, weight: float = 1.0) -> None:
         """Backward of ``weight * loss`` of one micro-batch."""
@@ -54,7 +53,11 @@ class Update:
         """
         assert self.loss is not None
         loss, self.loss = self.loss, None
-        self.ranks.average_gradients(self.parameters, [loss, *shared])
+        return self.step(loss, *shared)
+
+    def step(self, loss: Tensor, *shared: Tensor) -> Tensor:
+        """:meth:`apply` for gradients that another backward pass has left, that of ``loss``, which becomes its mean over the ranks."""
+        self.guard.run.ranks.average_gradients(self.parameters, [loss, *shared])
         self.guard.check(self.name, loss)
         self.optim.step()
         return loss
@@ -63,7 +66,7 @@ class Update:
 @dataclass
 class _Step:
     number: int
-    index: Tensor  # of the batch's images
+    index: Tensor | None  # of the batch's images
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -74,29 +77,19 @@ class Guard:
     optimizers read ``found_inf``) and the host looks at most 64 steps later, so that no step waits for it.
 
     Args:
-        path: where the diagnosis goes.
-        networks: whose weights and gradients it lists.
-        optims: fused optimizers of the run.
-        checkpoint: the file that a run continues from, for the message.
-        writes: whether this rank writes the diagnosis; all see the same losses.
+        run: that is stopped; the diagnosis is ``logs/<stage>_diagnosis.json`` in its folder.
+        networks: that learn: whose weights and gradients it lists, and which must be finite to be saved.
+        changes: of the settings that may help, for the message.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        networks: Mapping[str, nn.Module],
-        optims: Sequence[torch.optim.Optimizer],
-        checkpoint: Path,
-        writes: bool = True,
-    ) -> None:
-        self.path, self.networks, self.checkpoint, self.writes = path, networks, checkpoint, writes
-        self.bad = torch.zeros([], device=next(next(iter(networks.values())).parameters()).device)
-        for optim in optims:
-            optim.found_inf = self.bad  # type: ignore[attr-defined]
+    def __init__(self, run: Run, networks: Mapping[str, nn.Module], changes: Sequence[str] = ()) -> None:
+        self.run, self.networks, self.changes = run, networks, changes
+        self.path = run.folder / "logs" / f"{run.stage}_diagnosis.json"
+        self.bad = torch.zeros([], dtype=torch.float32, device=run.ranks.device)  # the dtype that fused optimizers read
         self.steps: deque[_Step] = deque(maxlen=_KEPT)
 
-    def begin(self, step: int, index: Tensor) -> None:
-        """A step begins, with the images of these indices."""
+    def begin(self, step: int, index: Tensor | None = None) -> None:
+        """A step begins, with the images of these indices, where they are known."""
         self.steps.append(_Step(step, index))
         if step % _KEPT == 0:
             self.look()
@@ -113,7 +106,7 @@ class Guard:
             self.look()
 
     def look(self) -> None:
-        """Wait for the device and see whether a loss was not finite; call before anything is saved.
+        """Wait for the device and see whether a loss was not finite; call before anything is logged.
 
         Raises:
             InputError: one was.
@@ -122,11 +115,28 @@ class Guard:
             return
         found = ((s, n, v.item()) for s in self.steps for n, v in s.losses.items() if not math.isfinite(v.item()))
         step, name, value = next(found)
-        if self.writes:
+        self._stop(step, name, f"{name} is {value}, and no update was made with it")
+
+    def before_saving(self) -> None:
+        """:meth:`look`, and see that what is about to be saved is finite: a finite loss may have gradients that are not.
+
+        Raises:
+            InputError: a loss, a weight or a buffer is not finite.
+        """
+        self.look()
+        for name, network in self.networks.items():
+            values = [v.isfinite().all() for v in network.state_dict().values() if v.is_floating_point()]
+            if not torch.stack(values).all():
+                self._stop(
+                    self.steps[-1], f"weights of {name}", f"the weights of {name} are not finite, and were not saved"
+                )
+
+    def _stop(self, step: _Step, name: str, why: str) -> NoReturn:
+        if self.run.ranks.is_first:
             self._write(step, name)
         raise InputError(
-            f"training stopped at step {step.number}: {name} is {value}, and no update was made with it; {self.path} "
-            f"has the norms and the batch; try a lower lr, a larger r1_gamma or float32, and resume from {self.checkpoint}."
+            f"training stopped at step {step.number}: {why}; {self.path} says what is known; "
+            f"{self.run.remedy(*self.changes)}."
         )
 
     def _write(self, step: _Step, name: str) -> None:
@@ -134,7 +144,7 @@ class Guard:
         report = {
             "step": step.number,
             "loss": name,
-            "images": step.index.tolist(),
+            "images": None if step.index is None else step.index.tolist(),
             "last_losses": losses,
             "norms": {name: block_norms(network) for name, network in self.networks.items()},
         }
