@@ -15,6 +15,7 @@ import torch
 from sage_fast.errors import Stopped
 from sage_fast.training.ranks import Ranks, join_ranks
 from sage_fast.training.runtime import Run
+from sage_fast.training.updates import load_optimizer
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ToyConfig:
 
     total_steps: int = 8
     lr: float = 0.1
+    seed: int = 5
     save_every: int = 3
     keep: int = 2
     tensorboard: bool = False
@@ -38,14 +40,14 @@ def train_toy(
 ) -> torch.Tensor:
     """Follow random numbers of all kinds."""
     ranks = ranks or join_ranks()
-    own = ranks.generator(5)
+    own = ranks.generator(config.seed)
     run = Run(folder, "toy", config, resume, ranks, facts, {"own": own})
     torch.manual_seed(0)
     w, first = torch.nn.Parameter(torch.zeros(3)), 0
     optim = torch.optim.Adam([w], lr=config.lr)
     if state := run.load():
         w.data.copy_(state["w"])
-        optim.load_state_dict(state["optim"])
+        load_optimizer(optim, state["optim"])
         first = state["step"]
     for step in run.track(first, config.total_steps):
         loss = ((w - torch.randn(3) - torch.randn(3, generator=own)) ** 2).sum()

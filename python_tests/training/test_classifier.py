@@ -101,7 +101,7 @@ def test_a_checkpoint_is_not_overwritten(data: tuple[Tensor, Tensor], tmp_path: 
     with pytest.raises(InputError, match="already holds a checkpoint"):
         train_classifier(short, *data, tmp_path)
     with pytest.raises(InputError, match="other settings"):
-        train_classifier(dataclasses.replace(short, lr=1.0), *data, tmp_path, resume=True)
+        train_classifier(dataclasses.replace(short, warmup=1), *data, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(

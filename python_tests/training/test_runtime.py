@@ -20,6 +20,7 @@ from run_programs import ToyConfig, train_toy
 from sage_fast.errors import InputError, SageFastWarning, Stopped
 from sage_fast.training import runtime
 from sage_fast.training.checkpoints import read_state
+from sage_fast.training.gan import GANConfig
 from sage_fast.training.logs import read_log
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run, check_run_folder, open_run_folder
@@ -128,10 +129,41 @@ def test_settings(tmp_path):
     train_toy(CONFIG, tmp_path)
     with pytest.raises(InputError, match="already holds a checkpoint of stage 'toy'; pass --resume"):
         train_toy(CONFIG, tmp_path)
-    with pytest.raises(InputError, match=r"with other settings \(lr was 0.1, is 0.2\)"):
-        train_toy(dataclasses.replace(CONFIG, lr=0.2), tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"with other settings \(seed was 5, is 6\); use the old ones"):
+        train_toy(dataclasses.replace(CONFIG, seed=6, lr=0.2), tmp_path, resume=True)
+    assert json.loads((tmp_path / "configs/toy.json").read_text())["lr"] == 0.1
     train_toy(dataclasses.replace(CONFIG, total_steps=9, save_every=1, keep=5), tmp_path, resume=True)
     assert json.loads((tmp_path / "configs/toy.json").read_text())["keep"] == 5
+
+
+def test_a_run_goes_on_with_another_learning_rate_and_says_so(tmp_path, whole, capsys):
+    longer = dataclasses.replace(CONFIG, total_steps=9, lr=1e-12)
+    train_toy(CONFIG, tmp_path)
+    with pytest.raises(InputError) as caught:
+        train_toy(dataclasses.replace(CONFIG, lr=0.2), tmp_path, resume=True)
+    assert str(caught.value) == (
+        f"stage 'toy' in {tmp_path} has taken all its 8 steps, which other settings (lr was 0.1, is 0.2) cannot change; use the "
+        "old ones, or let it take more steps."
+    )
+    assert json.loads((tmp_path / "configs/toy.json").read_text())["lr"] == 0.1
+    capsys.readouterr()
+    torch.testing.assert_close(train_toy(longer, tmp_path, resume=True), whole[1], rtol=0, atol=1e-9)
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "Stage 'toy' goes on from step 8 with other settings (lr was 0.1, is 1e-12): from here on it is not the run that it would "
+        "have been."
+    )
+    train_toy(longer, tmp_path, resume=True)
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_float64_is_no_other_arithmetic_for_the_same_run(tmp_path):
+    for before, after in (("float32", "float64"), ("float64", "float32")):
+        folder = tmp_path / before
+        Run(folder, "gan", GANConfig(precision=before)).load()
+        (folder / "checkpoints/gan.pt").touch()
+        with pytest.raises(InputError, match=f"precision was '{before}', is '{after}'"):
+            Run(folder, "gan", GANConfig(precision=after), resume=True)
+    Run(tmp_path / "float32", "gan", GANConfig(precision="bfloat16"), resume=True)
 
 
 def test_a_checkpoint_of_before_has_no_facts_and_no_random_state(tmp_path, whole):

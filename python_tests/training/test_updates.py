@@ -14,9 +14,11 @@ from run_programs import ToyConfig
 from sage_fast.errors import InputError
 from sage_fast.training import classifier, dictionary, gan, latent_critic, tuning
 from sage_fast.training.checkpoints import read_state
+from sage_fast.training.latent_critic import E4EConfig
+from sage_fast.training.logs import read_log
 from sage_fast.training.reconstruction import Reconstruction
 from sage_fast.training.runtime import Run
-from sage_fast.training.updates import Guard, Update, block_norms
+from sage_fast.training.updates import Guard, Update, block_norms, load_optimizer
 
 
 class Line(torch.nn.Module):
@@ -180,3 +182,68 @@ def test_weights_that_run_away_are_not_saved(tmp_path, stage, lr):
     weights = ("G", "D", "average", "E", "mlp", "directions", "network")
     assert all(finite({name: state[name] for name in weights if name in state}) for state in saved)
     assert (tmp_path / f"logs/{stage}_diagnosis.json").exists()
+
+
+#: stage, config, what is changed, the weights that then stay, and some that still move
+SLOWED = {
+    "gan": ("gan", tiny_training.GAN, {"lr": 1e-12}, ("G", "D"), ()),
+    "encoder": ("encoder", tiny_training.ENCODER, {"lr": 1e-12}, ("E",), ()),
+    "tuned": ("encoder", tiny_training.TUNED, {"tune_lr": 1e-12}, ("G", "D"), ("E",)),
+    "e4e": ("encoder", E4E, {"e4e": E4EConfig(discriminator_lr=1e-12)}, ("latent_D",), ("E",)),
+    "schedule": ("encoder", dataclasses.replace(tiny_training.ENCODER, lr_end=1.0), {"lr_end": 0.0}, (), ("E",)),
+    "dictionary": ("dictionary", tiny_training.DICTIONARY, {"lr": 1e-12}, ("mlp", "directions"), ()),
+    "classifier": ("classifier", tiny_training.CLASSIFIER, {"lr": 1e-12}, ("network",), ()),
+}
+
+
+def learned(state, name):
+    part = state[name] if isinstance(state[name], dict) else {name: state[name]}
+    return {
+        key: value
+        for key, value in part.items()
+        if value.is_floating_point() and not key.endswith(("latent_avg", "running_mean", "running_var"))
+    }
+
+
+@pytest.mark.parametrize("case", SLOWED)
+def test_another_learning_rate_takes_effect_where_a_run_goes_on(tmp_path, case, capsys):
+    stage, config, change, still, moving = SLOWED[case]
+    length, half, full = ("total_kimg", 0.04, 0.08) if stage == "gan" else ("total_steps", 10, 20)
+    tiny_training.train(stage, tmp_path, dataclasses.replace(config, **{length: half}))
+    before = read_state(tmp_path / f"checkpoints/{stage}.pt")
+    tiny_training.train(stage, tmp_path, dataclasses.replace(config, **{length: full}, **change))
+    assert f"{next(iter(change))}" in next(line for line in capsys.readouterr().out.splitlines() if "other set" in line)
+    after = read_state(tmp_path / f"checkpoints/{stage}.pt")
+    assert after["step"] == 2 * before["step"]
+    for names, moves in ((still, False), (moving, True)):
+        for name in names:
+            old, new = learned(before, name), learned(after, name)
+            assert any(not torch.allclose(old[key], new[key], rtol=0, atol=1e-7) for key in old) == moves, name
+    if case == "schedule":
+        rates = [line["lr"] for line in read_log(tmp_path / "logs/encoder.jsonl") if "lr" in line]
+        assert rates[9] == config.lr and rates[-1] < 0.02 * config.lr
+
+
+@pytest.mark.parametrize("change", [{"r1_gamma": 100.0}, {"precision": "bfloat16"}])
+def test_other_settings_that_a_run_may_go_on_with(tmp_path, change, capsys):
+    """The same weights before, others after."""
+    short = dataclasses.replace(tiny_training.GAN, total_kimg=0.04)
+    plain = tiny_training.train("gan", tmp_path / "plain", dataclasses.replace(short, total_kimg=0.08))
+    tiny_training.train("gan", tmp_path / "changed", short)
+    changed = tiny_training.train("gan", tmp_path / "changed", dataclasses.replace(short, total_kimg=0.08, **change))
+    assert f"({next(iter(change))} was " in capsys.readouterr().out
+    logs = [read_log(tmp_path / name / "logs/gan.jsonl") for name in ("plain", "changed")]
+    losses = [[line["d_loss"] for line in log] for log in logs]
+    assert losses[0][:10] == losses[1][:10] and losses[0][11:] != losses[1][11:]
+    assert any(not torch.equal(plain[name], changed[name]) for name in plain)
+
+
+def test_an_optimizer_of_before_is_fused_again(tmp_path):
+    line, optim, _ = setting(tmp_path)
+    old = torch.optim.Adam(line.parameters(), lr=0.3)
+    line(torch.ones(1, 2)).sum().backward()
+    old.step()
+    load_optimizer(optim, old.state_dict())
+    (group,) = optim.param_groups
+    assert group["fused"] and group["lr"] == 0.1 and optim.state[line.offset]["step"] == 1
+    optim.step()

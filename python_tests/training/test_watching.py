@@ -123,7 +123,14 @@ def test_a_gap_to_held_out_images_is_overfitting():
     told = warned(detector, *[(kimg, 0.4, -2.0, -0.6) for kimg in range(1, 60)])
     assert len(told) == 1
     assert told[0].startswith("after 20 kimg the discriminator tells the training images from others")
-    assert "42% of its margin" in told[0] and "ADA" in told[0] and "r1_gamma" in told[0]
+    assert "42% of its margin" in told[0] and told[0].endswith(
+        "resume with a larger r1_gamma, or begin anew with more images or augmentation (ADA)."
+    )
+
+
+def test_augmentation_is_not_suggested_to_those_who_have_it():
+    told = warned(CollapseDetector(REALS, augmented=True), *[(kimg, 3.0, -3.0, None) for kimg in range(1, 60)])
+    assert told[0].endswith("resume with a larger r1_gamma, or begin anew with more images.")
 
 
 def test_sure_of_all_images_is_said_without_held_out_images_too():
@@ -137,7 +144,7 @@ def test_a_discriminator_as_sure_of_held_out_images_is_healthy():
 def test_losses_that_run_away_are_said_at_once():
     told = warned(CollapseDetector(REALS), (1, 0.5, -1.0, 0.5), (2, 30.0, -333.0, 29.0), (3, -1e9, -1e12, None))
     assert len(told) == 1 and told[0].startswith("after 2 kimg the discriminator's logits are 333 in the mean")
-    assert "lower lr or a larger r1_gamma" in told[0]
+    assert "where one was kept (docs/runtime.md), else begin anew, with a lower lr or a larger r1_gamma" in told[0]
 
 
 def test_a_short_excursion_is_no_stretch():

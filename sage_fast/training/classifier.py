@@ -19,7 +19,7 @@ from sage_fast.models.classifiers import SmallResNet
 from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run
-from sage_fast.training.updates import Guard, Update
+from sage_fast.training.updates import Guard, Update, load_optimizer
 
 __all__ = ["ClassifierConfig", "OptimizerConfig", "seeded", "train_classifier", "train_network"]
 
@@ -136,7 +136,7 @@ def train_network(
     first = 0
     if state := run.load():
         network.load_state_dict(state["network"])
-        optim.load_state_dict(state["optim"])
+        load_optimizer(optim, state["optim"])
         rng.set_state(state["rng"])
         if sampler is not None and "sampler" in state:  # runs of before drew with replacement
             sampler.load_state_dict(state["sampler"])

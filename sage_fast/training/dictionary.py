@@ -36,7 +36,7 @@ from sage_fast.training.feature_cache import cached_features
 from sage_fast.training.losses import pixel_mse
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import PRECISIONS, Run, autocast
-from sage_fast.training.updates import Guard, Update
+from sage_fast.training.updates import Guard, Update, load_optimizer
 
 __all__ = ["DictionaryConfig", "train_dictionary"]
 
@@ -164,7 +164,7 @@ def train_dictionary(
     first = 0
     if state := run.load():
         mlp.load_state_dict(state["mlp"])
-        optim.load_state_dict(state["optim"])
+        load_optimizer(optim, state["optim"])
         with torch.no_grad():
             A.copy_(state["directions"])
         if "sampler" in state:  # runs of before drew with replacement

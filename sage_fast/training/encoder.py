@@ -34,7 +34,7 @@ from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reconstruction import Reconstruction
 from sage_fast.training.runtime import PRECISIONS, Run, ema_update
 from sage_fast.training.tuning import GeneratorTuning
-from sage_fast.training.updates import Guard, Update
+from sage_fast.training.updates import Guard, Update, load_optimizer
 
 __all__ = ["EncoderConfig", "HyperStyleConfig", "train_encoder"]
 
@@ -226,7 +226,10 @@ def train_encoder(
     first = 0
     if state := run.load():
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         rng.set_state(state["rng"])
         if "sampler" in state:  # runs of before drew with replacement
             sampler.load_state_dict(state["sampler"])

@@ -34,7 +34,7 @@ from sage_fast.training.reals import Reals, as_reals
 from sage_fast.training.runtime import PRECISIONS, Run, autocast, ema_update
 from sage_fast.training.shares import path_share, share_out
 from sage_fast.training.transfer import transfer
-from sage_fast.training.updates import Guard, Update
+from sage_fast.training.updates import Guard, Update, load_optimizer
 from sage_fast.training.watching import CollapseDetector, Measure, Watch
 
 __all__ = ["GANConfig", "train_gan"]
@@ -178,23 +178,23 @@ def train_gan(
     networks = Networks(G, D, config.precision, config.graphs)
     g_loss_of, d_loss_of = _LOSSES[config.loss]
     augment, watch = Augment(config.augment), Watch(measure, config.measure_every_kimg, config.patience)
-    detector = CollapseDetector(data.pixels[data.spread(1024)])
+    detector = CollapseDetector(data.pixels[data.spread(1024)], augmented=config.augment.kind != "none")
     sampler = EpochSampler(len(data), config.batch, config.seed, data.labels, config.balance)
     rng = torch.Generator().manual_seed(config.seed)  # equal on every rank, as is the next
     noise_rng = rng if ranks.device.type == "cpu" else torch.Generator(ranks.device).manual_seed(config.seed)
     zero = torch.zeros_like(G.latent_avg[0])
     path_mean, r1, first = zero, zero, 0
     z_grid, c_grid = grid_latents(G, seed=config.seed)
-    parts: dict[str, Any] = dict(G=G, D=D, average=average, g_optim=g_optim, d_optim=d_optim)
+    weights: dict[str, Any] = dict(G=G, D=D, average=average)
+    optims: dict[str, Any] = dict(g_optim=g_optim, d_optim=d_optim)
     places: dict[str, Any] = dict(sampler=sampler, augment=augment, watch=watch, detector=detector)
 
     if state := run.load():
-        for group in (*state["g_optim"]["param_groups"], *state["d_optim"]["param_groups"]):
-            group["fused"] = True  # runs of before were not
-        for name, part in (parts | places).items():
+        for name, optim in optims.items():
+            load_optimizer(optim, state[name])
+        for name, part in (weights | places).items():
             if name in state:  # runs of before had no places, and drew with replacement
                 part.load_state_dict(state[name])
-        _fuse(g_optim, d_optim)
         rng.set_state(state["rng"])
         noise_rng.set_state(state.get("noise_rng", noise_rng.get_state()))
         path_mean, r1 = state["path_mean"].to(zero), state.get("r1", r1).to(zero)
@@ -288,7 +288,7 @@ def train_gan(
         if run.save_due(done, total) or (measured and watch.improved) or watch.stop:
             guard.before_saving()
             score = next(iter(watch.scores.values())) if measured else None
-            state = {name: part.state_dict() for name, part in (parts | places).items()}
+            state = {name: part.state_dict() for name, part in (weights | optims | places).items()}
             state |= {"rng": rng.get_state(), "noise_rng": noise_rng.get_state(), "path_mean": path_mean, "r1": r1}
             state |= {"architecture": G.architecture(), "architecture_D": D.architecture(), "step": done}
             run.save(state | {"stopped_early": watch.stop}, score)
@@ -326,13 +326,6 @@ def _lazy_adam(parameters: Iterable[torch.nn.Parameter], lr: float, every: int) 
     """Adam with the rates corrected for a regulariser that adds one update in ``every`` (StyleGAN2, appendix B)."""
     c = every / (every + 1) if every else 1.0
     return torch.optim.Adam(parameters, lr=lr * c, betas=(0.0, 0.99**c), eps=1e-8, fused=True)
-
-
-def _fuse(*optims: torch.optim.Optimizer) -> None:
-    """Fused again, after the state of a run from before they were."""
-    for optim in optims:
-        for group in optim.param_groups:
-            group.update(fused=True, foreach=None)
 
 
 def _learn(parameters: list[torch.nn.Parameter], learn: bool) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sage_fast.errors import InputError
 from sage_fast.training.logs import read_log
+from sage_fast.training.runtime import total_steps
 
 __all__ = ["StageOfRun", "as_json", "find_runs", "table_of_runs"]
 
@@ -104,7 +105,7 @@ def _read_stage(run: Path, config_path: Path, base: Path) -> StageOfRun | None:
         run=run.relative_to(base).as_posix(),
         stage=stage,
         step=max((line["step"] for line in lines), default=0),
-        total=_total(config),
+        total=total_steps(config),
         last={
             k: v[-1] if math.isfinite(v[-1]) else None
             for k, v in values.items()
@@ -126,14 +127,6 @@ def _columns(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
             if isinstance(value, int | float) and (math.isfinite(value) or not is_score):
                 columns.setdefault(name, []).append(value)
     return columns
-
-
-def _total(config: dict[str, Any]) -> int | None:
-    if "total_steps" in config:
-        return int(config["total_steps"])
-    if "total_kimg" in config and config.get("batch"):
-        return max(1, round(config["total_kimg"] * 1000 / config["batch"]))
-    return None
 
 
 def _size(folder: Path, stage: str) -> int:

@@ -31,7 +31,7 @@ from sage_fast.training.progress import StageProgress
 from sage_fast.training.ranks import Ranks, restarted
 from sage_fast.training.signals import StopWish
 
-__all__ = ["PRECISIONS", "Run", "autocast", "check_run_folder", "ema_update", "open_run_folder"]
+__all__ = ["PRECISIONS", "Run", "autocast", "check_run_folder", "ema_update", "open_run_folder", "total_steps"]
 
 #: arithmetic of the convolutions and products in a training step; weights, optimizers and averages are always float32
 PRECISIONS = ("float32", "bfloat16")
@@ -58,6 +58,8 @@ class Run:
         ("total_kimg", "total_steps", "log_every", "save_every", "grid_every", "keep", "tensorboard")
         + ("measure_every_kimg", "patience")
     )
+    #: settings that may change too, which makes it another run: neither what is drawn nor any shape depends on them
+    ADJUSTABLE = frozenset(("lr", "lr_end", "tune_lr", "r1_gamma", "precision", "e4e.discriminator_lr", "e4e.r1_gamma"))
 
     def __init__(
         self,
@@ -92,7 +94,6 @@ class Run:
         for name in ("configs", "logs", "checkpoints", "grids"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.checkpoints.remove_remains()
-        write_json(self._config_path, dataclasses.asdict(self.config))
 
     @property
     def _config_path(self) -> Path:
@@ -101,14 +102,16 @@ class Run:
     def _check_config(self) -> None:
         if not self._config_path.exists():
             return
-        old = json.loads(self._config_path.read_text())
-        new = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        old = json.loads(json.dumps(_defaults(self.config))) | old  # a run may be older than a setting
-        changed = sorted(k for k in new if k not in self.MUTABLE and old.get(k) != new[k])
+        defaults = json.loads(json.dumps(_defaults(self.config)))  # a run may be older than a setting
+        old = _flat(defaults) | _flat(json.loads(self._config_path.read_text()))
+        changed = {
+            name: values
+            for name, values in _changes(old, _plain(self.config)).items()
+            if name not in self.MUTABLE and (name not in self.ADJUSTABLE or "float64" in values)
+        }
         if changed:
-            was = ", ".join(f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in changed)
             raise InputError(
-                f"cannot resume stage '{self.stage}' in {self.folder} with other settings ({was}); use the old ones."
+                f"cannot resume stage '{self.stage}' in {self.folder} with other settings ({_told(changed)}); use the old ones."
             )
 
     def log(self, step: int, **scalars: float | Tensor) -> None:
@@ -160,10 +163,11 @@ class Run:
     def load(self) -> dict[str, Any] | None:
         """The checkpoint (tensors and plain values only; no pickled code runs), or None when there is none.
 
-        Random states are put back, and the log is cut where the checkpoint was saved.
+        Random states are put back, the log is cut where the checkpoint was saved, and the config is written. One line says
+        which of the adjustable settings are others from here on.
 
         Raises:
-            InputError: no checkpoint is readable, or it is of other facts.
+            InputError: no checkpoint is readable, it is of other facts, or it is the last one and the settings are others.
         """
         with warnings.catch_warnings():
             if not self.ranks.is_first:
@@ -176,8 +180,9 @@ class Run:
             )
         if state is not None:
             self._check_facts(state.get("facts", {}))
+            self._say_adjusted(state)
             self._put_back(state)
-        self.ranks.once(lambda: self._log.cut(step))
+        self.ranks.once(lambda: self._begin(step))
         self._saved_step = step
         return state
 
@@ -210,6 +215,27 @@ class Run:
             number,
         )
 
+    def _begin(self, step: int) -> None:
+        write_json(self._config_path, dataclasses.asdict(self.config))
+        self._log.cut(step)
+
+    def _say_adjusted(self, state: Mapping[str, Any]) -> None:
+        config = _plain(self.config)
+        changed = {k: v for k, v in _changes(state.get("config", {}), config).items() if k in self.ADJUSTABLE}
+        if not changed:
+            return
+        total = total_steps(config)
+        if total is not None and state["step"] >= total:
+            raise InputError(
+                f"stage '{self.stage}' in {self.folder} has taken all its {total} steps, which other settings "
+                f"({_told(changed)}) cannot change; use the old ones, or let it take more steps."
+            )
+        if self.ranks.is_first:
+            print(
+                f"Stage '{self.stage}' goes on from step {state['step']} with other settings ({_told(changed)}): from here on "
+                "it is not the run that it would have been."
+            )
+
     def _put_back(self, state: Mapping[str, Any]) -> None:
         """The random state of this rank, if the checkpoint has it; one warning where bits will differ."""
         now = versions() | {"ranks": self.ranks.world}
@@ -226,13 +252,10 @@ class Run:
             )
 
     def _check_facts(self, old: Mapping[str, Any]) -> None:
-        was, now = _flat(old), _flat(self.facts)
-        changed = [key for key in sorted(now) if was.get(key, now[key]) != now[key]]
-        if old and changed:
-            told = ", ".join(f"{key} was {was[key]!r}, is {now[key]!r}" for key in changed)
+        if changed := _changes(old, self.facts):
             raise InputError(
-                f"cannot resume stage '{self.stage}' in {self.folder}, which was begun with something else ({told}); "
-                "give what it was begun with, or another folder."
+                f"cannot resume stage '{self.stage}' in {self.folder}, which was begun with something else "
+                f"({_told(changed)}); give what it was begun with, or another folder."
             )
 
 
@@ -252,6 +275,25 @@ def open_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwri
 def _plain(config: Any) -> dict[str, Any]:
     """A config dataclass as what JSON keeps of it."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def total_steps(config: Mapping[str, Any]) -> int | None:
+    """Steps that a stage with these settings takes; None where they do not tell."""
+    if "total_steps" in config:
+        return int(config["total_steps"])
+    if "total_kimg" in config and config.get("batch"):
+        return max(1, round(config["total_kimg"] * 1000 / config["batch"]))
+    return None
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old value, new value) of what is in both and differs."""
+    was, now = _flat(old), _flat(new)
+    return {name: (was[name], now[name]) for name in sorted(now) if name in was and was[name] != now[name]}
+
+
+def _told(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in changes.items())
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

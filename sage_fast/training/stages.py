@@ -37,7 +37,7 @@ from sage_fast.training.embed import embed
 from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
 from sage_fast.training.ranks import Ranks, first_then_all, join_ranks, restarted
-from sage_fast.training.runtime import check_run_folder, open_run_folder
+from sage_fast.training.runtime import check_run_folder, open_run_folder, total_steps
 from sage_fast.training.watching import Measure, Watched
 
 __all__ = [
@@ -401,19 +401,13 @@ def _finished_state(folder: Path, stage: str, wanted_by: str) -> dict[str, Any]:
     if not path.exists():
         raise _missing(folder, stage, wanted_by)
     state = read_state(path)
-    total = _total_steps(_config(folder, stage, wanted_by))
-    if state["step"] < total and not state.get("stopped_early"):
+    total = total_steps(_config(folder, stage, wanted_by))
+    if total is not None and state["step"] < total and not state.get("stopped_early"):
         raise InputError(
             f"stage '{stage}' in {folder} is at step {state['step']} of {total}; "
             f"finish it with 'sage-fast {_COMMANDS[stage]} --resume'."
         )
     return state
-
-
-def _total_steps(config: dict[str, Any]) -> int:
-    if "total_steps" in config:
-        return int(config["total_steps"])
-    return max(1, round(config["total_kimg"] * 1000 / config["batch"]))
 
 
 def _missing(folder: Path, stage: str, wanted_by: str) -> InputError:

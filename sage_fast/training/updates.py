@@ -16,9 +16,19 @@ from sage_fast.data.writers import write_json
 from sage_fast.errors import InputError
 from sage_fast.training.runtime import Run
 
-__all__ = ["Guard", "Update", "block_norms"]
+__all__ = ["Guard", "Update", "block_norms", "load_optimizer"]
 
 _KEPT = 64  # steps whose losses a diagnosis shows; on a GPU the host looks once in as many
+
+
+def load_optimizer(optim: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a saved state, but keep the learning rates and the fused kernels that ``optim`` was made with.
+
+    A run may go on with another rate, and runs of before were not fused.
+    """
+    kept = [{name: group[name] for name in ("lr", "fused", "foreach")} for group in optim.param_groups]
+    groups = [saved | own for saved, own in zip(state["param_groups"], kept, strict=True)]
+    optim.load_state_dict(state | {"param_groups": groups})
 
 
 class Update:

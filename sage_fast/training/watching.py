@@ -35,6 +35,10 @@ __all__ = ["CollapseConfig", "CollapseDetector", "Measure", "Watch", "Watched"]
 
 Measure = Callable[[Generator], dict[str, float]]
 
+_GO_BACK = (
+    "resume from an earlier checkpoint where one was kept (docs/runtime.md), else begin anew, "
+    "with a lower lr or a larger r1_gamma"
+)
 _SIDE = 8  # images are compared at this size: what a grid shows from afar
 
 
@@ -139,17 +143,19 @@ class CollapseDetector:
     Args:
         reals: images of the data, uint8 [M, C, R, R], M at least 2 (some hundreds do): the diversity to compare with.
         config: see :class:`CollapseConfig`.
+        augmented: whether the discriminator sees augmented images already, so that it is not suggested.
 
     Raises:
         InputError: other reals, or reals that are all alike.
     """
 
-    def __init__(self, reals: Tensor, config: CollapseConfig = CollapseConfig()) -> None:
+    def __init__(self, reals: Tensor, config: CollapseConfig = CollapseConfig(), augmented: bool = False) -> None:
         if reals.dtype != torch.uint8 or reals.ndim != 4 or len(reals) < 2:
             raise InputError(f"reals must be uint8 [M, C, R, R], M at least 2, got {reals.dtype} {list(reals.shape)}.")
         self.config, self.real_diversity = config, _diversity(to_float(reals[:1024]))
         if not self.real_diversity > 0:
             raise InputError("reals must differ, got images that are all alike.")
+        self.augmented = augmented
         self.averages, self._seen = dict[str, float](), dict[str, float]()
         self._said: set[str] = set()
 
@@ -176,8 +182,7 @@ class CollapseDetector:
         if (largest := max(abs(ours), abs(fakes))) > self.config.logit:
             self._warn(
                 "divergence", kimg,
-                f"the discriminator's logits are {largest:.3g} in the mean: the losses run away; go back to an earlier checkpoint "
-                "with a lower lr or a larger r1_gamma.",
+                f"the discriminator's logits are {largest:.3g} in the mean: the losses run away; {_GO_BACK}.",
             )  # fmt: skip
         elif kimg >= self.config.start_kimg:
             self._judge_overfitting(kimg, averages["real_sign_mean"], averages.get("held_out_gap"))
@@ -188,8 +193,8 @@ class CollapseDetector:
             told = f"r_t {sign:.2f}" + ("" if gap is None else f", {gap:.0%} of its margin")
             self._warn(
                 "overfitting", kimg,
-                f"the discriminator tells the training images from others ({told}) and has less and less to teach; use more "
-                "images, augmentation (ADA) or a larger r1_gamma, and keep the checkpoint of the best score.",
+                f"the discriminator tells the training images from others ({told}) and has less and less to teach; "
+                f"resume with a larger r1_gamma, or begin anew with more images{'' if self.augmented else ' or augmentation (ADA)'}.",
             )  # fmt: skip
 
     def grid(self, kimg: float, images: Tensor) -> dict[str, float]:
@@ -202,8 +207,8 @@ class CollapseDetector:
         if kimg >= self.config.start_kimg and share < self.config.diversity:
             self._warn(
                 "collapse", kimg,
-                f"the generated images differ by {share:.0%} of what real ones do: the generator repeats itself; go back to an "
-                "earlier checkpoint with a lower lr or a larger r1_gamma, and see that the data holds no copies.",
+                f"the generated images differ by {share:.0%} of what real ones do: the generator repeats itself; "
+                f"{_GO_BACK}, and see that the data holds no copies.",
             )  # fmt: skip
         return {"diversity": share}
 
