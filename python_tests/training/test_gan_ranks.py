@@ -62,5 +62,5 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path):
 def test_a_batch_that_ranks_cannot_share(tmp_path):
     children = start_ranks(gan_programs.train, 3, tmp_path, tmp_path / "run", {})
     assert all(child.wait() != 0 for child in children)
-    assert "batch must be a multiple of 6 (3 ranks x 1 micro-batches x groups of 2" in children[0].text()
+    assert "batch must be a multiple of 6 (3 ranks x 1 micro-batches x mbstd_group 2" in children[0].text()
     assert not (tmp_path / "run").exists()

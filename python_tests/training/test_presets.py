@@ -56,7 +56,9 @@ def test_auto_is_the_heuristic_of_ada(resolution, n_devices):
 
 def test_auto_fits_few_images_and_a_cpu():
     assert presets.auto(256, 10, 1).batch == 8
-    assert presets.auto(32, 10, 0) == dataclasses.replace(presets.small(32), batch=10, augment=AugmentConfig("ada"))
+    small = dataclasses.replace(presets.small(32), augment=AugmentConfig("ada"))
+    assert presets.auto(32, 10, 0) == dataclasses.replace(small, batch=10, mbstd_group=2)
+    assert [presets.auto(32, n, 0).mbstd_group for n in (2, 3, 4, 6, 7, 9, 15, 16)] == [2, 2, 4, 3, 3, 4, 2, 4]
     assert presets.auto(32, 5000, 0) == presets.small(32)
     with pytest.raises(InputError, match="at least two images, got 1"):
         presets.auto(32, 1)

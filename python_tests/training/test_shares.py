@@ -7,17 +7,18 @@ import torch
 
 from sage_fast.errors import InputError
 from sage_fast.models.discriminator import Discriminator
+from sage_fast.training.gan import GANConfig
 from sage_fast.training.shares import group_size, logits_of_both, path_share, share_out
 
 
 @pytest.mark.parametrize(
-    "batch, most, n_ranks, accumulate", [(16, 4, 2, 2), (8, 4, 1, 2), (12, 4, 3, 1), (18, 4, 2, 3)]
+    "batch, group, n_ranks, accumulate", [(16, 4, 2, 2), (8, 4, 1, 2), (12, 4, 3, 1), (18, 3, 2, 3), (6, 1, 2, 3)]
 )
-def test_every_sample_is_dealt_once(batch, most, n_ranks, accumulate):
-    dealt = [share for rank in range(n_ranks) for share in share_out(batch, most, rank, n_ranks, accumulate)]
+def test_every_sample_is_dealt_once(batch, group, n_ranks, accumulate):
+    dealt = [share for rank in range(n_ranks) for share in share_out(batch, group, rank, n_ranks, accumulate)]
     assert len({len(share) for share in dealt}) == 1
     assert torch.cat(dealt).sort().values.tolist() == list(range(batch))
-    halves = torch.cat([path_share(share, batch, most) for share in dealt]).sort().values
+    halves = torch.cat([path_share(share, group) for share in dealt]).sort().values
     assert halves.tolist() == list(range(len(halves)))  # the first half of the batch, a third where a group is three
 
 
@@ -38,12 +39,29 @@ def test_a_share_of_everything_is_the_batch_in_order():
 
 
 def test_what_cannot_be_dealt():
-    with pytest.raises(InputError, match=r"batch must be a multiple of 8 \(1 ranks x 2 micro-batches x groups of 4"):
-        share_out(4, 4, accumulate=2)
-    with pytest.raises(InputError, match="batch must be a multiple of 16 .2 ranks x 2 micro-batches"):
+    with pytest.raises(InputError) as caught:
         share_out(24, 4, n_ranks=2, accumulate=2)
-    with pytest.raises(InputError, match="got 7"):
+    assert str(caught.value) == (
+        "batch must be a multiple of 16 (2 ranks x 2 micro-batches x mbstd_group 4, the images that share a standard deviation), "
+        "got 24; give batch 16 or 32, or mbstd_group 3 or 6."
+    )
+    with pytest.raises(InputError, match="a multiple of 28 .*got 7; give batch 28[.]$"):
         share_out(7, 4, accumulate=7)
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "remedy"),
+    [(6, 4, "4 or 8, or mbstd_group 3 or 6"), (10, 4, "8 or 12, or mbstd_group 2 or 5"), (7, 4, "4 or 8, or mbstd_group 7"),
+     (5, 4, "4 or 8, or mbstd_group 5"), (8, 3, "6 or 9, or mbstd_group 2 or 4"), (2, 4, "4, or mbstd_group 2")],
+)  # fmt: skip
+def test_a_batch_that_the_groups_do_not_divide_is_refused_with_what_fits(batch, group, remedy):
+    with pytest.raises(InputError, match=f"must be a multiple of {group} .*, got {batch}; give batch {remedy}[.]$"):
+        GANConfig(batch=batch, mbstd_group=group)
+    batches, groups = remedy.split(", or mbstd_group ")
+    for fitting in batches.split(" or "):
+        GANConfig(batch=int(fitting), mbstd_group=group)
+    for fitting in groups.split(" or "):
+        GANConfig(batch=batch, mbstd_group=int(fitting))
 
 
 def test_group_size():

@@ -158,7 +158,7 @@ def train_gan(
         raise InputError(f"graphs needs a GPU, got device '{ranks.device}'; leave it out, or give device 'cuda'.")
     others = None if held_out is None else as_reals(held_out, config, least=1)
     shares = share_out(config.batch, config.mbstd_group, ranks.rank, ranks.world, config.accumulate)
-    path_shares = [path_share(share, config.batch, config.mbstd_group) for share in shares]
+    path_shares = [path_share(share, config.mbstd_group) for share in shares]
     G, D = _networks(config, data.n_classes, ranks.device)
     average = copy.deepcopy(G).eval().requires_grad_(False)
     if config.transfer_from is not None and Checkpoints(Path(folder) / "checkpoints", "gan").latest() is None:

@@ -15,6 +15,7 @@ from sage_fast.models.stylegan2 import n_latent_of
 from sage_fast.training.augment import AugmentConfig
 from sage_fast.training.encoder import EncoderConfig
 from sage_fast.training.gan import GANConfig
+from sage_fast.training.shares import group_size
 
 __all__ = ["NAMES", "auto", "config_f", "flora", "low_shot", "paper256", "preset", "small", "small_encoder"]
 
@@ -102,14 +103,15 @@ def auto(resolution: int, n_images: int, n_devices: int = 1) -> GANConfig:
 
     The heuristic of [ADA]'s released code: batch from resolution and devices, R1 as 0.0002 resolution^2 / batch, half
     width below 512 px, mapping of 2 layers, adaptive augmentation. On a CPU :func:`small`, augmented below 5000 images (it
-    takes time there). A batch is never larger than the data set.
+    takes time there). A batch is never larger than the data set, and its groups for the minibatch standard deviation divide it.
     """
     if n_images < 2:
         raise InputError(f"auto needs at least two images, got {n_images}.")
     if n_devices == 0:
         config = small(resolution)
         augment = AugmentConfig("ada" if n_images < _FEW else "none")
-        return replace(config, batch=min(config.batch, n_images // 2 * 2), augment=augment)
+        batch = min(config.batch, n_images // 2 * 2)
+        return replace(config, batch=batch, mbstd_group=group_size(batch, config.mbstd_group), augment=augment)
     batch = max(min(n_devices * min(4096 // resolution, 32), 64), n_devices)
     group = min(4, batch // n_devices)
     unit = n_devices * group

@@ -11,33 +11,41 @@ from sage_fast.models.discriminator import Discriminator
 __all__ = ["group_size", "logits_of_both", "path_share", "share_out"]
 
 
-def share_out(batch: int, most: int, rank: int = 0, n_ranks: int = 1, accumulate: int = 1) -> list[Tensor]:
+def share_out(batch: int, group: int, rank: int = 0, n_ranks: int = 1, accumulate: int = 1) -> list[Tensor]:
     """The samples of a batch that ``rank`` takes: ``accumulate`` micro-batches of indices.
 
     The discriminator compares samples n, n + M, n + 2M, ... of a batch in its M groups (minibatch standard deviation),
     so a micro-batch takes whole groups, in an order in which it groups them again the same way.
 
     Args:
-        most: ``mbstd_group`` of the discriminator.
+        group: ``mbstd_group`` of the discriminator.
     Raises:
         InputError: the groups cannot be shared out evenly.
     """
-    size = group_size(batch, most)
-    n_groups, parts = batch // size, n_ranks * accumulate
-    if n_groups % parts or (parts > 1 and size == 1):
-        unit = parts * max(2, size)
+    unit = n_ranks * accumulate * group
+    if batch % unit:
+        batches = [str(n) for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
+        groups = [str(n) for n in _fitting_groups(batch, n_ranks * accumulate, group)]
         raise InputError(
-            f"batch must be a multiple of {unit} ({n_ranks} ranks x {accumulate} micro-batches x groups of "
-            f"{max(2, size)} for the minibatch standard deviation), got {batch}; change batch, accumulate or mbstd_group."
+            f"batch must be a multiple of {unit} ({n_ranks} ranks x {accumulate} micro-batches x mbstd_group {group}, the images "
+            f"that share a standard deviation), got {batch}; give batch {' or '.join(batches)}"
+            + (f", or mbstd_group {' or '.join(groups)}." if groups else ".")
         )
-    rows = torch.arange(batch).view(size, n_ranks, accumulate, -1)
+    rows = torch.arange(batch).view(group, n_ranks, accumulate, -1)
     return [rows[:, rank, part].flatten() for part in range(accumulate)]
 
 
-def path_share(share: Tensor, batch: int, most: int) -> Tensor:
+def _fitting_groups(batch: int, parts: int, group: int) -> list[int]:
+    """The sizes of groups nearest to ``group`` that divide each of ``parts`` of a batch, of two images at least."""
+    if batch % parts:
+        return []
+    sizes = [n for n in range(2, batch // parts + 1) if batch // parts % n == 0]
+    return [n for n in sizes if n < group][-1:] + [n for n in sizes if n > group][:1]
+
+
+def path_share(share: Tensor, group: int) -> Tensor:
     """The part of a micro-batch that the path-length penalty is taken over: half of each group (one of one)."""
-    size = group_size(batch, most)
-    return share[: len(share) * max(1, size // 2) // size]
+    return share[: len(share) * max(1, group // 2) // group]
 
 
 def group_size(batch: int, most: int) -> int:
