@@ -90,7 +90,11 @@ def test_a_folder_that_is_not_there(tmp_path, refused, tiny_bundle):
 
 
 def test_one_category_cannot_be_trained_on(tmp_path, refused):
-    refused(train(seen_folder(tmp_path / "seen", 1), tmp_path / "out"), "1 category", "at least 2")
+    seen = seen_folder(tmp_path / "seen", 1)
+    for folder in (seen, seen / "category_0"):
+        refused(
+            train(folder, tmp_path / "out"), "1 category (category_0), expected at least 2, since the dictionaries are"
+        )
     assert not (tmp_path / "out").exists()
 
 

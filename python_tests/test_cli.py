@@ -291,6 +291,45 @@ def test_every_kind_of_encoder_on_a_given_generator(run, seen, tmp_path, kind, c
     assert cli.main([*start, "--resume"]) == 0
 
 
+@pytest.fixture(scope="module")
+def one_category(tmp_path_factory):
+    """The same eight images as a category in a folder, as a flat folder and as a flat archive."""
+    root = tmp_path_factory.mktemp("one")
+    write_images(root / "of_one", n_categories=1)
+    flat = (root / "of_one" / "category_0").rename(root / "tulips")
+    shutil.copytree(flat, root / "of_one" / "tulips")
+    shutil.make_archive(str(root / "archived"), "zip", flat)
+    return {"category": root / "of_one", "flat": flat, "archive": root / "archived.zip"}
+
+
+@pytest.mark.parametrize("kind", ["category", "flat", "archive"])
+def test_a_generator_is_trained_on_one_category(one_category, tmp_path, capsys, kind):
+    data, out = one_category[kind], tmp_path / "run"
+    words = [f"--data={data}", f"--out={out}"]
+    gan = ["train-gan", *words, "--resolution=8", *TINY_GAN]
+    assert cli.main([*gan, "--conditional"]) == 2 and not out.exists()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has 1 category" in said and "since --conditional, which may be left out, makes a class of each" in said
+    assert cli.main([*gan, f"--cache={tmp_path / 'cache'}"]) == 0
+    assert cli.main([*gan, "--resume"]) == 0
+    for command in (["train-encoder", *TINY_ENCODER], ["embed"], ["train-dictionary", *TINY_DICTIONARY]):
+        capsys.readouterr()
+        assert cli.main([command[0], *words, *command[1:]]) == 2
+        assert "expected at least 2, since the dictionaries are learned" in " ".join(capsys.readouterr().err.split())
+    auto = ["train-gan", f"--data={data}", f"--out={tmp_path / 'auto'}", "--resolution=8", "--preset-gan=auto"]
+    assert cli.main([*auto, "--total-kimg=0.008", "--device=cpu"]) == 0
+
+
+def test_a_run_goes_on_with_another_learning_rate(seen, tmp_path, capsys):
+    """What a loss that is not finite is met with."""
+    words = ["train-gan", f"--data={seen}", f"--out={tmp_path / 'run'}", "--resolution=8", *TINY_GAN, "--save-every=1"]
+    assert cli.main([*words, "--lr=1e38"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "training stopped at step" in said and "try a lower lr or a larger r1_gamma, and" in said
+    again = [*words, "--lr=0.001", "--r1-gamma=1"]
+    assert cli.main([*again, "--resume"]) == 0
+
+
 def test_a_run_from_before_there_were_kinds_goes_on(run, seen, tmp_path):
     import json
 

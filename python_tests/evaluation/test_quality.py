@@ -295,6 +295,17 @@ def test_a_measure_may_stand_on_a_folder_of_its_own(folder, tmp_path):
         watched(images, tmp_path / "squeeze.safetensors", QualityConfig(n_images=16), against=tmp_path / "others")
 
 
+def test_of_one_category_the_name_does_not_matter(folder, tmp_path):
+    save_file(SqueezeFeatures().state_dict(), tmp_path / "squeeze.safetensors")
+    images = read_images(scan_image_folder(folder), 8)
+    flat = shutil.copytree(folder / images.categories[0], tmp_path / "flat")
+    weights, config = tmp_path / "squeeze.safetensors", QualityConfig(n_images=16)
+    found = watched(images.select(images.categories[1:2]), weights, config, against=flat)
+    assert found.held_out.categories == ["flat"]
+    with pytest.raises(InputError, match="must have the categories of the training images"):
+        watched(images, weights, config, against=flat)
+
+
 def test_the_whole_road_measures_its_generator_and_shows_the_rest_every_image(folder, tmp_path, monkeypatch):
     save_file(SqueezeFeatures().state_dict(), tmp_path / "squeeze.safetensors")
     shown = {}

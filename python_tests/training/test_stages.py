@@ -47,8 +47,12 @@ def test_seen_images_may_come_from_a_data_set_object_and_lie_in_a_cache(tmp_path
     assert (tmp_path / "cache").is_dir()
     with pytest.raises(InputError, match="6 of 6 images .* smaller than the resolution 16"):
         read_seen(rows, 16)
-    with pytest.raises(InputError, match="expected at least 2"):
-        read_seen([row for row in rows if row["label"] == "c0"], 8)
+    one = [row for row in rows if row["label"] == "c0"]
+    with pytest.raises(
+        InputError, match=r"has 1 category \(c0\), expected at least 2, since the dictionaries are learned"
+    ):
+        read_seen(one, 8)
+    assert read_seen(one, 8, needs_two=None).categories == ["c0"]
 
 
 def test_two_ranks_walk_the_road_as_one_does(tmp_path, tiny_bundle):

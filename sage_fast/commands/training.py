@@ -111,7 +111,8 @@ def train_gan(argv: Sequence[str]) -> None:
     paths, _, options, config = parse("train-gan", argv, NewData, GanPreset, MeasureOptions(), _gan_start(argv))
     _check_patience(config, options)
     device = usable_device(paths.device)
-    seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale)
+    needs_two = "--conditional, which may be left out, makes a class of each" if config.conditional else None
+    seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale, needs_two)
     with join_ranks(device) as ranks:
         check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
         images = first_then_all(ranks, lambda: read_seen(*seen))
@@ -223,6 +224,9 @@ def _gan_start(argv: Sequence[str]) -> Any:
         from sage_fast.data.sources import open_source
 
         on_gpu = usable_device(value_of(argv, "--device") or "auto") != "cpu"
-        n_images, n_devices = len(open_source(data)), int(os.environ.get("WORLD_SIZE", "1")) if on_gpu else 0
+        n_images, n_devices = (
+            len(open_source(data, flat_ok=True)),
+            int(os.environ.get("WORLD_SIZE", "1")) if on_gpu else 0,
+        )
     source = value_of(argv, "--transfer-from", "--gan.transfer-from")
     return presets.preset(name, int(size) if size and size.isdigit() else None, n_images, n_devices, source)

@@ -169,7 +169,8 @@ def watched(
     Args:
         features: see :func:`load_features`.
         share: of the images to hold out, at most 2,000.
-        against: folder <category>/<image>.png, ... of other images of the same categories, in place of that share.
+        against: folder <category>/<image>.png, ... of other images of the same categories, in place of that share; where there
+            is one category, its name does not matter, and the folder may be flat.
 
     Raises:
         InputError: a network, a share or a folder that cannot be used, other categories, or too few images.
@@ -179,8 +180,9 @@ def watched(
         training, held_out = hold_out(images, share)
     else:
         channels, size = images.images.shape[1:3]
-        training, held_out = images, read_images(scan_image_folder(against), size, channels)
-        if odd := set(held_out.categories) ^ set(images.categories):
+        training, held_out = images, read_images(scan_image_folder(against, flat_ok=True), size, channels)
+        of_one = len(held_out.categories) == len(images.categories) == 1
+        if (odd := set(held_out.categories) ^ set(images.categories)) and not of_one:
             raise InputError(
                 f"{str(against)!r} must have the categories of the training images; {min(odd)!r} is in one of them only."
             )

@@ -57,6 +57,8 @@ __all__ = [
 
 STAGES = ("gan", "encoder", "embed", "dictionary", "bundle")
 _COMMANDS = {"gan": "train-gan", "encoder": "train-encoder", "embed": "embed", "dictionary": "train-dictionary"}
+#: why one category is too few for all stages but the first
+_EDITS = "the dictionaries are learned from how categories differ and how images of one do, so every stage but train-gan needs two"
 _STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -160,17 +162,26 @@ def read_seen(
     run: Path | None = None,
     cache: str | Path | None = None,
     upscale: bool = False,
+    needs_two: str | None = _EDITS,
 ) -> ImageSet:
-    """Every image of ``data`` (at least two categories) at ``resolution``, under a progress bar.
+    """Every image of ``data`` at ``resolution``, under a progress bar.
 
     Args:
         data: folder, archive, shards or a data set object: see ``data.sources``.
         run: the run folder; many images are decoded once, into its ``cache`` (see ``data.pixel_cache``).
         cache: folder of the cache in place of the run's; given, there is one however few the images are.
         upscale: allow a resolution above that of the images.
+        needs_two: why one category is too few, for the message; None: it is not.
+    Raises:
+        InputError: unusable images, or one category (images that lie in no folder of a category are one) where two are needed.
     """
     n_latent_of(resolution)
-    listing = open_source(data, min_categories=2)
+    listing = open_source(data, flat_ok=True)
+    if needs_two is not None and len(listing.categories) < 2:
+        raise InputError(
+            f"Data {str(listing.root)!r} has 1 category ({listing.categories[0]}), expected at least 2, since {needs_two}; "
+            "give a folder of images per category."
+        )
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("   reading", total=len(listing))
