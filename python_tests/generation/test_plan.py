@@ -77,14 +77,25 @@ def test_names_that_cannot_be_folders(name, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("pair", [("Rose", "rose"), ("Straße", "STRASSE"), ("é", unicodedata.normalize("NFD", "é"))])
+ONE_FOLDER = [
+    ("Rose", "rose"), ("Straße", "STRASSE"), ("é", unicodedata.normalize("NFD", "é")), ("rose ", "rose"), (" rose", "rose"),
+    ("rose.", "rose"), ("rose . ", "Rose"), ("rose\u3000", "rose"), ("ro\u200bse", "rose"), ("\ufeffrose", "rose"),
+    ("ro\u00adse\u200d ", "ROSE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", ONE_FOLDER)
 def test_names_that_are_one_folder_somewhere(pair):
-    with pytest.raises(InputError, match="are one folder"):
+    with pytest.raises(InputError, match="are one folder") as error:
         check_categories(pair)
+    text = str(error.value)
+    assert all(repr(name) in text for name in pair) and "\n" not in text and text.endswith("rename one of them.")
 
 
 def test_names_of_any_language_pass():
-    check_categories(["St. John's wort", "薔薇", "роза", "a.b..c", "rose ", "x" * 230, "rose", "rose"])
+    check_categories(
+        ["St. John's wort", "薔薇", "роза", "a.b..c", "lily ", "x" * 230, "rose", "rose", "St. Johns wort"]
+    )
 
 
 def test_a_plan_may_grow_and_nothing_else():

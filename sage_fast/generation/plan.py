@@ -138,7 +138,7 @@ class Plan:
 
 
 def check_categories(names: Sequence[str]) -> None:
-    """Raise InputError for a name that cannot be a folder's, or two that are one where case or composition do not count."""
+    """Raise InputError for a name that cannot be a folder's, or two that are one on some file system."""
     known: dict[str, str] = {}
     for name in names:
         if not name or name.startswith(".") or any(sign in name for sign in "/\\") or not _printable(name):
@@ -155,11 +155,11 @@ def check_categories(names: Sequence[str]) -> None:
                 f"Category name {name[:40]!r} and on is {len(os.fsencode(name))} bytes long, at most {_LONGEST} fit a "
                 "file's name; shorten it."
             )
-        same = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        same = known.setdefault(_folder_of(name), name)
         if same != name:
             raise InputError(
-                f"Categories {same!r} and {name!r} are one folder where upper case or composed letters do not count; "
-                "rename one of them."
+                f"Categories {same!r} and {name!r} are one folder where upper case, composed letters, invisible signs, or "
+                "spaces and dots at the ends do not count; rename one of them."
             )
 
 
@@ -182,6 +182,12 @@ def check_grown(old: Plan, new: Plan) -> None:
 
 def _other(difference: str) -> InputError:
     return InputError(f"The output was made with another plan ({difference}); repeat that plan or give another folder.")
+
+
+def _folder_of(name: str) -> str:
+    """What is left of a name where file systems drop or ignore the most."""
+    visible = "".join(sign for sign in unicodedata.normalize("NFC", name) if unicodedata.category(sign) != "Cf")
+    return unicodedata.normalize("NFC", visible.casefold()).strip().rstrip(". ")
 
 
 def _printable(name: str) -> bool:
