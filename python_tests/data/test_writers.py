@@ -26,6 +26,7 @@ from sage_fast.data.writers import (
     save_png,
     to_uint8,
     write_json,
+    write_remedy,
 )
 from sage_fast.errors import InputError
 
@@ -128,6 +129,18 @@ def test_places_that_cannot_be_written(tmp_path):
         with pytest.raises(InputError, match="cannot be written"), atomic_write(place) as file:
             file.write(b"x")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_the_remedy_is_that_of_the_place(tmp_path):
+    """Only who chose the folder is told to make it; a run that can be resumed is told so."""
+    with pytest.raises(InputError, match=r"\(No such file or directory\); make its folder first\.$"):
+        with atomic_write(tmp_path / "gone" / "a"):
+            pass
+    gone = r"; its folder is gone, perhaps with a mount: bring it back, and the same command with --resume goes on\.$"
+    with pytest.raises(InputError, match=gone), atomic_write(tmp_path / "gone" / "a", resumable=True):
+        pass
+    full = [write_remedy(OSError(number, ""), resumable=True) for number in (errno.ENOSPC, errno.EDQUOT)]
+    assert full == ["free some space, and the same command with --resume goes on"] * 2
 
 
 def test_torch_checkpoint_round_trip(tmp_path):

@@ -91,11 +91,13 @@ def test_a_store_that_is_gone_is_one_sentence(tmp_path):
     for act in (
         lambda: store.place("a.png", b"1", 3),
         lambda: store.write("b", b"2"),
+        lambda: store.make_folder("rose"),
         store.sync,
         lambda: store.read("c"),
     ):
-        with pytest.raises(InputError, match="No such file"):
+        with pytest.raises(InputError, match="No such file") as error:
             act()
+        assert "make its folder" not in str(error.value)
     assert not (tmp_path / "mount").exists()
 
 

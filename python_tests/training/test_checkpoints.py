@@ -164,7 +164,8 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path, monkeypatch):
         patch.setattr(writers.os, "write", full)
         kept.save(_state(3))
     assert str(caught.value) == (
-        f"File '{tmp_path / 'gan.pt'}' cannot be written (No space left on device); free some space or choose another folder."
+        f"File '{tmp_path / 'gan.pt'}' cannot be written (No space left on device); free some space, and the same command with "
+        "--resume goes on."
     )
     assert Checkpoints(tmp_path, "gan").load()["step"] == 2
     kept.save(_state(3))  # once there is room

@@ -51,6 +51,7 @@ _WRITE_ERRORS = frozenset(
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "EACCES", "EPERM")
     if hasattr(errno, name)
 )
+_FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name)]
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _GAP = 2  # pixels between the cells of a contact sheet
 _BAND = 16  # pixels of the line of text above a section
@@ -76,7 +77,10 @@ class _Raw(io.RawIOBase):
 
 @contextmanager
 def atomic_write(
-    path: str | os.PathLike[str], durable: bool = True, temporary: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    durable: bool = True,
+    temporary: str | os.PathLike[str] | None = None,
+    resumable: bool = False,
 ) -> Iterator[BinaryIO]:
     """Write a file that is whole or absent: yields a binary file; ``path`` appears when the block ends well.
 
@@ -87,6 +91,7 @@ def atomic_write(
         path: the file to write; its folder must exist.
         durable: synchronise to the disk before renaming, so that the promise holds through a loss of power too.
         temporary: where the bytes go first, on the same disk; what lies there is replaced. None: a name of its own.
+        resumable: see :func:`write_remedy`.
 
     Raises:
         InputError: the file cannot be written (disk full, no permission, no such folder ...).
@@ -97,7 +102,7 @@ def atomic_write(
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | fresh | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise cannot_write(path, error, resumable) from error
     raw = _Raw(descriptor)
     handle = io.BufferedWriter(raw, buffer_size=1 << 17)
     try:
@@ -112,14 +117,14 @@ def atomic_write(
             descriptor = -1
             os.replace(temporary, path)
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_write(path, error, resumable) from error
     except InputError:
         raise
     except Exception as error:
         cause = raw.error or (error if isinstance(error, OSError) and error.errno in _WRITE_ERRORS else None)
         if cause is None:
             raise
-        raise cannot_write(path, cause) from error
+        raise cannot_write(path, cause, resumable) from error
     finally:
         with suppress(OSError, ValueError):
             handle.close()
@@ -393,13 +398,27 @@ def _is_own(path: str) -> bool:
     return known or _OWN_NAMES.fullmatch(path.replace(os.sep, "/")) is not None
 
 
-def cannot_write(path: Path | str, error: OSError) -> InputError:
+def cannot_write(path: Path | str, error: OSError, resumable: bool = False) -> InputError:
     """The sentence for a file that the system refuses to write."""
-    remedy = {
-        errno.ENOSPC: "free some space or choose another folder",
-        errno.ENOENT: "make its folder first",
-    }.get(error.errno or 0, "choose another place")
+    remedy = write_remedy(error, resumable)
     return InputError(f"File {str(path)!r} cannot be written ({error.strerror or error}); {remedy}.")
+
+
+def write_remedy(error: OSError, resumable: bool) -> str:
+    """What to do when the system refuses to write.
+
+    Args:
+        resumable: a run that goes on with ``--resume`` writes there, in a folder that was there when it began.
+    """
+    if not resumable:
+        remedies = {errno.ENOENT: "make its folder first"} | dict.fromkeys(
+            _FULL, "free some space or choose another folder"
+        )
+        return remedies.get(error.errno or 0, "choose another place")
+    gone = "its folder is gone, perhaps with a mount: bring it back"
+    remedies = {errno.ENOENT: gone} | dict.fromkeys(_FULL, "free some space")
+    remedy = remedies.get(error.errno or 0, "choose another place, or mend this one")
+    return f"{remedy}, and the same command with --resume goes on"
 
 
 def _parse_manifest(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -65,7 +65,7 @@ class OpenShard:
             try:
                 self._add(image)
             except OSError as error:
-                raise cannot_write(self._file, error) from error
+                raise cannot_write(self._file, error, resumable=True) from error
 
     def close(self) -> None:
         """The shard is whole."""

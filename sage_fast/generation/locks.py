@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sage_fast.data.writers import write_remedy
 from sage_fast.errors import InputError
 
 try:
@@ -89,16 +90,16 @@ def _take_own(folder: Path, name: str, output: str) -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             if folder.parent.is_dir():
                 continue
-            raise _cannot_make(folder / name, "its folder is gone") from None
+            raise _cannot_make(folder / name, error) from error
         except FileExistsError as error:  # also when the folder was there and then, as mkdir looked, no more
             if folder.is_dir() or not os.path.lexists(folder):
                 continue
-            raise _cannot_make(folder / name, error.strerror) from error
+            raise _cannot_make(folder / name, error) from error
         except OSError as error:
-            raise _cannot_make(folder / name, error.strerror) from error
+            raise _cannot_make(folder / name, error) from error
         if not _taken(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
             os.close(descriptor)
             raise _at_work(output)
@@ -124,12 +125,12 @@ def _opened(file: Path) -> Iterator[int]:
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _cannot_make(file, error.strerror) from error
+        raise _cannot_make(file, error) from error
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _cannot_make(file: Path, reason: str | None) -> InputError:
-    return InputError(f"Lock {str(file)!r} cannot be made ({reason}); choose another place.")
+def _cannot_make(file: Path, error: OSError) -> InputError:
+    return InputError(f"Lock {str(file)!r} cannot be made ({error.strerror}); {write_remedy(error, True)}.")

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK, atomic_write, cannot_write, prepare_output
+from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK, atomic_write, cannot_write, prepare_output, write_remedy
 from sage_fast.errors import InputError
 
 __all__ = ["STATE", "FsspecStore", "LocalStore", "Store", "make_state", "open_store"]
@@ -63,7 +63,7 @@ class LocalStore:
             (self.root / name).mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"Folder {str(self.root / name)!r} cannot be made ({error.strerror}); give another place."
+                f"Folder {str(self.root / name)!r} cannot be made ({error.strerror}); {write_remedy(error, True)}."
             ) from error
 
     def place(self, name: str, data: bytes, number: int) -> None:
@@ -81,12 +81,13 @@ class LocalStore:
         except OSError as error:
             with suppress(OSError):
                 os.unlink(temporary)
-            raise cannot_write(self.root / name, error) from error
+            raise cannot_write(self.root / name, error, resumable=True) from error
 
     @contextmanager
     def writer(self, name: str) -> Iterator[BinaryIO]:
         """A binary file that appears, durable, when the block ends well."""
-        with atomic_write(self.root / name, temporary=f"{self._temporary}/{name.replace('/', '-')}") as file:
+        temporary = f"{self._temporary}/{name.replace('/', '-')}"
+        with atomic_write(self.root / name, temporary=temporary, resumable=True) as file:
             yield file
 
     def write(self, name: str, data: bytes) -> None:
@@ -103,7 +104,7 @@ class LocalStore:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise cannot_write(self.root, error) from error
+            raise cannot_write(self.root, error, resumable=True) from error
 
     def reader(self, name: str) -> BinaryIO:
         """A binary file to read and seek in."""
@@ -288,7 +289,10 @@ class FsspecStore:
     def _refused(self, what: str, name: str, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         where = f"{self.url.rstrip('/')}/{name}"
-        return InputError(f"{where!r} cannot be {what} ({reason}); check the address, the rights and the free space.")
+        goes_on = ", and the same command with --resume goes on" if what in ("made", "written") else ""
+        return InputError(
+            f"{where!r} cannot be {what} ({reason}); check the address, the rights and the free space{goes_on}."
+        )
 
 
 Store = LocalStore | FsspecStore

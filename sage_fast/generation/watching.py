@@ -92,4 +92,4 @@ class Meter:
             with open(path, "a", encoding="ascii") as file:
                 file.write(json.dumps(self.line()) + "\n")
         except OSError as error:
-            raise cannot_write(path, error) from error
+            raise cannot_write(path, error, resumable=True) from error

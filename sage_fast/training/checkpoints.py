@@ -64,7 +64,7 @@ class Checkpoints:
         """
         is_best = score is not None and (self.best_score is None or score < self.best_score)
         best_score = score if is_best else self.best_score
-        with atomic_write(self.newest) as file:
+        with atomic_write(self.newest, resumable=True) as file:
             hashing = _Hashing(file)
             torch.save({**state, "best_score": best_score}, cast(BinaryIO, hashing))
             file.write(_MARK + hashing.digest())
@@ -235,7 +235,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, between)
     except OSError:
-        with open(source, "rb") as file, atomic_write(target) as copy:
+        with open(source, "rb") as file, atomic_write(target, resumable=True) as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
         return
     try:

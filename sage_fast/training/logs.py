@@ -39,7 +39,7 @@ class TrainingLog:
         kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= step]
         text = "".join(kept).encode()
         if text != self.path.read_bytes():
-            with atomic_write(self.path) as file:
+            with atomic_write(self.path, resumable=True) as file:
                 file.write(text)
 
     def write(self, step: int, values: Mapping[str, float]) -> dict[str, float]:

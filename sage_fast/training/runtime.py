@@ -190,7 +190,7 @@ class Run:
         """Write images [N, C, H, W] in [-1, 1] as one PNG."""
         if self.ranks.is_first:
             sheet = contact_sheet(to_uint8(images.detach().cpu()), columns=columns)
-            with atomic_write(self.folder / "grids" / f"{self.stage}_{name}.png") as file:
+            with atomic_write(self.folder / "grids" / f"{self.stage}_{name}.png", resumable=True) as file:
                 sheet.save(file, format="png")
 
     def track(self, start: int, total: int) -> Iterator[int]:
