@@ -15,7 +15,8 @@ from safetensors import safe_open
 from sage_fast.data.writers import read_manifest
 from sage_fast.errors import InputError
 from sage_fast.generation import GenerateConfig, generate
-from sage_fast.generation.verifying import regenerate, verify
+from sage_fast.generation.regenerating import regenerate
+from sage_fast.generation.verifying import verify
 from sage_fast.pipeline import FewShotPipeline
 
 

@@ -31,8 +31,9 @@ from sage_fast.generation import (
 from sage_fast.generation.encoding import choose_encoder
 from sage_fast.generation.probing import estimate, preview
 from sage_fast.generation.ray_data import ShardWriter, _Job
+from sage_fast.generation.regenerating import regenerate
 from sage_fast.generation.run import plan_of
-from sage_fast.generation.verifying import regenerate, verify
+from sage_fast.generation.verifying import verify
 from sage_fast.pipeline import FewShotPipeline
 
 CONFIG = GenerateConfig(n=11, batch=4, shard=9, workers=4, image="jpg", encoder="nvjpeg")

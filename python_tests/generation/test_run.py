@@ -565,3 +565,31 @@ def test_an_error_in_the_middle_leaves_what_was_committed(pipeline, tiny_shots, 
     assert 5 <= summary.n_kept <= 15
     generate(pipeline, tiny_shots, tmp_path / "whole", config)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# --- the end of a run, broken off ---
+
+
+class BrokenOff(Exception):
+    pass
+
+
+def break_off(*_):
+    raise BrokenOff
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "step", ["run.data_card", "run.draw_sheet", "run.write_manifest", "committing.write_sums", "run.write_parquet", "run.write_sums"]
+)  # fmt: skip
+def test_a_run_broken_off_at_its_end_leaves_the_same_files(pipeline, tiny_shots, tmp_path, monkeypatch, format, step):
+    with_parquet = step in ("run.write_parquet", "run.write_sums")
+    if with_parquet:
+        pytest.importorskip("pyarrow")
+    config = GenerateConfig(n=4, shard=3, format=format, parquet=with_parquet, **FORMATS[format])
+    generate(pipeline, tiny_shots, tmp_path / "whole", config)
+    with monkeypatch.context() as patch, pytest.raises(BrokenOff):
+        patch.setattr(f"sage_fast.generation.{step}", break_off)
+        generate(pipeline, tiny_shots, tmp_path / "out", config)
+    generate(pipeline, tiny_shots, tmp_path / "out", replace(config, resume=True))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and verify(tmp_path / "out").problems == []

@@ -42,7 +42,7 @@ class VerifyPaths:
 class VerifyOptions:
     """Options of ``verify``."""
 
-    repair: bool = False  # forget the shards that are damaged, so that generate --resume draws them again
+    repair: bool = False  # forget what is damaged, so that generate --resume makes it again
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ def verify(argv: Sequence[str]) -> None:
 
 def regenerate(argv: Sequence[str]) -> None:
     """Make one image of a manifest again."""
-    from sage_fast.generation import verifying
+    from sage_fast.generation import regenerating
 
     paths, options = parse("regenerate", argv, RegeneratePaths, RegenerateOptions())
-    print(verifying.regenerate(paths.manifest, paths.number, options.out, options.model, options.shots))
+    print(regenerating.regenerate(paths.manifest, paths.number, options.out, options.model, options.shots))
 
 
 def invert(argv: Sequence[str]) -> None:

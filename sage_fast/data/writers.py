@@ -40,7 +40,7 @@ _OWN_SUFFIXES = (
 )
 # kinds that people keep too, so by their names: rose/rose_00012.jpg, shard-000003.tar, what a run needs while it works
 _OWN_NAMES = re.compile(
-    r"(.*/)?(([^/]+)/\3_\d{5,}\.(jpg|webp)|shard-\d{6,}\.tar|manifest\.parquet"
+    r"(.*/)?(([^/]+)/\3_\d{5,}\.(jpg|webp)|shard-\d{6,}\.tar|manifest\.parquet|SHA256SUMS"
     r"|\.sage_fast/.*|\.sage_fast(\.setup)?\.lock)",
     re.DOTALL,
 )

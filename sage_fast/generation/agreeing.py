@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 
 from sage_fast import __version__
 from sage_fast.errors import InputError
+from sage_fast.generation.checksums import CONFIG, SUMS, digest_of, read_sums
 from sage_fast.generation.committing import committed, count_lines, is_complete, reopen
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
@@ -22,12 +24,11 @@ from sage_fast.generation.stores import Store, make_state, open_store
 from sage_fast.pipeline import FewShotPipeline
 
 __all__ = [
-    "agree", "choose_config_encoder", "first_images", "format_of", "prepare_output_of", "read_settings", "shape_of",
-    "take_back_missing",
+    "agree", "choose_config_encoder", "digest_of_lost_config", "first_images", "format_of", "prepare_output_of",
+    "read_settings", "shape_of", "take_back_missing",
 ]  # fmt: skip
 
-_FREE = ("version", "device", "shots_dir", "n_images", "plan")  # may differ between a run and its continuation
-_CONFIG = "config.json"
+_FREE = ("version", "device", "shots_dir", "n_images", "plan", "checksums")  # may differ in a run's continuation
 _MB = 1_000_000
 
 
@@ -42,14 +43,15 @@ def prepare_output_of(store: Store, config: GenerateConfig, rank: int, world_siz
     """Refuse an output that is not to be written into; ranks that come later find the files of those before them."""
 
     def is_ours() -> bool:
-        return world_size > 1 and store.size(_CONFIG) is not None and (rank > 0 or not is_complete(store))
+        return world_size > 1 and store.size(CONFIG) is not None and (rank > 0 or not is_complete(store))
 
     if config.overwrite:
         store.prepare_emptying()
         return
     try:
         store.prepare(config.resume or is_ours())
-        read_settings(store)
+        if digest_of_lost_config(store) is None:
+            read_settings(store)
     except InputError:  # or they came in between
         if not is_ours():
             raise
@@ -59,7 +61,8 @@ def agree(
     store: Store, pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig
 ) -> Format:
     """Write down the plan of a new output; or raise InputError unless the plan is that of the output, or more of it."""
-    old = read_settings(store)
+    lost = digest_of_lost_config(store)
+    old = read_settings(store) if lost is None else None
     if config.batch is None and old is not None:
         plan = replace(plan, batch=int(old["batch"]))
     if config.shard_mb is not None:
@@ -69,8 +72,13 @@ def agree(
     settings = _resolve(pipeline, plan, encoder, config)
     format = choose_format(config.format, store, plan, encoder, shape_of(pipeline))
     make_state(store)
+    if lost is not None and hashlib.sha256(_json(settings)).hexdigest() != lost:
+        raise InputError(
+            f"config.json in {str(store)!r} is not the file that was recorded, and this command would write another; repeat "
+            "the command, model and version of the first run, or give another folder."
+        )
     if old is None:
-        store.write(_CONFIG, _json(settings))
+        store.write(CONFIG, _json(settings))
         return format
     changed = [key for key in settings if key not in _FREE and old.get(key) != settings[key]]
     if changed:
@@ -79,7 +87,7 @@ def agree(
     check_grown(Plan.read(old), plan)
     if old["plan"] != settings["plan"]:
         reopen(choose_format(config.format, store, Plan.read(old), encoder, shape_of(pipeline)), plan=plan)
-        store.write(_CONFIG, _json(settings))
+        store.write(CONFIG, _json(settings))
     return format
 
 
@@ -89,12 +97,12 @@ def read_settings(store: Store) -> dict[str, Any] | None:
     Raises:
         InputError: it is damaged, or not that of generate.
     """
-    if store.size(_CONFIG) is None:
+    if store.size(CONFIG) is None:
         if is_complete(store):
             raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")
         return None
     try:
-        settings = json.loads(store.read(_CONFIG))
+        settings = json.loads(store.read(CONFIG))
     except ValueError as error:
         raise InputError(f"config.json in {str(store)!r} is damaged; use --overwrite or another output.") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("plan"), list):
@@ -102,10 +110,19 @@ def read_settings(store: Store) -> dict[str, Any] | None:
     return settings
 
 
+def digest_of_lost_config(store: Store) -> str | None:
+    """The recorded digest of a config.json that is gone or altered; None: it is as recorded, or none was."""
+    recorded = (read_sums(store) or {}).get(CONFIG)
+    if recorded is None or (store.size(CONFIG) is not None and digest_of(store, CONFIG) == recorded):
+        return None
+    return recorded
+
+
 def _resolve(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> dict[str, Any]:
     """Every setting with its value, the model and the plan: the content of config.json."""
     return {
         "batch": plan.batch,
+        "checksums": SUMS,
         "device": pipeline.device.type,
         "encoder": encoder.name if encoder else None,
         "format": config.format,

@@ -58,6 +58,7 @@ it; what the generator has not learned is missing, and wrong labels are possible
 
 `manifest.jsonl` has a line an image: category, index, file with SHA-256, the shots with theirs, seed, settings, the seen
 categories that were found similar, the model's hash and the package's version. `config.json` is the whole plan.
+`SHA256SUMS` has the digests of these files.
 
     sage-fast verify OUT                          # is everything there, whole and as recorded
     sage-fast regenerate OUT/manifest.jsonl 12    # image number 12 again, from its line

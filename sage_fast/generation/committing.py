@@ -6,39 +6,39 @@ files are on the disk. ``manifest.jsonl`` comes last of all: where it is, the ou
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 from sage_fast.errors import InputError
+from sage_fast.generation.checksums import MANIFEST, PARQUET, SUMS, write_sums
 from sage_fast.generation.formats import Format, Stored
 from sage_fast.generation.plan import Plan
 from sage_fast.generation.stores import STATE, Store
 
 __all__ = [
-    "MANIFEST", "PARQUET", "commit", "committed", "count_lines", "is_complete", "line_of", "lines_of", "part_lines",
-    "reopen", "write_manifest", "write_parquet",
+    "commit", "committed", "count_lines", "is_complete", "line_of", "lines_of", "part_lines", "reopen",
+    "write_manifest", "write_parquet",
 ]  # fmt: skip
 
-MANIFEST = "manifest.jsonl"
-PARQUET = "manifest.parquet"
 _PARTS = f"{STATE}/parts"
 _BLOCK = 10_000  # lines of Parquet that are in memory
 
 
-def line_of(image: Stored) -> dict[str, Any]:
+def line_of(image: Stored) -> bytes:
     """The manifest's line of one image: where it is, and all that is needed to make it again."""
     category, index, source, *rest = image.about.items()
     own = {"file": image.file, "bytes": image.size, "sha256": image.sha256}
-    return dict([category, index]) | own | dict([source, *rest])
+    content = dict([category, index]) | own | dict([source, *rest])
+    return json.dumps(content, allow_nan=False).encode() + b"\n"
 
 
 def commit(store: Store, shard: int, images: Iterable[Stored]) -> None:
     """The shard counts from now on. Its files must be closed."""
     store.sync()
-    lines = b"".join(json.dumps(line_of(image), allow_nan=False).encode() + b"\n" for image in images)
-    store.write(_part(shard), lines)
+    store.write(_part(shard), b"".join(line_of(image) for image in images))
 
 
 def is_complete(store: Store) -> bool:
@@ -70,13 +70,14 @@ def reopen(format: Format, without: Collection[int] = (), plan: Plan | None = No
         lines = lines_of(store)
         for shard in range(old.n_shards):
             own = b"".join(islice(lines, len(old.positions(shard))))
-            if shard in kept and format.separate and _is_whole(own, old, shard):
+            if shard in kept and format.separate and _is_of(own, old, shard):
                 store.write(_part(shard), own)
         store.remove(PARQUET)
         store.remove(MANIFEST)
     else:
         for shard in committed(store, old) - kept:
             store.remove(_part(shard))
+    store.remove(SUMS)
 
 
 def lines_of(store: Store) -> Iterator[bytes]:
@@ -91,12 +92,15 @@ def count_lines(store: Store) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 22), b""))
 
 
-def write_manifest(store: Store, plan: Plan) -> None:
-    """Join the parts, in their order.
+def write_manifest(store: Store, plan: Plan, sums: Mapping[str, str]) -> dict[str, str]:
+    """Join the parts, in their order; just before the manifest is there its digest is recorded with the others'.
 
+    Args:
+        sums: digests of the other files; returned with the manifest's.
     Raises:
         InputError: a part is damaged; it is taken back, so that a resumed run draws its shard again.
     """
+    sha256 = hashlib.sha256()
     with store.writer(MANIFEST) as out:
         for shard in range(plan.n_shards):
             lines = store.read(_part(shard))
@@ -104,6 +108,10 @@ def write_manifest(store: Store, plan: Plan) -> None:
                 store.remove(_part(shard))
                 raise InputError(f"The record of shard {shard} in {str(store)!r} was damaged; --resume draws it again.")
             out.write(lines)
+            sha256.update(lines)
+        recorded = dict(sums) | {MANIFEST: sha256.hexdigest()}
+        write_sums(store, recorded)
+    return recorded
 
 
 def write_parquet(store: Store) -> None:
@@ -124,13 +132,23 @@ def write_parquet(store: Store) -> None:
             table.write_table(pa.Table.from_pylist(block, schema))
 
 
-def part_lines(store: Store, shard: int) -> list[dict[str, Any]]:
+def part_lines(store: Store, shard: int) -> list[bytes]:
     """The lines of a committed shard of an output that is not complete."""
-    return [json.loads(line) for line in store.read(_part(shard)).splitlines()]
+    return store.read(_part(shard)).splitlines(keepends=True)
 
 
 def _is_whole(lines: bytes, plan: Plan, shard: int) -> bool:
     return lines.count(b"\n") == len(plan.positions(shard)) and lines.endswith(b"\n")
+
+
+def _is_of(lines: bytes, plan: Plan, shard: int) -> bool:
+    """Whether the lines are whole and each is of the image that stands there in the plan."""
+    try:
+        found = [(line["category"], line["index"]) for line in map(json.loads, lines.splitlines())]
+    except (ValueError, TypeError, KeyError):
+        return False
+    wanted = [(part.category, index) for part, index in plan.images(plan.positions(shard))]
+    return found == wanted and _is_whole(lines, plan, shard)
 
 
 def _part(shard: int) -> str:

@@ -22,7 +22,10 @@ from sage_fast.generation.memory import KEPT, images_at_once
 from sage_fast.generation.plan import Part, Plan, Span
 from sage_fast.pipeline import FewShotPipeline, NovelCategory, normals
 
-__all__ = ["Category", "Latents", "Prepared", "about_images", "draw_images", "draw_latents", "draw_shard"]
+__all__ = [
+    "Category", "Latents", "Prepared", "about_image", "about_images", "about_part", "draw_images", "draw_latents",
+    "draw_shard",
+]  # fmt: skip
 
 _SHOTS = 8  # whose reconstructions are drawn at a time, fewer of large ones
 
@@ -132,10 +135,12 @@ def about_images(prepared: Prepared, positions: range) -> Iterator[dict[str, Any
 
 
 def _lines(span: Span, category: Category) -> Iterator[dict[str, Any]]:
-    shots = category.part.shots
-    for index in range(span.first, span.first + span.n):
-        own = {"category": category.part.category, "index": index, "source": shots[index % len(shots)]}
-        yield own | category.about
+    return (about_image(category.part, index, category.about) for index in range(span.first, span.first + span.n))
+
+
+def about_image(part: Part, index: int, shared: dict[str, Any]) -> dict[str, Any]:
+    """How an image comes to be; ``shared`` is :func:`about_part` of its part."""
+    return {"category": part.category, "index": index, "source": part.shots[index % len(part.shots)]} | shared
 
 
 def draw_latents(prepared: Prepared, positions: range) -> Latents:
@@ -205,16 +210,28 @@ def draw_shard(pipeline: FewShotPipeline, plan: Plan, shard: int, prepared: Prep
 
 
 def _about(pipeline: FewShotPipeline, part: Part, novel: NovelCategory) -> dict[str, Any]:
+    similar = None
+    if novel.distribution is not None:
+        names = pipeline.codes.categories
+        similar = [names[label] for label in novel.distribution.similar_categories.tolist()]
+    return about_part(part, pipeline.preset, pipeline.hash, similar, __version__)
+
+
+def about_part(part: Part, preset: str, model: str, similar: list[str] | None, version: str) -> dict[str, Any]:
+    """What all images of a part share in the manifest.
+
+    Args:
+        similar: the seen categories that were found similar; None: the method looks for none.
+    """
     about: dict[str, Any] = {
         "shots": [{"file": file, "sha256": digest} for file, digest in zip(part.shots, part.hashes)],
         "seed": part.seed,
         "method": part.method,
         "alpha": part.alpha,
         "fusion": part.fusion,
-        "preset": pipeline.preset,
+        "preset": preset,
         **part.editor_options(),
     }
-    if novel.distribution is not None:
-        names = pipeline.codes.categories
-        about["similar"] = [names[label] for label in novel.distribution.similar_categories.tolist()]
-    return about | {"model": pipeline.hash, "version": __version__}
+    if similar is not None:
+        about["similar"] = similar
+    return about | {"model": model, "version": version}

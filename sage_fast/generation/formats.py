@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -119,6 +120,10 @@ class ImageFolders:
         """Name of an image's file."""
         return f"{category}/{category}_{index:05d}.{self.encoder.image}"
 
+    def listed(self, position: int, category: str, index: int) -> str:
+        """Name of an image in the manifest."""
+        return self.file(category, index)
+
     def contents(self, images: Tensor | list[bytes]) -> Sequence[Content]:
         """Drawn images, uint8 [n, C, R, R] on any device, or files of them, one by one as :meth:`store` takes them."""
         return _contents(images, self.encoder)
@@ -144,6 +149,10 @@ class ImageFolders:
     def open(self, shard: int) -> OpenShard:
         """Nothing is to be begun: images go to their places by themselves."""
         return OpenShard("", None, ExitStack())
+
+    def holds(self, shard: int, images: Iterable[Stored]) -> bool:
+        """Whether all but the images is as it must be: there is nothing else."""
+        return True
 
     def is_missing(self, shard: int) -> bool:
         """Whether a file of a shard is gone or empty; asked on this machine alone, where it is quick."""
@@ -179,6 +188,10 @@ class TarFiles:
         """Name of a shard's file."""
         return f"shard-{shard:06d}.tar"
 
+    def listed(self, position: int, category: str, index: int) -> str:
+        """Name of an image in the manifest."""
+        return f"{self.file(position // self.plan.shard)}/{position:09d}.{self.encoder.image}"
+
     def contents(self, images: Tensor | list[bytes]) -> Sequence[Content]:
         """Drawn images, uint8 [n, C, R, R] on any device, or files of them, one by one as :meth:`store` takes them."""
         return _contents(images, self.encoder)
@@ -190,7 +203,7 @@ class TarFiles:
     def store(self, position: int, content: Content, about: dict[str, Any]) -> Stored:
         """Encode an image."""
         data = _encoded(self.encoder, content, about)
-        file = f"{self.file(position // self.plan.shard)}/{position:09d}.{self.encoder.image}"
+        file = self.listed(position, about["category"], about["index"])
         return Stored(position, file, len(data), hashlib.sha256(data).hexdigest(), data, about)
 
     def open(self, shard: int) -> OpenShard:
@@ -270,6 +283,10 @@ class ArrayFile:
         """Name of a shard's pixels until all are there."""
         return f"{STATE}/pieces/{shard:08d}.u8"
 
+    def listed(self, position: int, category: str, index: int) -> str:
+        """Name of an image in the manifest: that of the file."""
+        return self.name
+
     def contents(self, images: Tensor | list[bytes]) -> Sequence[Content]:
         """Drawn images, uint8 [n, C, R, R] on any device, one by one as they are."""
         return images if isinstance(images, list) else list(images.cpu().numpy())
@@ -293,16 +310,28 @@ class ArrayFile:
 
         return OpenShard(f"{self.target}/{self.piece(shard)}", add, stack)
 
+    def holds(self, shard: int, images: Iterable[Stored]) -> bool:
+        """Whether all but the images is as it must be: size, header, and the shard's labels and indices; of a piece its size."""
+        if self.target.size(self.piece(shard)) is not None:
+            return not self.is_missing(shard)
+        start = 8 * self.plan.positions(shard).start
+        with self.target.reader(self.name) as file:
+            found = [file.read(len(self._header))]
+            for column, numbers in enumerate(self._numbers(shard)):
+                file.seek(len(self._header) + 8 * column * len(self.plan) + start)
+                found.append(file.read(len(numbers)))
+        return found == [self._header, *self._numbers(shard)] and not self.is_missing(shard)
+
     def is_missing(self, shard: int) -> bool:
         """Whether neither the piece nor the whole is there in its full size."""
         piece = len(self.plan.positions(shard)) * self._bytes
-        whole = len(self._header()) + len(self.plan) * (16 + self._bytes)
+        whole = len(self._header) + len(self.plan) * (16 + self._bytes)
         return self.target.size(self.piece(shard)) != piece and self.target.size(self.name) != whole
 
     def read(self, shard: int, wanted: Container[int] | None = None) -> Iterator[tuple[int, bytes]]:
         """Position and bytes of each image of a shard, or of those that are wanted."""
         positions, joined = self.plan.positions(shard), self.target.size(self.piece(shard)) is None
-        first = len(self._header()) + 16 * len(self.plan) + positions.start * self._bytes if joined else 0
+        first = len(self._header) + 16 * len(self.plan) + positions.start * self._bytes if joined else 0
         with self.target.reader(self.name if joined else self.piece(shard)) as file:
             for number, position in enumerate(positions):
                 if wanted is None or position in wanted:
@@ -312,9 +341,10 @@ class ArrayFile:
     def finish(self) -> None:
         """Join the pieces."""
         with self.target.writer(self.name) as out:
-            out.write(self._header())
-            self._write_numbers(out, lambda category, index: self.plan.labels[category])
-            self._write_numbers(out, lambda category, index: index)
+            out.write(self._header)
+            for column in (0, 1):
+                for shard in range(self.plan.n_shards):
+                    out.write(self._numbers(shard)[column])
             for shard in range(self.plan.n_shards):
                 with self.target.reader(self.piece(shard)) as piece:
                     while block := piece.read(_BLOCK):
@@ -324,6 +354,7 @@ class ArrayFile:
         """Every name in the output that belongs to an image: the file."""
         yield self.name
 
+    @cached_property
     def _header(self) -> bytes:
         n, ends = len(self.plan), [8 * len(self.plan), 16 * len(self.plan), (16 + self._bytes) * len(self.plan)]
         content = {
@@ -336,10 +367,11 @@ class ArrayFile:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def _write_numbers(self, out: BinaryIO, number: Callable[[str, int], int]) -> None:
-        for shard in range(self.plan.n_shards):
-            images = self.plan.images(self.plan.positions(shard))
-            out.write(np.array([number(part.category, index) for part, index in images], "<i8").tobytes())
+    def _numbers(self, shard: int) -> tuple[bytes, bytes]:
+        """Labels and indices of a shard, int64."""
+        images = self.plan.images(self.plan.positions(shard))
+        numbers = np.array([(self.plan.labels[part.category], index) for part, index in images], "<i8")
+        return numbers[:, 0].tobytes(), numbers[:, 1].tobytes()
 
 
 Format = ImageFolders | TarFiles | ArrayFile

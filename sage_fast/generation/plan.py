@@ -21,7 +21,7 @@ from sage_fast.errors import InputError
 __all__ = ["Part", "Plan", "Span", "check_categories", "check_grown"]
 
 _LONGEST = 230  # bytes of a category's name: "_0000000000.webp" follows it in a file's name of at most 255
-_TAKEN = ("config.json", "manifest.jsonl", "manifest.parquet", "readme.md", "contact_sheet.png", "cache")
+_TAKEN = ("config.json", "manifest.jsonl", "manifest.parquet", "readme.md", "contact_sheet.png", "sha256sums", "cache")
 _SHOWN = 90  # characters of a setting in a message
 
 

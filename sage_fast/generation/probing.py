@@ -80,7 +80,7 @@ def estimate(
     drawn = time.monotonic()
     stored = [format.store(*one) for one in zip(positions, format.contents(images), latents.about())]
     seconds = drawn - start + (time.monotonic() - drawn) / (config.workers or max(2, torch.get_num_threads()))
-    line_bytes = sum(len(str(line_of(image))) for image in stored) / len(stored)
+    line_bytes = sum(len(line_of(image)) for image in stored) / len(stored)
     return Estimate(
         len(made), len(made.categories), made.n_shards, len(positions) / seconds,
         sum(image.size for image in stored) / len(stored), line_bytes, ranks()[1],

@@ -2,13 +2,15 @@
 
 OUT/<category>/<category>_00000.png   the images (or OUT/shard-000000.tar, or OUT/images.safetensors)
 OUT/contact_sheet.png                 the shots of each category, then generated images
-OUT/manifest.jsonl                    a line an image: how it came to be; written last
 OUT/config.json                       the resolved settings and the plan
 OUT/README.md                         what the images are
+OUT/SHA256SUMS                        digests of these and of the manifest
+OUT/manifest.jsonl                    a line an image: how it came to be; written last
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -30,13 +32,8 @@ from sage_fast.generation.agreeing import (
     take_back_missing,
 )
 from sage_fast.generation.card import data_card, draw_sheet
-from sage_fast.generation.committing import (
-    PARQUET,
-    committed,
-    is_complete,
-    write_manifest,
-    write_parquet,
-)
+from sage_fast.generation.checksums import CARD, CONFIG, MANIFEST, PARQUET, SHEET, digest_of, read_sums, write_sums
+from sage_fast.generation.committing import committed, is_complete, write_manifest, write_parquet
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared
 from sage_fast.generation.formats import Format
@@ -292,21 +289,44 @@ def write_here(
 
 
 def _finish(format: Format, config: GenerateConfig) -> None:
-    """Complete the output if every shard of it is written."""
+    """Complete the output if every shard of it is written; what a complete one lacks is put back."""
     store, plan = format.target, format.plan
     if len(committed(store, plan)) < plan.n_shards:
         return
-    if not is_complete(store):
+    complete = is_complete(store)
+    if not complete:
         format.finish()
-        settings = read_settings(store)
-        assert settings is not None
-        store.write("README.md", data_card(settings, plan).encode("utf-8", "surrogateescape"))
-        sheet = io.BytesIO()
-        draw_sheet(format).save(sheet, format="PNG")
-        store.write("contact_sheet.png", sheet.getvalue())
-        write_manifest(store, plan)
-    if config.parquet and store.size(PARQUET) is None:
+    recorded = read_sums(store) if complete else None
+    sums = dict(recorded or {})
+    for name, make in ((CARD, _card), (SHEET, _sheet)):
+        if name not in sums or store.size(name) is None:
+            content = make(format)
+            store.write(name, content)
+            sums[name] = hashlib.sha256(content).hexdigest()
+    if CONFIG not in sums:
+        sums[CONFIG] = digest_of(store, CONFIG)
+    if not complete:
+        recorded = write_manifest(store, plan, sums)
+        sums = dict(recorded)
+    elif MANIFEST not in sums:
+        sums[MANIFEST] = digest_of(store, MANIFEST)
+    if config.parquet and (PARQUET not in sums or store.size(PARQUET) is None):
         write_parquet(store)
+        sums[PARQUET] = digest_of(store, PARQUET)
+    if sums != recorded:
+        write_sums(store, sums)
     for name in store.names(""):
         if name.endswith(TEMPORARY):
             store.remove(name)
+
+
+def _card(format: Format) -> bytes:
+    settings = read_settings(format.target)
+    assert settings is not None
+    return data_card(settings, format.plan).encode("utf-8", "surrogateescape")
+
+
+def _sheet(format: Format) -> bytes:
+    sheet = io.BytesIO()
+    draw_sheet(format).save(sheet, format="PNG")
+    return sheet.getvalue()

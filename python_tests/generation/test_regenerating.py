@@ -1,0 +1,114 @@
+"""Single images made again, and what is said of those that are not the stored ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tiny_model import RESOLUTION
+
+from sage_fast.errors import InputError
+from sage_fast.generation import GenerateConfig, generate, regenerating
+from sage_fast.generation.regenerating import regenerate
+from sage_fast.pipeline import FewShotPipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle):
+    return FewShotPipeline.from_bundle(tiny_bundle)
+
+
+@pytest.fixture(scope="module", params=["folder", "webdataset", "safetensors"])
+def whole(request, pipeline, tiny_shots, tmp_path_factory):
+    """An output of ten images in shards of four, to be copied, and its config."""
+    config = GenerateConfig(n=5, shard=4, batch=4, format=request.param)
+    out = tmp_path_factory.mktemp("regenerate") / request.param
+    generate(pipeline, tiny_shots, out, config)
+    return out, config
+
+
+def test_every_image_is_made_again_with_its_bytes(whole, pipeline, tiny_shots, tmp_path):
+    out, config = whole
+    for number in (0, 4, 7, 9):
+        made = regenerate(out / "manifest.jsonl", number, tmp_path / f"{number}.png", pipeline)
+        assert made.same and "has the recorded bytes" in str(made)
+    if config.format == "folder":
+        assert (tmp_path / "7.png").read_bytes() == (out / "rose" / "rose_00002.png").read_bytes()
+
+
+def test_an_image_of_moved_shots(whole, pipeline, tiny_shots, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"shots_dir": "/gone"}))
+    with pytest.raises(InputError, match="cannot be read any more"):
+        regenerate(out / "manifest.jsonl", 0, tmp_path / "a.png", pipeline)
+    assert regenerate(out / "manifest.jsonl", 0, tmp_path / "a.png", pipeline, tiny_shots).same
+
+
+def test_images_that_cannot_be_made_again(whole, pipeline, tmp_path):
+    out, _ = whole
+    for number in (-1, 10):
+        with pytest.raises(InputError, match=f"has no line {number}"):
+            regenerate(out / "manifest.jsonl", number, tmp_path / "a.png", pipeline)
+    for path in (out / "config.json", tmp_path / "manifest.jsonl"):
+        with pytest.raises(InputError, match="is no manifest.jsonl beside a config.json"):
+            regenerate(path, 0, tmp_path / "a.png", pipeline)
+    parts = (pipeline.generator, pipeline.encoder, pipeline.relevant, pipeline.irrelevant, pipeline.codes)
+    with pytest.raises(InputError, match="was made by model"):
+        regenerate(out / "manifest.jsonl", 0, tmp_path / "a.png", FewShotPipeline(*parts, hash="other"))
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("key", ["seed", "model", "preset", "file"])
+def test_a_line_that_contradicts_the_plan_is_refused(whole, pipeline, tmp_path, key):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    lines = (out / "manifest.jsonl").read_text().splitlines(keepends=True)
+    lines[2] = json.dumps(json.loads(lines[2]) | {key: 7}) + "\n"
+    (out / "manifest.jsonl").write_text("".join([*lines, lines[-1]]))
+    with pytest.raises(
+        InputError, match=f"Line 2 of the manifest has {key} 7, and by the plan it is .*--repair"
+    ) as error:
+        regenerate(out / "manifest.jsonl", 2, tmp_path / "a.png", pipeline)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="has a line 10, and the plan 10 images"):
+        regenerate(out / "manifest.jsonl", 10, tmp_path / "a.png", pipeline)
+    (out / "manifest.jsonl").write_text("[]\n")
+    with pytest.raises(InputError, match="Line 0 of the manifest is no JSON object"):
+        regenerate(out / "manifest.jsonl", 0, tmp_path / "a.png", pipeline)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_how_far_an_image_is_from_the_stored_one_is_measured(whole, pipeline, tmp_path, monkeypatch):
+    out, config = tmp_path / "out", whole[1]
+    shutil.copytree(whole[0], out)
+    draw = regenerating.draw_images
+
+    def other(pipeline, latents):
+        image = draw(pipeline, latents).clone()
+        image[0, 0, 0, :4] ^= 128
+        return image
+
+    monkeypatch.setattr(regenerating, "draw_images", other)
+    made = regenerate(out / "manifest.jsonl", 7, tmp_path / "a.png", pipeline)
+    assert (made.same, made.levels, made.share, made.other) == (False, 128, 4 / (3 * RESOLUTION**2), [])
+    assert "is not the stored image to the last pixel: " in str(made) and "by 128 of 255 at most." in str(made)
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"device": "cuda"}))
+    names = {"folder": "rose/rose_00002.png", "webdataset": "shard-000001.tar", "safetensors": "images.safetensors"}
+    for spoil in (lambda path: path.write_bytes(bytes(path.stat().st_size)), lambda path: path.unlink()):
+        spoil(out / names[config.format])
+        made = regenerate(out / "manifest.jsonl", 7, tmp_path / "a.png", pipeline)
+        assert (made.same, made.levels) == (False, None) and "is not known; other than the first time: device." in str(
+            made
+        )
+
+
+def test_the_same_pixels_in_other_bytes(pipeline, tiny_shots, tmp_path):
+    generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=2, encoder="pillow", quality=1))
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(settings | {"quality": 0}))
+    made = regenerate(tmp_path / "out" / "manifest.jsonl", 1, tmp_path / "a.png", pipeline)
+    assert (made.same, made.levels) == (False, 0) and "has the pixels of the stored image in other bytes." in str(made)
