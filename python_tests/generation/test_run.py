@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,10 +21,11 @@ from PIL import Image
 from tiny_model import RESOLUTION
 
 from sage_fast import __version__
+from sage_fast.commands.watching import watched
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import MARKER, read_manifest, save_png, to_uint8
 from sage_fast.errors import InputError
-from sage_fast.generation import GenerateConfig, generate
+from sage_fast.generation import GenerateConfig, Meter, generate
 from sage_fast.generation.verifying import verify
 from sage_fast.pipeline import FewShotPipeline
 
@@ -567,7 +569,7 @@ def test_an_error_in_the_middle_leaves_what_was_committed(pipeline, tiny_shots, 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-# --- the end of a run, broken off ---
+# --- the end of a run, broken off; clocks ---
 
 
 class BrokenOff(Exception):
@@ -593,3 +595,42 @@ def test_a_run_broken_off_at_its_end_leaves_the_same_files(pipeline, tiny_shots,
         generate(pipeline, tiny_shots, tmp_path / "out", config)
     generate(pipeline, tiny_shots, tmp_path / "out", replace(config, resume=True))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole") and verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_clocks_that_jump_do_not_matter(pipeline, tiny_shots, tmp_path, monkeypatch, capsys, format):
+    """By days and years, forwards and backwards, during a run and between it and its continuation."""
+    config = GenerateConfig(
+        n=12, batch=2, shard=4, workers=1, format=format, metrics=str(tmp_path / "m.jsonl"), **FORMATS[format]
+    )
+    generate(pipeline, tiny_shots, tmp_path / "whole", config)
+    day, now, seen, out = 86_400, time.time, [], tmp_path / "out"
+    jumps = itertools.cycle([0, 3 * day, -2 * day, 4_000 * day, -9_000 * day])
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * (now() + next(jumps))))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+
+    def run(config, last):
+        meter = Meter()
+        with watched("generating", meter) as bar:
+
+            def progress(done, total):
+                seen.append((done, total, meter.seconds, meter.speed, *meter.busy.values()))
+                bar(done, total)
+                if done >= last:
+                    break_off()
+
+            return generate(pipeline, tiny_shots, out, config, progress, meter)
+
+    with pytest.raises(BrokenOff):
+        run(config, 14)
+    for path in [out, *out.rglob("*"), *out.glob(".sage_fast*")]:
+        os.utime(path, (now() + 10_000 * day,) * 2)
+    summary = run(replace(config, resume=True), 99)
+    assert summary.n_new + summary.n_kept == 24 and summary.n_kept >= 4
+    assert contents(out) == contents(tmp_path / "whole") and verify(out).problems == []
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert min(min(line) for line in seen) >= 0 and max(line[2] for line in seen) < day
+    assert all(0 <= line["seconds"] < day and line["images_per_s"] >= 0 for line in lines)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "generating" in shown and re.search(r"-\d|\d days?", shown) is None
