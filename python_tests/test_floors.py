@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "sage_fast"
 # room -> (floor, leg). Rooms without a leg carry both; one that rests on another of its floor stands half a floor up.
 ROOMS: dict[str, tuple[float, str | None]] = {
     "errors": (0, None),
+    "settings": (0.5, None),
     "_native": (0.5, None),
     "_build": (0, None),
     "ops": (1, None),

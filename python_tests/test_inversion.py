@@ -346,7 +346,7 @@ def test_a_grey_generator_and_a_network_for_colours(own):
         (lambda x: dict(patience=2.5), "patience must be a whole number"),
         (lambda x: dict(n_candidates=1.5), "n_candidates must be a whole number, at least 0"),
         (lambda x: dict(seed=0.5), "seed must be a whole number"),
-        (lambda x: dict(lr=float("inf")), "lr must be a finite positive number"),
+        (lambda x: dict(lr=-1.0), "lr must be a finite positive number"),
         (lambda x: dict(tolerance="small"), "tolerance must be a finite number"),
         (lambda x: dict(pixel_weight=float("inf")), "pixel_weight must be a finite number"),
     ],

@@ -195,6 +195,9 @@ def test_a_real_write_limit(tmp_path):
 def test_write_json(tmp_path):
     write_json(tmp_path / "a.json", {"b": [1, 2], "a": "ü"})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": "ü", "b": [1, 2]}
+    with pytest.raises(InputError, match="b.json' cannot be written: JSON has finite numbers alone"):
+        write_json(tmp_path / "b.json", {"lr": float("nan")})
+    assert not (tmp_path / "b.json").exists()
 
 
 def test_to_uint8_rule():

@@ -105,7 +105,8 @@ def test_a_checkpoint_is_not_overwritten(data: tuple[Tensor, Tensor], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch": 1}, {"lr": 0.0}, {"total_steps": 0}, {"weight_decay": -1.0}, {"precision": "float16"}]
+    "change",
+    [{"batch": 1}, {"lr": 0.0}, {"total_steps": 0}, {"weight_decay": -1.0}, {"precision": "float16"}, {"width": 0}],
 )
 def test_bad_settings_are_refused(change: dict) -> None:
     with pytest.raises(InputError, match=next(iter(change))):

@@ -203,6 +203,7 @@ def test_embed_keeps_every_image():
         ({"mse_weight": 0.0, "perceptual": "none"}, "both off"),
         ({"tune_generator": True, "batch": 2}, "at least 4"),
         ({"lr_end": 2.0}, "share"),
+        ({"tune_generator": True, "r1_gamma": -1.0}, "r1_gamma must not be negative"),
     ],
 )
 def test_refuses_settings(setting, message):

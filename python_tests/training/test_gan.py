@@ -113,7 +113,24 @@ def test_it_learns_a_colour(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad, message", [(dict(batch=1), "batch must be"), (dict(lr=0.0), "lr must be"), (dict(style_mixing=2.0), "0 to 1")]
+    "bad, message",
+    [
+        (dict(batch=1), "batch must be"),
+        (dict(lr=0.0), "lr must be"),
+        (dict(style_mixing=2.0), "0 to 1"),
+        (dict(r1_gamma=-1.0), "r1_gamma must not be negative"),
+        (dict(pl_weight=-2.0), "pl_weight must not be negative"),
+        (dict(ema_rampup=-1.0), "ema_rampup must not be negative"),
+        (dict(patience=-1), "patience must not be negative"),
+        (dict(latent_avg_decay=2.0), "latent_avg_decay is a share, expected 0 to 1"),
+        (dict(pl_decay=7.0), "pl_decay is a share, expected 0 to 1"),
+        (dict(channel_max=0), "channel_max must be at least 1"),
+        (dict(channel_base=-5), "channel_base must be at least 1"),
+        (dict(style_dim=0), "style_dim must be at least 1"),
+        (dict(n_mapping=0), "n_mapping must be at least 1"),
+        (dict(n_channels=5), "n_channels must be 1 to 4"),
+        (dict(measure_every_kimg=0.0), "measure_every_kimg must be positive"),
+    ],
 )
 def test_bad_settings(bad, message):
     with pytest.raises(InputError, match=message):

@@ -135,8 +135,14 @@ def atomic_write(
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write ``content`` as indented JSON with sorted keys, atomically."""
-    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    """Write ``content`` as indented JSON with sorted keys, atomically; InputError for a number that is not finite."""
+    try:
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise InputError(
+            f"File {str(path)!r} cannot be written: JSON has finite numbers alone, got one that is not; correct the setting or "
+            "the data that it comes from."
+        ) from error
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
 

@@ -92,6 +92,8 @@ class OracleConfig(OptimizerConfig):
         super().__post_init__()
         if self.resolution < 16 or self.resolution & (self.resolution - 1):
             raise InputError(f"resolution must be a power of two of at least 16, got {self.resolution}.")
+        if self.width < 1:
+            raise InputError(f"width must be at least 1, got {self.width}.")
         if self.n_test < 2 or self.factor_weight < 0:
             raise InputError(
                 f"n_test must be at least 2 and factor_weight not negative, got {self.n_test} and {self.factor_weight}."

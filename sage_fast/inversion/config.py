@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 from sage_fast.errors import InputError
+from sage_fast.settings import check_numbers
 
 __all__ = ["METHODS", "NOISES", "SPACES", "ProjectionConfig"]
 
@@ -42,6 +41,7 @@ class ProjectionConfig:
     seed: int = 0  # of the candidates
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, known in (("space", SPACES), ("method", METHODS), ("noise", (*NOISES, None))):
             if getattr(self, name) not in known:
                 raise InputError(
@@ -55,11 +55,7 @@ class ProjectionConfig:
                 bound = "" if least is None else f", at least {least}"
                 raise InputError(f"{name} must be a whole number{bound}, got {value!r}.")
         for name in ("tolerance", "pixel_weight", "perceptual_weight", "latent_weight", "noise_weight"):
-            if not _is_finite(getattr(self, name)) or getattr(self, name) < 0:
-                raise InputError(f"{name} must be a finite number, not negative, got {getattr(self, name)!r}.")
-        if self.lr is not None and not (_is_finite(self.lr) and self.lr > 0):
+            if not isinstance(value := getattr(self, name), int | float) or value < 0:
+                raise InputError(f"{name} must be a finite number, not negative, got {value!r}.")
+        if self.lr is not None and not (isinstance(self.lr, int | float) and self.lr > 0):
             raise InputError(f"lr must be a finite positive number, got {self.lr!r}.")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
+from sage_fast.settings import check_numbers
 from sage_fast.training.ada import PIPELINES, apply_ada, draw_ada
 from sage_fast.training.diff_augment import POLICIES, apply_diff_augment, draw_diff_augment
 from sage_fast.training.draws import Draws
@@ -44,6 +45,7 @@ class AugmentConfig:
     policy: str = "color,translation,cutout"  # diffaugment: which, in this order
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, allowed in (("kind", KINDS), ("transforms", tuple(PIPELINES))):
             if getattr(self, name) not in allowed:
                 raise InputError(

@@ -16,6 +16,7 @@ from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.models.classifiers import SmallResNet
+from sage_fast.settings import check_numbers
 from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run
@@ -46,6 +47,7 @@ class OptimizerConfig:
     tensorboard: bool = False  # event files beside the log: needs the extra "logs"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("total_steps", "batch", "lr", "log_every", "save_every", "keep"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -67,6 +69,11 @@ class ClassifierConfig(OptimizerConfig):
 
     width: int = 48
     flip: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 1:
+            raise InputError(f"width must be at least 1, got {self.width}.")
 
 
 def train_classifier(

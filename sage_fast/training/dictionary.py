@@ -31,6 +31,7 @@ from sage_fast.factorization.category_irrelevant import (
 from sage_fast.factorization.class_embeddings import class_embeddings, residuals
 from sage_fast.models.perceptual import FeatureNetwork, perceptual_distance
 from sage_fast.models.stylegan2 import Generator
+from sage_fast.settings import check_numbers
 from sage_fast.training.batches import to_pixels
 from sage_fast.training.feature_cache import cached_features
 from sage_fast.training.losses import pixel_mse
@@ -75,6 +76,7 @@ class DictionaryConfig:
     tensorboard: bool = False  # event files beside the log: needs the extra "logs"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.n_directions is not None and self.n_directions < 1:
             raise InputError(f"n_directions must be positive, got {self.n_directions}.")
         for name in ("total_steps", "batch", "lr", "log_every", "save_every", "grid_every", "keep"):

@@ -26,6 +26,7 @@ from sage_fast.models.hyperstyle import HyperStyle
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weight_deltas import synthesize
+from sage_fast.settings import check_numbers
 from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.encoder_steps import HyperStyleSteps, OnePassSteps, ReStyleSteps, new_encoder
 from sage_fast.training.latent_critic import E4EConfig
@@ -55,6 +56,7 @@ class HyperStyleConfig:
     rank: int = 8
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 < self.w_share < 1:
             raise InputError(
                 f"w_share is a share of the steps, expected more than 0 and less than 1, got {self.w_share}."
@@ -113,6 +115,7 @@ class EncoderConfig:
     r1_every: int = 16
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         positive = (
             "total_steps",
             "batch",
@@ -128,8 +131,8 @@ class EncoderConfig:
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
         weights = ("mse_weight", "perceptual_weight", "norm_weight", "identity_weight", "adversarial_weight")
-        for name in (*weights, "warmup", "n_validation"):
-            if getattr(self, name) < 0:
+        for name in (*weights, "warmup", "n_validation", "r1_gamma"):
+            if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got '{self.precision}'.")

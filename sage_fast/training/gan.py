@@ -22,7 +22,9 @@ from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
+from sage_fast.models.stylegan2_layers import check_channels
 from sage_fast.ops.convolution import second_derivatives
+from sage_fast.settings import check_numbers
 from sage_fast.training.augment import Augment, AugmentConfig
 from sage_fast.training.checkpoints import Checkpoints
 from sage_fast.training.graphed import Networks
@@ -85,6 +87,7 @@ class GANConfig:
     patience: int = 0  # stop after so many measurements without a new best; 0: never
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.batch < 2:
             raise InputError(f"batch must be at least 2 for the minibatch standard deviation, got {self.batch}.")
         for name in (
@@ -97,12 +100,20 @@ class GANConfig:
             "grid_every",
             "ema_kimg",
             "keep",
+            "measure_every_kimg",
         ):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("accumulate", "mbstd_group"):
+        for name in ("style_dim", "n_mapping", "channel_base", "channel_max", "accumulate", "mbstd_group"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("r1_gamma", "pl_weight", "ema_rampup", "patience"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("latent_avg_decay", "pl_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is a share, expected 0 to 1, got {getattr(self, name)}.")
+        check_channels(self.n_channels)
         if self.precision not in (*PRECISIONS, "float64"):
             raise InputError(f"precision must be {', '.join(PRECISIONS)} or float64, got '{self.precision}'.")
         if self.loss not in _LOSSES:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sage_fast.errors import InputError
 from sage_fast.models.latent_discriminator import LatentDiscriminator
 from sage_fast.models.stylegan2 import Generator
+from sage_fast.settings import check_numbers
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 from sage_fast.training.updates import Guard, Update
 
@@ -34,6 +35,7 @@ class E4EConfig:
     r1_every: int = 16
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 <= self.w_share <= self.deltas_by <= 1:
             raise InputError(
                 f"w_share and deltas_by are shares of the steps, expected 0 <= w_share <= deltas_by <= 1, got "

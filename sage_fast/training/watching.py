@@ -30,6 +30,7 @@ from sage_fast.data.folders import ImageSet
 from sage_fast.data.images import to_float
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.stylegan2 import Generator
+from sage_fast.settings import check_numbers
 
 __all__ = ["CollapseConfig", "CollapseDetector", "Measure", "Watch", "Watched"]
 
@@ -130,6 +131,7 @@ class CollapseConfig:
     diversity: float = 0.5
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.start_kimg < 0 or not self.half_life_kimg > 0:
             raise InputError(
                 f"start_kimg must be at least 0 and half_life_kimg positive, got {self.start_kimg} and {self.half_life_kimg}."

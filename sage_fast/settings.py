@@ -1,0 +1,32 @@
+"""Checks that the dataclasses of settings share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from sage_fast.errors import InputError
+
+__all__ = ["check_ignored", "check_numbers"]
+
+
+def check_numbers(config: Any) -> None:
+    """Raise InputError for a field of a dataclass that is NaN, infinite or a whole number of more than 64 bits."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{field.name} must be a finite number, got {value}.")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InputError(f"{field.name} must be a whole number of at most 64 bits, got {value}.")
+
+
+def check_ignored(config: Any, names: Iterable[str], without: str) -> None:
+    """Raise InputError for a field among ``names`` that has not its default, and has no effect ``without`` something."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise InputError(
+                f"{field.name} = {value!r} has no effect without {without}; give that too, or leave {field.name} out."
+            )
