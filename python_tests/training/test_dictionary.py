@@ -137,12 +137,7 @@ def test_presets():
     paper, released, default = (DictionaryConfig.preset(name) for name in ("paper", "released", "default"))
     for config in (paper, released):
         assert (config.lambda1, config.lambda2, config.lr, config.batch) == (5e-4, 5e-3, 1e-4, 32)
-        assert (config.n_directions, config.total_steps, config.init, config.latent_weight) == (
-            100,
-            15000,
-            "normal",
-            0.0,
-        )
+        assert (config.total_steps, config.init, config.latent_weight) == (15000, "normal", 0.0)
     assert paper.perceptual_weight == 0.0 and released.perceptual_weight == 1.0
     assert default.init == "pca" and default.reading == "default"
     assert DictionaryConfig.preset("paper", n_directions=32).n_directions == 32
@@ -161,10 +156,22 @@ def test_released_edits_the_first_six_layers_only(tmp_path):
     assert (dictionary.directions != 0).any(2).all()
 
 
-def test_more_directions_than_dimensions(tmp_path):
-    config = dataclasses.replace(LATENT, n_directions=40, total_steps=2)
-    dictionary = train_dictionary(config, *_codes(), None, None, None, tmp_path)
-    assert dictionary.directions.shape == (4, 8, 40) and torch.isfinite(dictionary.directions).all()
+def test_as_many_directions_as_dimensions_and_no_more(tmp_path):
+    dictionary = train_dictionary(
+        dataclasses.replace(LATENT, n_directions=8, total_steps=2), *_codes(), None, None, None, tmp_path / "8"
+    )
+    assert dictionary.directions.shape == (4, 8, 8) and torch.isfinite(dictionary.directions).all()
+    with pytest.raises(InputError, match="n_directions must be at most the width of the codes, 8, got 9; leave it out"):
+        train_dictionary(dataclasses.replace(LATENT, n_directions=9), *_codes(), None, None, None, tmp_path / "9")
+    assert not (tmp_path / "9").exists()
+
+
+@pytest.mark.parametrize("name", ["paper", "released", "default"])
+@pytest.mark.parametrize(("dim", "expected"), [(64, 16), (512, 100)])
+def test_a_preset_has_as_many_directions_as_the_width_bears(tmp_path, name, dim, expected):
+    config = DictionaryConfig.preset(name, total_steps=1, rec_weight=0.0, latent_weight=1.0)
+    w_plus, labels = _codes(n=20, n_latent=6, dim=dim)
+    assert train_dictionary(config, w_plus, labels, None, None, None, tmp_path).n_directions == expected
 
 
 def test_golden_run(tmp_path, images):
@@ -178,7 +185,7 @@ def test_golden_run(tmp_path, images):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"n_directions": 0}, "n_directions must be positive"),
+        ({"n_directions": 0}, "n_directions must be at least 1"),
         ({"reading": "mine"}, "reading must be one of"),
         ({"init": "zeros"}, "init must be"),
         ({"noise": "random"}, "noise must be"),

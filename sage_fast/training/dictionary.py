@@ -39,7 +39,7 @@ from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import PRECISIONS, Run, autocast
 from sage_fast.training.updates import Guard, Update, load_optimizer
 
-__all__ = ["DictionaryConfig", "train_dictionary"]
+__all__ = ["DictionaryConfig", "check_width", "train_dictionary"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class DictionaryConfig:
 
     ``reading`` chooses the forms of Eq. 9, 10 and 12-13 and the layers edited: ``"paper"``, ``"released"`` or
     ``"default"``. The image term is ``MSE + perceptual_weight * perceptual distance``, all times
-    ``rec_weight``. ``n_directions`` is K; None takes the published 100, or a quarter of D when that is less: with K near
-    D the directions are nearly dependent, and codes of which some are masked (Eq. 19) explode.
+    ``rec_weight``. ``n_directions`` is K, at most D; None, which all presets have, takes the published 100, or a quarter of D when
+    that is less: with K near D the directions are nearly dependent, and codes of which some are masked (Eq. 19) explode.
     """
 
     n_directions: int | None = None
@@ -78,7 +78,7 @@ class DictionaryConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         if self.n_directions is not None and self.n_directions < 1:
-            raise InputError(f"n_directions must be positive, got {self.n_directions}.")
+            raise InputError(f"n_directions must be at least 1, got {self.n_directions}.")
         for name in ("total_steps", "batch", "lr", "log_every", "save_every", "grid_every", "keep"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -100,18 +100,17 @@ class DictionaryConfig:
     def preset(cls, name: str, **changes: Any) -> DictionaryConfig:
         """The settings of one reading: ``"paper"``, ``"released"`` or ``"default"``, with ``changes`` applied.
 
-        Deviation: Adam in all three (the released code uses Ranger, the paper says Adam); images are not mirrored,
-            since the
-        codes of mirrored images are not in the table; ``released`` trains with the noise setting of the encoder, not
-        with random noise, so that the target stays reachable.
+        Deviation: Adam in all three (the released code uses Ranger, the paper says Adam); K is the published 100 only where
+        that is at most a quarter of D; images are not mirrored, since the codes of mirrored images are not in the table;
+        ``released`` trains with the noise setting of the encoder, not with random noise, so that the target stays reachable.
         """
         if name not in READINGS:
             raise InputError(f"preset must be one of {', '.join(READINGS)}, got '{name}'.")
         base = cls(reading=name)
         if name == "paper":
-            base = replace(base, n_directions=100, perceptual_weight=0.0, latent_weight=0.0, init="normal")
+            base = replace(base, perceptual_weight=0.0, latent_weight=0.0, init="normal")
         if name == "released":
-            base = replace(base, n_directions=100, latent_weight=0.0, init="normal")
+            base = replace(base, latent_weight=0.0, init="normal")
         if name == "default":
             base = replace(base, lr=0.001, total_steps=5000)
         return replace(base, **changes)
@@ -227,6 +226,15 @@ def _weight(config: DictionaryConfig, term: str) -> float:
     return getattr(config, names[term])
 
 
+def check_width(config: DictionaryConfig, dim: int) -> None:
+    """Raise InputError for more directions than the codes have dimensions."""
+    if config.n_directions is not None and config.n_directions > dim:
+        raise InputError(
+            f"n_directions must be at most the width of the codes, {dim}, got {config.n_directions}; leave it out for a quarter of "
+            "the width."
+        )
+
+
 def _n_directions(config: DictionaryConfig, dim: int) -> int:
     """K: as given, else 100 or a quarter of D."""
     return min(100, max(1, dim // 4)) if config.n_directions is None else config.n_directions
@@ -272,6 +280,7 @@ def _check(
         raise InputError(
             f"w_plus and labels must have shapes [N, L, D] and [N], got {list(w_plus.shape)} and {list(labels.shape)}."
         )
+    check_width(config, w_plus.shape[2])
     if config.rec_weight == 0:
         return
     if generator is None or images is None:

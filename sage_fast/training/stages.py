@@ -32,7 +32,7 @@ from sage_fast.models.perceptual import load_perceptual
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 from sage_fast.models.weights import load_discriminator, load_generator, save_bundle
 from sage_fast.training.checkpoints import read_state
-from sage_fast.training.dictionary import DictionaryConfig, train_dictionary
+from sage_fast.training.dictionary import DictionaryConfig, check_width, train_dictionary
 from sage_fast.training.embed import embed
 from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
@@ -104,6 +104,7 @@ class TrainConfig:
         if self.embed_batch < 1:
             raise InputError(f"embed_batch must be positive, got {self.embed_batch}.")
         _check_noise(self.dictionary, self.encoder.noise)
+        check_width(self.dictionary, self.gan.style_dim)
         n_latent_of(self.resolved_gan.resolution)
 
     @property
