@@ -93,6 +93,13 @@ def test_version(capsys):
         (["data", "fauna"], "fauna"),
         (["train-gan", "--data=a", "--out=b", "--batch=1"], "batch"),
         (["train", "--data=a", "--out=b", "--encoder.lr=0"], "lr"),
+        (["train", "--data=a", "--out=b", "--dictionary.lambda1=nan"], "lambda1"),
+        (["train", "--data=a", "--out=b", "--dictionary.n-directions=500"], "n_directions"),
+        (["train-gan", "--data=a", "--out=b", "--total-kimg=inf"], "total_kimg"),
+        (["train-gan", "--data=a", "--out=b", "--freeze-d=2"], "transfer_from"),
+        (["train-encoder", "--data=a", "--out=b", "--norm-weight=nan"], "norm_weight"),
+        (["train-encoder", "--data=a", "--out=b", "--tune-lr=0.1"], "tune_generator"),
+        (["embed", "--data=a", "--out=b", "--batch=0"], "batch"),
         (["train", "--data=a", "--out=b", "--resolution=8", "--gan.resolution=16"], "gan.resolution"),
         (["train", "--data=a", "--out=b", "--encoder.noise=const"], "noise"),
         (["train-gan", "--data=a", "--out=b", "--device=abacus"], "abacus"),
@@ -219,8 +226,13 @@ def test_a_preset_of_the_encoder_gives_the_defaults_of_its_options(monkeypatch):
     assert cli.main(["train", *words, "--preset-encoder=small", "--encoder.total-steps=7"]) == 0
     assert cli.main(["train-encoder", *words, "--preset-encoder", "small", "--batch=8"]) == 0
     assert cli.main(["train-encoder", *words]) == 0
+    assert cli.main(["train", *words, "--preset-encoder=small", "--encoder.no-tune-generator"]) == 0
+    assert (
+        cli.main(["train-encoder", *words, "--preset-encoder=small", "--perceptual=none", "--no-tune-generator"]) == 0
+    )
     small = presets.small_encoder()
     expected = [dataclasses.replace(small, total_steps=7), dataclasses.replace(small, batch=8), EncoderConfig()]
+    expected += [presets.small_encoder(tune_generator=False), presets.small_encoder(False, "none")]
     assert given == expected
 
 

@@ -319,7 +319,30 @@ def test_the_whole_road_measures_its_generator_and_shows_the_rest_every_image(fo
     assert measure(generator)["fd_squeezenet1_1"] > 0
 
 
-def test_patience_without_a_measure_is_refused(folder, tmp_path, capsys):
-    assert main(["train-gan", f"--data={folder}", f"--out={tmp_path / 'run'}", "--patience=3"]) == 2
-    assert "--patience counts measurements; give --measure too" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    "option", ["--patience=3", "--measure-every-kimg=2", "--held-out=0.2", "--measure-images=64", "--measure-against=a"]
+)
+def test_settings_of_a_measurement_without_one_are_refused(folder, tmp_path, capsys, option):
+    for command in ("train-gan", "train"):
+        prefix = "--gan." if command == "train" and option.startswith(("--patience", "--measure-every")) else "--"
+        words = [command, f"--data={folder}", f"--out={tmp_path / 'run'}", option.replace("--", prefix, 1)]
+        assert main([*words, "--resolution=8"]) == 2
+        said = capsys.readouterr().err
+        assert option[2:].split("=")[0].replace("-", "_") in said and "has no effect without --measure" in said
+        assert not (tmp_path / "run").exists()
+
+
+def test_two_places_to_measure_against_are_refused(folder, tmp_path, capsys):
+    words = ["train-gan", f"--data={folder}", f"--out={tmp_path / 'run'}", "--measure=oracle", "--held-out=0.2"]
+    assert main([*words, f"--measure-against={folder}"]) == 2
+    assert "--measure-against takes the place of --held-out" in capsys.readouterr().err
+
+
+def test_too_few_images_to_measure_against_name_the_option(folder, network):
+    images = read_images(scan_image_folder(folder), 8)
+    with pytest.raises(
+        InputError, match=r"more than 4 images .* got 3 of 80; give a larger --held-out, or --measure-ag"
+    ):
+        watched(images, "oracle", share=0.04)
+    with pytest.raises(InputError, match=r"^--held-out 0.001 cannot be used: share must be between 0 and 1"):
+        watched(images, "oracle", share=0.001)

@@ -149,7 +149,8 @@ def test_tuning_rebuilds_better_than_a_frozen_generator(tmp_path):
     images = torch.nn.functional.interpolate(patches, 8, mode="bilinear").to(torch.uint8)
     finals = []
     for tune in (False, True):
-        config = dataclasses.replace(LONG, total_steps=100, tune_generator=tune, tune_lr=0.01, adversarial_weight=0.003)
+        settings = dict(tune_generator=True, tune_lr=0.01, adversarial_weight=0.003) if tune else {}
+        config = dataclasses.replace(LONG, total_steps=100, **settings)
         train_encoder(config, images, *_networks(), tmp_path / str(tune))
         finals.append(_log(tmp_path / str(tune))[-1])
     assert finals[1] < 0.8 * finals[0]
@@ -162,6 +163,8 @@ def test_other_sizes(tmp_path, resolution, n_channels):
     config = dataclasses.replace(TUNED, total_steps=1, noise="const")
     encoder = train_encoder(config, images, G, D, tmp_path)
     assert embed_images(images, encoder, G, batch=3).shape == (8, G.n_latent, 8)
+    with pytest.raises(InputError, match="batch must be at least 1, got -2"):
+        embed_images(images, encoder, G, batch=-2)
 
 
 def test_golden_run(tmp_path, images):
@@ -204,6 +207,14 @@ def test_embed_keeps_every_image():
         ({"tune_generator": True, "batch": 2}, "at least 4"),
         ({"lr_end": 2.0}, "share"),
         ({"tune_generator": True, "r1_gamma": -1.0}, "r1_gamma must not be negative"),
+        ({"adversarial_weight": 0.1}, "adversarial_weight = 0.1 has no effect without tune_generator"),
+        ({"tune_lr": 0.1}, "tune_lr = 0.1 has no effect without tune_generator"),
+        ({"tune_mapping": True}, "tune_mapping = True has no effect without tune_generator"),
+        ({"r1_gamma": 1.0}, "r1_gamma = 1.0 has no effect without tune_generator"),
+        ({"r1_every": 4}, "r1_every = 4 has no effect without tune_generator"),
+        ({"identity_weight": 0.2}, "identity_weight = 0.2 has no effect without a network in identity"),
+        ({"perceptual": "none", "perceptual_weight": 0.2}, "perceptual_weight = 0.2 has no effect without a network"),
+        ({"perceptual": "none", "perceptual_share": 0.5}, "perceptual_share = 0.5 has no effect without a network"),
     ],
 )
 def test_refuses_settings(setting, message):

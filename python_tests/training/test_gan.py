@@ -223,9 +223,10 @@ def test_another_data_set_is_not_resumed(tmp_path, images):
     train_gan(more, labelled(images), tmp_path, resume=True)
 
 
-def test_frozen_layers_of_the_discriminator_stay(tmp_path, images):
+def test_frozen_layers_of_the_discriminator_stay(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(gan, "transfer", lambda *_: "nothing was taken")
     fresh, learned = (train_gan(TINY, images, tmp_path / "a")[1], None)
-    config = dataclasses.replace(TINY, freeze_d=1)
+    config = dataclasses.replace(TINY, transfer_from="source.pt", freeze_d=1)
     torch.manual_seed(TINY.seed)
     _, start = gan._networks(config, 0, "cpu")
     _, learned = train_gan(config, images, tmp_path / "b")
@@ -235,6 +236,8 @@ def test_frozen_layers_of_the_discriminator_stay(tmp_path, images):
     assert not torch.equal(fresh.convs[0][0].weight, start.convs[0][0].weight)
     with pytest.raises(InputError, match="freeze_d must be 0 to 2, the layers of a 8 px discriminator, got 3"):
         dataclasses.replace(TINY, freeze_d=3)
+    with pytest.raises(InputError, match="freeze_d = 1 would keep layers that nothing has trained; give transfer_from"):
+        dataclasses.replace(TINY, freeze_d=1)
 
 
 def test_a_measure_decides_which_is_best_and_when_to_stop(tmp_path, images):

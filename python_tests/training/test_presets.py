@@ -29,6 +29,14 @@ def test_small_encoder_is_how_that_of_the_shipped_model_was_trained():
     assert old["tune_generator"] and {key: small[key] for key in old if key in small} == old
 
 
+def test_small_encoder_without_tuning_or_features_has_no_settings_of_them():
+    plain = presets.small_encoder(tune_generator=False, perceptual="none")
+    assert dataclasses.replace(plain, tune_generator=True, tune_lr=0.002, perceptual_share=0.5, perceptual="a") == (
+        presets.small_encoder(perceptual="a")
+    )
+    assert not plain.tune_generator and plain.perceptual == "none" and presets.small_encoder().tune_generator
+
+
 def test_the_papers_numbers():
     f, p = presets.config_f(), presets.paper256()
     assert (f.resolution, f.batch, f.lr, f.gamma, f.ema_kimg, f.channel_base) == (1024, 32, 0.002, 10, 10, 32768)

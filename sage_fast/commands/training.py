@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from sage_fast.commands.parsing import parse, usable_device, value_of
 from sage_fast.errors import InputError
+from sage_fast.settings import check_ignored, check_numbers
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,13 @@ class MeasureOptions:
     held_out: float = 0.05  # share of the images, at most 2,000, to measure against and not to train on
     measure_against: Path | None = None  # folder of other images of the same categories, in place of that share
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.measure is None:
+            check_ignored(self, ("measure_images", "held_out", "measure_against"), "--measure")
+        if self.measure_against is not None and self.held_out != MeasureOptions.held_out:
+            raise InputError("--measure-against takes the place of --held-out; give one of them.")
+
 
 @dataclass(frozen=True)
 class EncoderData(NewData):
@@ -60,6 +68,10 @@ class EmbedOptions:
     """Options of ``embed``."""
 
     batch: int = 64  # images the encoder takes at a time
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise InputError(f"batch must be at least 1, got {self.batch}.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ def train(argv: Sequence[str]) -> None:
     start = TrainConfig(gan=_gan_start(argv), encoder=_encoder_start(argv), dictionary=dictionary)
     parts = (NewData, Preset, GanPreset, EncoderPreset, MeasureOptions(), start)
     paths, _, _, _, options, config = parse("train", argv, *parts)
-    _check_patience(config.gan, options)
+    _check_measured(config.gan, options)
     device = usable_device(paths.device)
     places = (paths.resume, paths.overwrite, device, paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
@@ -109,7 +121,7 @@ def train_gan(argv: Sequence[str]) -> None:
     from sage_fast.training.stages import gan_stage, read_seen
 
     paths, _, options, config = parse("train-gan", argv, NewData, GanPreset, MeasureOptions(), _gan_start(argv))
-    _check_patience(config, options)
+    _check_measured(config, options)
     device = usable_device(paths.device)
     needs_two = "--conditional, which may be left out, makes a class of each" if config.conditional else None
     seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale, needs_two)
@@ -175,9 +187,10 @@ def train_dictionary(argv: Sequence[str]) -> None:
         print(f"The model is in {folder}.")
 
 
-def _check_patience(config: Any, options: MeasureOptions) -> None:
-    if config.patience and options.measure is None:
-        raise InputError("--patience counts measurements; give --measure too, or leave it out.")
+def _check_measured(config: Any, options: MeasureOptions) -> None:
+    """Refuse settings of measurements where there are none."""
+    if options.measure is None:
+        check_ignored(config, ("measure_every_kimg", "patience"), "--measure")
 
 
 def _to_measure(options: MeasureOptions, ranks: Any, images: Any) -> Any:
@@ -206,8 +219,12 @@ def _encoder_start(argv: Sequence[str]) -> Any:
     from sage_fast.training import presets
     from sage_fast.training.encoder import EncoderConfig
 
-    name = value_of(argv, "--preset-encoder", "--preset_encoder")
-    return presets.small_encoder() if name == "small" else EncoderConfig()
+    if value_of(argv, "--preset-encoder", "--preset_encoder") != "small":
+        return EncoderConfig()
+    tuned = {"--no-tune-generator", "--encoder.no-tune-generator"}.isdisjoint(word.replace("_", "-") for word in argv)
+    perceptual = value_of(argv, "--perceptual", "--encoder.perceptual")
+    start = presets.small_encoder(tuned, perceptual or EncoderConfig.perceptual)
+    return replace(start, tune_generator=True)  # what is on has the option that turns it off
 
 
 def _gan_start(argv: Sequence[str]) -> Any:

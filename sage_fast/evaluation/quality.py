@@ -177,7 +177,7 @@ def watched(
     """
     network = load_features(features)
     if against is None:
-        training, held_out = hold_out(images, share)
+        training, held_out = _hold_out(images, share)
     else:
         channels, size = images.images.shape[1:3]
         training, held_out = images, read_images(scan_image_folder(against, flat_ok=True), size, channels)
@@ -186,7 +186,20 @@ def watched(
             raise InputError(
                 f"{str(against)!r} must have the categories of the training images; {min(odd)!r} is in one of them only."
             )
+    if len(held_out) <= config.neighbours + 1:
+        raise InputError(
+            f"measuring needs more than {config.neighbours + 1} images that are not trained on, got {len(held_out)} of "
+            f"{len(images)}; give a larger --held-out, or --measure-against a folder of more."
+        )
     return Watched(training, Quality(config, held_out.images, network, held_out.labels), held_out)
+
+
+def _hold_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
+    """``hold_out``, whose refusal names the option."""
+    try:
+        return hold_out(images, share)
+    except InputError as error:
+        raise InputError(f"--held-out {share} cannot be used: {error}") from error
 
 
 def measure_folder(

@@ -8,6 +8,7 @@ from torch import Tensor
 from sage_fast.data.folders import ImageSet
 from sage_fast.data.images import to_float
 from sage_fast.data.latent_table import LatentTable
+from sage_fast.errors import InputError
 from sage_fast.models.hyperstyle import codes_of
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Generator
@@ -38,8 +39,13 @@ def embed_images(
     The encoder runs on its own device, where ``generator`` is too, in eval mode.
 
     Args:
+        batch: images the encoder takes at a time.
         noise: the generator's, which ReStyle looks at.
+    Raises:
+        InputError: a batch below 1.
     """
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, got {batch}.")
     encoder, was_training = codes_of(encoder), encoder.training
     encoder.eval()
     device = next(encoder.parameters()).device

@@ -26,7 +26,7 @@ from sage_fast.models.hyperstyle import HyperStyle
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weight_deltas import synthesize
-from sage_fast.settings import check_numbers
+from sage_fast.settings import check_ignored, check_numbers
 from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.encoder_steps import HyperStyleSteps, OnePassSteps, ReStyleSteps, new_encoder
 from sage_fast.training.latent_critic import E4EConfig
@@ -40,6 +40,7 @@ from sage_fast.training.updates import Guard, Update, load_optimizer
 __all__ = ["EncoderConfig", "HyperStyleConfig", "train_encoder"]
 
 _N_ITERATIONS = 5  # of ReStyle and HyperStyle, in both papers
+_TUNING = ("adversarial_weight", "tune_lr", "tune_mapping", "r1_gamma", "r1_every")  # read with tune_generator only
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class EncoderConfig:
     keep: int = 2  # checkpoints that stay; the one with the lowest val_mse besides
     tensorboard: bool = False  # event files beside the log: needs the extra "logs"
     tune_generator: bool = False
-    adversarial_weight: float = 0.02  # these apply with tune_generator only
+    adversarial_weight: float = 0.02  # this and what follows need tune_generator
     tune_lr: float = 0.001
     tune_mapping: bool = False
     r1_gamma: float | None = None  # None: 0.0002 resolution^2 / batch, the rule of StyleGAN2-ADA
@@ -147,6 +148,12 @@ class EncoderConfig:
             raise InputError(f"batch must be at least 4 with tune_generator, got {self.batch}.")
         if self.mse_weight == 0 and (self.perceptual_weight == 0 or self.perceptual == "none"):
             raise InputError("mse_weight and the perceptual term are both off; the encoder needs one of them.")
+        if not self.tune_generator:
+            check_ignored(self, _TUNING, "tune_generator")
+        if self.perceptual == "none":
+            check_ignored(self, ("perceptual_weight", "perceptual_share"), "a network in perceptual")
+        if self.identity == "none":
+            check_ignored(self, ("identity_weight",), "a network in identity")
         self._check_kind()
 
     @property

@@ -125,6 +125,10 @@ class GANConfig:
             raise InputError(
                 f"freeze_d must be 0 to {n_layers}, the layers of a {self.resolution} px discriminator, got {self.freeze_d}."
             )
+        if self.freeze_d and self.transfer_from is None:
+            raise InputError(
+                f"freeze_d = {self.freeze_d} would keep layers that nothing has trained; give transfer_from too, or leave it out."
+            )
         if self.graphs and self.accumulate > 1:
             raise InputError(
                 f"graphs keeps one micro-batch's gradients, expected accumulate 1, got {self.accumulate}; use more ranks instead."

@@ -57,21 +57,18 @@ def small(resolution: int = 32) -> GANConfig:
     return GANConfig(resolution=resolution, channel_base=32 * resolution, precision="bfloat16")
 
 
-def small_encoder() -> EncoderConfig:
+def small_encoder(tune_generator: bool = True, perceptual: str = EncoderConfig.perceptual) -> EncoderConfig:
     """32 or 64 px on a CPU: what the encoder of the model that comes with the package was trained with (docs/results.md).
 
-    The generator is tuned beside it, which on short trainings is worth more than a longer one of the generator alone.
+    The generator is tuned beside it, which on short trainings is worth more than a longer one of the generator alone. Without
+    that, or without a perceptual network, the preset's settings of either are left out.
     """
-    return EncoderConfig(
-        total_steps=15_000,
-        channel_base=1536,
-        channel_max=160,
-        lr=0.002,
-        tune_lr=0.002,
-        perceptual_share=0.5,
-        precision="bfloat16",
-        tune_generator=True,
+    config = EncoderConfig(
+        total_steps=15_000, channel_base=1536, channel_max=160, lr=0.002, precision="bfloat16", perceptual=perceptual
     )
+    if tune_generator:
+        config = replace(config, tune_generator=True, tune_lr=0.002)
+    return config if perceptual == "none" else replace(config, perceptual_share=0.5)
 
 
 def low_shot(resolution: int = 256, transfer_from: str | None = None) -> GANConfig:
