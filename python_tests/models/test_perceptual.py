@@ -132,7 +132,7 @@ def test_none_and_misuse(tmp_path, discriminator):
     with pytest.raises(InputError, match="needs a discriminator"):
         load_perceptual("discriminator")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="not a readable weights file"):
+    with pytest.raises(InputError, match="is no weights file, or truncated or damaged"):
         load_perceptual(tmp_path / "broken.safetensors")
     torch.save({"features.0.weight": torch.zeros(4, 3, 7, 7)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="another network"):

@@ -228,7 +228,7 @@ def test_frozen_layers_of_the_discriminator_stay(tmp_path, images, monkeypatch):
     fresh, learned = (train_gan(TINY, images, tmp_path / "a")[1], None)
     config = dataclasses.replace(TINY, transfer_from="source.pt", freeze_d=1)
     torch.manual_seed(TINY.seed)
-    _, start = gan._networks(config, 0, "cpu")
+    _, start = gan.new_networks(config, 0, "cpu")
     _, learned = train_gan(config, images, tmp_path / "b")
     for name, value in learned.named_parameters():
         same = torch.equal(value, start.get_parameter(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -116,7 +116,9 @@ def train(argv: Sequence[str]) -> None:
 
 def train_gan(argv: Sequence[str]) -> None:
     """Train generator and discriminator."""
-    from sage_fast.training.ranks import first_then_all, join_ranks
+    from sage_fast.training.checks import check_gan
+    from sage_fast.training.ranks import first_then_all, join_ranks, restarted
+    from sage_fast.training.reals import as_reals
     from sage_fast.training.runtime import check_run_folder, open_run_folder
     from sage_fast.training.stages import gan_stage, read_seen
 
@@ -127,8 +129,10 @@ def train_gan(argv: Sequence[str]) -> None:
     seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale, needs_two)
     with join_ranks(device) as ranks:
         check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+        ranks.once(lambda: check_gan(config, ranks, paths.resume or restarted()))
         images = first_then_all(ranks, lambda: read_seen(*seen))
         watched = _to_measure(options, ranks, images)
+        as_reals(watched.images, config)
         folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
         gan_stage(config, watched.images, folder, paths.resume, device, watched.measure, watched.held_out)
 
@@ -136,19 +140,21 @@ def train_gan(argv: Sequence[str]) -> None:
 def train_encoder(argv: Sequence[str]) -> None:
     """Train the encoder of a run folder, or of a generator that comes from elsewhere."""
     from sage_fast.training.ranks import first_then_all, join_ranks
-    from sage_fast.training.runtime import open_run_folder
-    from sage_fast.training.stages import adopt_generator, encoder_stage, read_seen_of_run
+    from sage_fast.training.runtime import check_run_folder, open_run_folder
+    from sage_fast.training.stages import adopt_generator, check_given, encoder_stage, read_seen, read_seen_of_run
 
     paths, _, config = parse("train-encoder", argv, EncoderData, EncoderPreset, _encoder_start(argv))
     device = usable_device(paths.device)
-    source = paths.generator
+    source, reading = paths.generator, (paths.cache, paths.upscale)
     with join_ranks(device) as ranks:
-        if source is not None:
+        if source is None:
+            images = first_then_all(ranks, lambda: read_seen_of_run(paths.data, paths.out, "encoder", *reading))
+        else:
+            check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+            side, n_channels = ranks.once(lambda: check_given(config, source, ranks))
+            images = first_then_all(ranks, lambda: read_seen(paths.data, side, n_channels, paths.out, *reading))
             folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
             ranks.once(lambda: adopt_generator(source, folder))
-        images = first_then_all(
-            ranks, lambda: read_seen_of_run(paths.data, paths.out, "encoder", paths.cache, paths.upscale)
-        )
         encoder_stage(config, images, paths.out, paths.resume, device)
 
 
@@ -172,17 +178,25 @@ def train_dictionary(argv: Sequence[str]) -> None:
     """Train the category-irrelevant directions and write the model."""
     from sage_fast.training.dictionary import DictionaryConfig
     from sage_fast.training.ranks import first_then_all, join_ranks
-    from sage_fast.training.stages import bundle_stage, dictionary_stage, read_seen_of_run
+    from sage_fast.training.stages import (
+        BundleConfig,
+        bundle_stage,
+        check_bundle,
+        dictionary_stage,
+        read_seen_of_run,
+    )
 
     start = DictionaryConfig.preset(_preset_of(argv))
-    paths, _, config = parse("train-dictionary", argv, Data, Preset, start)
+    bundle = make_dataclass("Bundle", [("bundle", BundleConfig, field(default=BundleConfig()))], frozen=True)
+    paths, _, config, written = parse("train-dictionary", argv, Data, Preset, start, bundle())
     device = usable_device(paths.device)
     with join_ranks(device) as ranks:
+        ranks.once(lambda: check_bundle(paths.out, written.bundle))
         images = first_then_all(
             ranks, lambda: read_seen_of_run(paths.data, paths.out, "dictionary", paths.cache, paths.upscale)
         )
         dictionary_stage(config, images, paths.out, paths.resume, device)
-        folder = bundle_stage(paths.out, ranks=ranks)
+        folder = bundle_stage(paths.out, written.bundle, ranks)
     if ranks.is_first:
         print(f"The model is in {folder}.")
 

@@ -181,7 +181,8 @@ def load_perceptual(spec: str | Path, discriminator: Discriminator | None = None
     if name == "discriminator":
         if discriminator is None:
             raise InputError(
-                "perceptual network 'discriminator' needs a discriminator, got none; pass it, or name a weights file."
+                "perceptual network 'discriminator' needs a discriminator, got a model without one; name a weights file in place of "
+                "'discriminator' (--perceptual FILE), or 'none'."
             )
         return DiscriminatorFeatures(discriminator)
     if name.startswith("lpips-") and name[6:] in _LPIPS_FILES:
@@ -218,7 +219,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path} is not a readable weights file ({type(error).__name__}); fetch it again.") from error
+        raise InputError(
+            f"{path} is no weights file, or truncated or damaged; fetch it again, or give another."
+        ) from error
 
 
 def _chain_layout(weights: dict[str, Tensor]) -> list[tuple[int, int, int]]:

@@ -39,7 +39,7 @@ from sage_fast.training.transfer import transfer
 from sage_fast.training.updates import Guard, Update, load_optimizer
 from sage_fast.training.watching import CollapseDetector, Measure, Watch
 
-__all__ = ["GANConfig", "train_gan"]
+__all__ = ["GANConfig", "check_device", "new_networks", "train_gan"]
 
 _LOSSES = {"logistic": (nonsaturating_g, logistic_d), "hinge": (hinge_g, hinge_d)}
 
@@ -169,12 +169,11 @@ def train_gan(
             finite; then no update was made with it, and ``logs/gan_diagnosis.json`` has what is known.
     """
     data, ranks = as_reals(images, config), join_ranks(device)
-    if config.graphs and ranks.device.type != "cuda":
-        raise InputError(f"graphs needs a GPU, got device '{ranks.device}'; leave it out, or give device 'cuda'.")
+    check_device(config, ranks.device)
     others = None if held_out is None else as_reals(held_out, config, least=1)
     shares = share_out(config.batch, config.mbstd_group, ranks.rank, ranks.world, config.accumulate)
     path_shares = [path_share(share, config.mbstd_group) for share in shares]
-    G, D = _networks(config, data.n_classes, ranks.device)
+    G, D = new_networks(config, data.n_classes, ranks.device)
     average = copy.deepcopy(G).eval().requires_grad_(False)
     if config.transfer_from is not None and Checkpoints(Path(folder) / "checkpoints", "gan").latest() is None:
         report = transfer(config.transfer_from, G, D, average)
@@ -325,7 +324,13 @@ def _held_out_logits(
         return D(augment.apply(images, augment.draw(config.batch, rng)), labels)
 
 
-def _networks(config: GANConfig, n_classes: int, device: str | torch.device) -> tuple[Generator, Discriminator]:
+def check_device(config: GANConfig, device: torch.device) -> None:
+    """Raise InputError for a device that the config cannot be trained on."""
+    if config.graphs and device.type != "cuda":
+        raise InputError(f"graphs needs a GPU, got device '{device}'; leave it out, or give device 'cuda'.")
+
+
+def new_networks(config: GANConfig, n_classes: int, device: str | torch.device) -> tuple[Generator, Discriminator]:
     """Fresh networks, drawn from ``config.seed`` on the CPU; float32, or float64 throughout."""
     torch.manual_seed(config.seed)
     size: dict[str, Any] = dict(channel_base=config.channel_base, channel_max=config.channel_max, c_dim=n_classes)

@@ -11,7 +11,7 @@ from typing import Any
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError
 
-__all__ = ["TrainingLog", "read_log"]
+__all__ = ["TrainingLog", "check_tensorboard", "read_log"]
 
 
 class TrainingLog:
@@ -78,6 +78,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+def check_tensorboard(wanted: bool) -> None:
+    """Raise InputError where TensorBoard is wanted and not installed."""
+    if wanted:
+        _writer_class()
 
 
 def _writer_class() -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor
 from sage_fast.data.writers import atomic_write, check_output, contact_sheet, prepare_output, to_uint8, write_json
 from sage_fast.errors import InputError, SageFastWarning, Stopped
 from sage_fast.training.checkpoints import Checkpoints, random_state, set_random_state, versions
-from sage_fast.training.logs import TrainingLog
+from sage_fast.training.logs import TrainingLog, check_tensorboard
 from sage_fast.training.progress import StageProgress
 from sage_fast.training.ranks import Ranks, restarted
 from sage_fast.training.signals import StopWish
@@ -84,6 +84,7 @@ class Run:
         self._progress: StageProgress | None = None
 
     def _prepare(self, resume: bool) -> None:
+        check_tensorboard(getattr(self.config, "tensorboard", False))
         if self.checkpoints.latest() is not None:
             if not resume:
                 raise InputError(

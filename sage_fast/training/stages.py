@@ -32,11 +32,13 @@ from sage_fast.models.perceptual import load_perceptual
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 from sage_fast.models.weights import load_discriminator, load_generator, save_bundle
 from sage_fast.training.checkpoints import read_state
+from sage_fast.training.checks import check_encoder, check_road
 from sage_fast.training.dictionary import DictionaryConfig, check_width, train_dictionary
 from sage_fast.training.embed import embed
 from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
 from sage_fast.training.ranks import Ranks, first_then_all, join_ranks, restarted
+from sage_fast.training.reals import as_reals
 from sage_fast.training.runtime import check_run_folder, open_run_folder, total_steps
 from sage_fast.training.watching import Measure, Watched
 
@@ -45,6 +47,8 @@ __all__ = [
     "STAGES",
     "TrainConfig",
     "adopt_generator",
+    "check_bundle",
+    "check_given",
     "bundle_stage",
     "dictionary_stage",
     "embed_stage",
@@ -105,6 +109,11 @@ class TrainConfig:
             raise InputError(f"embed_batch must be positive, got {self.embed_batch}.")
         _check_noise(self.dictionary, self.encoder.noise)
         check_width(self.dictionary, self.gan.style_dim)
+        if self.gan.conditional and self.encoder.tune_generator:
+            raise InputError(
+                "encoder.tune_generator samples the prior without labels, which gan.conditional needs; leave one of them out "
+                "(after a preset, --encoder.no-tune-generator)."
+            )
         n_latent_of(self.resolved_gan.resolution)
 
     @property
@@ -146,8 +155,10 @@ def train_all(
     """
     gan, ranks = config.resolved_gan, join_ranks(device)
     check_run_folder(out, ranks, resume, overwrite)
+    ranks.once(lambda: check_road(config, ranks, resume or restarted()))
     images = first_then_all(ranks, lambda: read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale))
     watched = watch(images)
+    as_reals(watched.images, gan)
     folder = open_run_folder(out, ranks, resume, overwrite)
     gan_stage(gan, watched.images, folder, resume, device, watched.measure, watched.held_out)
     encoder_stage(config.encoder, images, folder, resume, device)
@@ -215,17 +226,37 @@ def gan_stage(
     train_gan(config, images, folder, resume, device, measure, held_out)
 
 
+def check_given(config: EncoderConfig, path: str | Path, ranks: Ranks) -> tuple[int, int]:
+    """Resolution and image channels of the generator in ``path``, which an encoder of ``config`` can be trained for.
+
+    Raises:
+        InputError: no generator can be read from ``path``, or the config does not go with it.
+    """
+    G, D = _given_networks(path)
+    check_encoder(config, G, D, ranks)
+    return G.resolution, G.n_channels
+
+
+def _given_networks(path: str | Path) -> tuple[Generator, Discriminator | None]:
+    """The generator of a bundle or file, and its discriminator: from there, else of the run that the bundle lies in, else None."""
+    G = load_generator(path)
+    try:
+        return G, load_discriminator(path)
+    except InputError:  # many files hold none
+        pass
+    try:
+        return G, _load_trained(Path(path), "embed").discriminator if Path(path).is_dir() else None
+    except InputError:  # a bundle without its run
+        return G, None
+
+
 def adopt_generator(path: str | Path, folder: Path) -> None:
-    """Take the generator (and discriminator, where there is one) of a bundle or file as stage 1 of the run in ``folder``.
+    """Take the generator (and its discriminator, where there is one) of a bundle or file as stage 1 of the run in ``folder``.
 
     Raises:
         InputError: no generator can be read from ``path``, or the run has another one.
     """
-    G = load_generator(path)
-    try:
-        D = load_discriminator(path)
-    except InputError:  # many files hold none
-        D = None
+    G, D = _given_networks(path)
     sizes = {"resolution": G.resolution, "n_channels": G.n_channels, "total_steps": 0, "source": Path(path).name}
     state: dict[str, Any] = {"average": G.state_dict(), "architecture": G.architecture(), "step": 0}
     if D is not None:
@@ -252,7 +283,9 @@ def encoder_stage(
 ) -> None:
     """Train the encoder (and, with ``tune_generator``, the generator further): ``checkpoints/encoder.pt``."""
     trained = _load_trained(folder, "encoder")
-    join_ranks(device).once(lambda: _claim(folder, "encoder", "gan"))
+    ranks = join_ranks(device)
+    ranks.once(lambda: check_encoder(config, trained.generator, trained.discriminator, ranks))
+    ranks.once(lambda: _claim(folder, "encoder", "gan"))
     train_encoder(config, images, trained.generator, trained.discriminator, folder, resume, device)
 
 
@@ -304,6 +337,14 @@ def dictionary_stage(
     return train_dictionary(
         config, table.w_plus, table.labels, images, trained.generator, perceptual, folder, resume, device
     )
+
+
+def check_bundle(folder: Path, config: BundleConfig) -> None:
+    """Raise InputError for a discriminator to be kept that the run in ``folder`` has not."""
+    if config.discriminator and "D" not in _finished_state(folder, "gan", "dictionary"):
+        raise InputError(
+            f"{folder} has no discriminator to keep, since its generator came without one; leave bundle.discriminator out."
+        )
 
 
 def bundle_stage(folder: Path, config: BundleConfig = BundleConfig(), ranks: Ranks | None = None) -> Path:

@@ -27,7 +27,7 @@ from sage_fast.training.updates import Guard, Update
 if TYPE_CHECKING:
     from sage_fast.training.encoder import EncoderConfig
 
-__all__ = ["GeneratorTuning", "mix_codes"]
+__all__ = ["GeneratorTuning", "check_tunable", "mix_codes"]
 
 
 class GeneratorTuning:
@@ -43,12 +43,8 @@ class GeneratorTuning:
         discriminator: Discriminator | None,
         guard: Guard,
     ) -> None:
-        if discriminator is None:
-            raise InputError("tune_generator needs the discriminator of the generator's training, got none; pass it.")
-        if generator.c_dim or discriminator.c_dim:
-            raise InputError(
-                f"tune_generator samples the prior without labels, got networks of {generator.c_dim} classes; leave it out."
-            )
+        check_tunable(generator, discriminator)
+        assert discriminator is not None
         self.config, self.device = config, guard.run.ranks.device
         self.G = copy.deepcopy(generator).to(self.device).train().requires_grad_(True)
         self.G.style.requires_grad_(config.tune_mapping)
@@ -121,6 +117,19 @@ class GeneratorTuning:
         w, w2 = self.G.mapping(z).chunk(2)
         keep = torch.rand(n, generator=rng) < 0.5
         return _crossover(self.G.broadcast(w), self.G.broadcast(w2), keep, rng)
+
+
+def check_tunable(generator: Generator, discriminator: Discriminator | None) -> None:
+    """Raise InputError for networks that :class:`GeneratorTuning` cannot train on."""
+    if discriminator is None:
+        raise InputError(
+            "tune_generator needs the discriminator of the generator's training, got none; give a model that has one, or leave "
+            "tune_generator out."
+        )
+    if generator.c_dim or discriminator.c_dim:
+        raise InputError(
+            f"tune_generator samples the prior without labels, got networks of {generator.c_dim} classes; leave it out."
+        )
 
 
 def mix_codes(w_plus: Tensor, n: int, rng: torch.Generator) -> Tensor:
