@@ -90,7 +90,7 @@ def test_the_clamp_is_kept_for_this_package_and_the_loss_for_others_said(tmp_pat
     path = write_nvlabs(tmp_path / "a.pkl", G, D)
     for target in ("rosinality", "psp"):
         with pytest.warns(SageFastWarning, match="does not keep .*the clamp 256.0 for its own code"):
-            out = convert(path, tmp_path / "b.pt", target)
+            out = convert(path, tmp_path / f"{target}.pt", target)
         assert load_generator(out).clamp == 256.0
 
 
@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "write", write)
     with pytest.raises(InputError, match="No space left"):
-        convert(path, tmp_path / "b.pt")
+        convert(path, tmp_path / "b.pt", overwrite=True)
     assert (tmp_path / "b.pt").read_bytes() == b"older" and len(os.listdir(tmp_path)) == 2
 
 
@@ -274,6 +274,11 @@ def test_inspect_and_convert_in_the_shell(tmp_path, capsys):
     assert cli.main(["convert", str(path), str(tmp_path / "b.safetensors"), "--to", "nvlabs"]) == 0
     assert cli.main(["inspect", str(tmp_path / "b.safetensors")]) == 0
     assert "NVLabs names in safetensors" in capsys.readouterr().out
+    again = ["convert", str(path), str(tmp_path / "b.safetensors"), "--to", "nvlabs"]
+    (tmp_path / "b.safetensors").write_bytes(b"older")
+    assert cli.main(again) == 2 and "is there already; add --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "b.safetensors").read_bytes() == b"older"
+    assert cli.main([*again, "--overwrite"]) == 0 and len((tmp_path / "b.safetensors").read_bytes()) > 5
     for words in (["inspect", str(tmp_path / "none")], ["convert", str(path), str(tmp_path / "b.pkl")]):
         assert cli.main(words) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -134,6 +134,10 @@ def test_none_and_misuse(tmp_path, discriminator):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="is no weights file, or truncated or damaged"):
         load_perceptual(tmp_path / "broken.safetensors")
+    torch.save(discriminator.state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-1000])
+    with pytest.raises(InputError, match="cut.pt is no weights file, or truncated or damaged; fetch it again"):
+        load_perceptual(tmp_path / "cut.pt")
     torch.save({"features.0.weight": torch.zeros(4, 3, 7, 7)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="another network"):
         load_perceptual(tmp_path / "other.pth")

@@ -26,6 +26,7 @@ class ConvertOptions:
     to: str | None = (
         None  # rosinality, psp, nvlabs, sage_fast or bundle; None: by the ending, .pt rosinality, .safetensors sage_fast
     )
+    overwrite: bool = False  # replace an older file OUT
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def convert(argv: Sequence[str]) -> None:
     paths, options = parse("convert", argv, ConvertPaths, ConvertOptions())
     from sage_fast import conversion
 
-    print(f"The networks are in {conversion.convert(paths.source, paths.out, options.to)}.")
+    print(f"The networks are in {conversion.convert(paths.source, paths.out, options.to, options.overwrite)}.")
 
 
 def export(argv: Sequence[str]) -> None:

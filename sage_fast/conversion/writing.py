@@ -36,22 +36,25 @@ __all__ = ["convert"]
 _ENDINGS = {".safetensors": "sage_fast", ".pt": "rosinality", ".pth": "rosinality"}
 
 
-def convert(path: StrPath, out: StrPath, to: str | None = None) -> Path:
+def convert(path: StrPath, out: StrPath, to: str | None = None, overwrite: bool = False) -> Path:
     """Write the networks of a file or bundle folder in another format; the weights keep their bits.
 
     Args:
         path: a file of any format that is read, or a bundle folder.
-        out: the file to write, whole or not at all; an older one is replaced. For ``"bundle"`` a folder, new or empty.
+        out: the file to write, whole or not at all. For ``"bundle"`` a folder, new or empty.
         to: one of ``TARGETS``; by the ending of ``out`` when absent: ``.safetensors`` sage_fast, ``.pt`` rosinality.
+        overwrite: replace an older file ``out``.
     Returns:
         ``out``.
     Raises:
-        InputError: ``path`` cannot be read, ``out`` is that file or in that folder or cannot be written, or the target
-            cannot hold a network.
+        InputError: ``path`` cannot be read, ``out`` is that file or in that folder, is there already or cannot be written,
+            or the target cannot hold a network.
     """
     path, out = path_of(path), path_of(out)
     target = _target(out, to)
     _check_apart(path, out)
+    if out.is_file() and not overwrite:
+        raise InputError(f"File {str(out)!r} is there already; add --overwrite to replace it, or give another file.")
     carried = from_bundle(path) if path.is_dir() else from_published(read_published(path))
     reason = refusal(target, carried)
     if reason is not None:
