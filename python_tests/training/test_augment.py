@@ -177,7 +177,7 @@ def test_a_checkpoint_continues_bit_for_bit():
             "transforms of augmentation must be b, bg, bgc, bgcf, bgcfn or bgcfnc, got 'gc'",
         ),
         (dict(kind="ada", p=1.5), "p is a probability, expected 0 to 1 or None"),
-        (dict(kind="ada", p=float("nan")), "p is a probability"),
+        (dict(kind="ada", p=float("nan")), "p must be a finite number, got nan"),
         (dict(kind="ada", target=2.0), "target is a mean of signs, expected -1 to 1, got 2.0"),
         (dict(kind="ada", interval=0), "interval must be a whole number of steps, at least 1, got 0"),
         (dict(kind="ada", speed_kimg=0.0), "speed_kimg must be positive, got 0.0"),

@@ -208,6 +208,13 @@ def test_tensorboard_on_request(tmp_path):
     assert [path.suffix for path in (tmp_path / "logs/toy").iterdir()] == [".tfevents"]
 
 
+def test_tensorboard_that_is_not_installed_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="tensorboard is asked for and not installed"):
+        train_toy(dataclasses.replace(CONFIG, tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_remains_of_a_killed_write_are_removed(tmp_path):
     train_toy(CONFIG, tmp_path)
     (tmp_path / "checkpoints/.0011.sage_fast.tmp").touch()
