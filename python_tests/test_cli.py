@@ -537,7 +537,7 @@ def test_generate_says_what_it_would_do_and_shows_some(tiny_bundle, tiny_shots, 
     words = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", f"--out={tmp_path / 'out'}", "-n", "1000"]
     assert cli.main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "2000 images of 2 categories in 4 shards: about" in said
+    assert "2,000 images of 2 categories in 4 shards: about" in said
     assert "Memory: at most" in said and "micro-batch" in said and said.count("\n") == 1
     assert cli.main([*words, f"--preview={tmp_path / 'sheet.png'}"]) == 0
     assert (tmp_path / "sheet.png").exists() and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The exception types that every room of the package may use."""
+"""The exception types that every room of the package may use, and counts as its sentences say them."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 image``, ``3 images``, ``1,200 categories``."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {noun.removesuffix('y')}ies" if noun.endswith("y") else f"{n:,} {noun}s"

@@ -92,7 +92,9 @@ def test_the_folder_holds_images_manifest_config_and_sheet(tiny_bundle, tiny_sho
         ("lily", 5, 1.0, 3),
         ("rose", 5, 1.0, 2),
     ]
-    assert "All of them are synthetic" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "10 images of 2 categories, 8 x 8 pixels,\n3 channels. **All of them are synthetic**" in card
+    assert "sage-fast regenerate OUT/manifest.jsonl 12 --model RUN  #" in card
     assert Image.open(tmp_path / "out" / names[4]).text["Software"] == "sage_fast"
     assert not list((tmp_path / "out").rglob("*.tmp"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sage_fast.commands.parsing import parse, usable_device, value_of
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 from sage_fast.settings import check_ignored, check_numbers
 
 
@@ -171,7 +171,8 @@ def embed(argv: Sequence[str]) -> None:
         )
         table = embed_stage(images, paths.out, options.batch, paths.resume, device)
     if ranks.is_first:
-        print(f"{len(table)} codes of {len(table.categories)} categories are in {paths.out}.")
+        codes, categories = counted(len(table), "code"), counted(len(table.categories), "category")
+        print(f"{codes} of {categories} {'is' if len(table) == 1 else 'are'} in {paths.out}.")
 
 
 def train_dictionary(argv: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from sage_fast.data.images import (
     decode,
     shorter_side,
 )
-from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.errors import InputError, SageFastWarning, counted
 
 _NAMED = 3  # how many files or categories a message lists before "and N more"
 _CHUNK, _CHUNK_BYTES = 32, 2**23  # images a thread takes at a time; fewer when they are large
@@ -337,7 +337,7 @@ def check_count(where: str, categories: list[str], min_categories: int) -> None:
     """Raise ``InputError`` unless there are ``min_categories``; ``where`` begins the sentence."""
     if len(categories) < min_categories:
         raise InputError(
-            f"{where} has {len(categories)} categor{'y' if len(categories) == 1 else 'ies'} "
+            f"{where} has {counted(len(categories), 'category')} "
             f"({_first(categories)}), expected at least {min_categories}; add a folder of images per category."
         )
 

@@ -19,7 +19,7 @@ from sage_fast.data import flora
 from sage_fast.data.folders import ImageFolder, read_images, scan_image_folder
 from sage_fast.data.sources import open_source
 from sage_fast.data.writers import atomic_write, write_json
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Measurements, Scores, as_written, measure, score
 from sage_fast.evaluation.quality import image_features
@@ -253,7 +253,8 @@ def _cells(scores: Scores) -> list[str]:
 
 def _sizes(rows: Mapping[str, Scores]) -> str:
     first = next(iter(rows.values()))
-    text = f"{first.n_images} generated images of {first.n_categories} categories, judged by the {first.network}."
+    sizes = f"{counted(first.n_images, 'generated image')} of {counted(first.n_categories, 'category')}"
+    text = f"{sizes}, judged by the {first.network}."
     if first.retention_real is not None:
         text += f" It puts {percent(first.retention_real)} of the real images into their own category."
     return text

@@ -11,8 +11,10 @@ from PIL import Image
 
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import contact_sheet
+from sage_fast.errors import InputError, counted
 from sage_fast.generation.formats import Format
 from sage_fast.generation.plan import Part, Plan
+from sage_fast.models.bundles import bundle_hash, read_index
 
 __all__ = ["data_card", "draw_sheet"]
 
@@ -37,11 +39,12 @@ def data_card(settings: dict[str, Any], plan: Plan) -> str:
     methods = sorted({part.method for part in plan.parts})
     fusions = sorted({part.fusion for part in plan.parts})
     strengths = sorted({part.alpha for part in plan.parts if part.alpha is not None})
+    side, model = settings["resolution"], "" if _is_shipped(settings["model"]) else " --model RUN"
     encoding = f"{settings['image']} by {settings['encoder']}" if settings["encoder"] else "plain arrays"
     return f"""# Generated images
 
-{len(plan):,} images of {len(plan.categories):,} categories, {settings["resolution"]} x {settings["resolution"]} pixels,
-{settings["n_channels"]} channels. **All of them are synthetic**: none is a photograph or drawing of something that was there.
+{counted(len(plan), "image")} of {counted(len(plan.categories), "category")}, {side} x {side} pixels,
+{counted(settings["n_channels"], "channel")}. **All of them are synthetic**: none is a photograph or drawing of something that was there.
 
 Each was made from one to a few given images of its category ("shots") by few-shot generation with `sage_fast`: an encoder
 turns the shots into latents of a StyleGAN2 generator, what makes images of *other* categories differ within a category is
@@ -60,12 +63,20 @@ it; what the generator has not learned is missing, and wrong labels are possible
 categories that were found similar, the model's hash and the package's version. `config.json` is the whole plan.
 `SHA256SUMS` has the digests of these files.
 
-    sage-fast verify OUT                          # is everything there, whole and as recorded
-    sage-fast regenerate OUT/manifest.jsonl 12    # image number 12 again, from its line
+    sage-fast verify OUT  # is everything there, whole and as recorded
+    sage-fast regenerate OUT/manifest.jsonl 12{model}  # image number 12 again, from its line
 
 | label | category | images |
 |---|---|---|
 """ + "\n".join([*rows, ""])
+
+
+def _is_shipped(model: str) -> bool:
+    """Whether a hash is that of the model that comes with the package, which needs no ``--model``."""
+    try:
+        return model == bundle_hash(read_index(None))
+    except InputError:  # installed without it
+        return False
 
 
 def draw_sheet(format: Format) -> Image.Image:

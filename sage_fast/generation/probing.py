@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sage_fast.data.writers import atomic_write, contact_sheet
+from sage_fast.errors import counted
 from sage_fast.generation.agreeing import choose_config_encoder, shape_of
 from sage_fast.generation.committing import line_of
 from sage_fast.generation.config import GenerateConfig
@@ -52,9 +53,10 @@ class Estimate:
     def __str__(self) -> str:
         hours, rest = divmod(round(self.seconds), 3600)
         return (
-            f"{self.n_images} images of {self.n_categories} categories in {self.n_shards} shards: about "
+            f"{counted(self.n_images, 'image')} of {counted(self.n_categories, 'category')} in "
+            f"{counted(self.n_shards, 'shard')}: about "
             f"{self.bytes / 1e6:.1f} MB ({self.image_bytes / 1e3:.1f} kB an image) and {hours} h {rest // 60} min "
-            f"{rest % 60} s on {self.world_size} rank{'s' if self.world_size > 1 else ''} "
+            f"{rest % 60} s on {counted(self.world_size, 'rank')} "
             f"({self.images_per_s:.1f} images/s each). {self.room} Nothing was written."
         )
 

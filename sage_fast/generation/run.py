@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sage_fast.data.writers import TEMPORARY, check_apart
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 from sage_fast.generation.agreeing import (
     agree,
     choose_config_encoder,
@@ -70,12 +70,13 @@ class Summary:
     missing: int = 0
 
     def __str__(self) -> str:
-        kept = f", {self.n_kept} were there already" if self.n_kept else ""
-        count = f"{len(self.categories)} categor{'y' if len(self.categories) == 1 else 'ies'}"
+        kept = f", {self.n_kept} {'was' if self.n_kept == 1 else 'were'} there already" if self.n_kept else ""
+        drawn = f"{counted(self.n_new, 'image')} of {counted(len(self.categories), 'category')}"
+        drawn += f" {'was' if self.n_new == 1 else 'were'} drawn{kept}"
         if self.missing:
             shards = "1 shard of another rank is" if self.missing == 1 else f"{self.missing} shards of other ranks are"
-            return f"{self.n_new} images of {count} were drawn{kept}; {shards} not there yet."
-        return f"{self.n_new} images of {count} were drawn{kept}; see {self.out.rstrip('/')}/contact_sheet.png."
+            return f"{drawn}; {shards} not there yet."
+        return f"{drawn}; see {self.out.rstrip('/')}/contact_sheet.png."
 
 
 def generate(

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 from sage_fast.generation.agreeing import digest_of_lost_config, format_of, read_settings
 from sage_fast.generation.checksums import CARD, CONFIG, MANIFEST, PARQUET, SHEET, SUMS, digest_of, read_sums
 from sage_fast.generation.committing import committed, is_complete, lines_of, part_lines, reopen
@@ -59,7 +59,8 @@ class Verification:
 
     def __str__(self) -> str:
         if not self.problems:
-            whole = f"{self.n_images} images of {self.n_categories} categories: all there, whole and as recorded."
+            of = f"{counted(self.n_images, 'image')} of {counted(self.n_categories, 'category')}"
+            whole = f"{of}: all there, whole and as recorded."
             return " ".join([whole, *self.notes])
         more = f" And {len(self.problems) - 10} more." if len(self.problems) > 10 else ""
         return " ".join(self.problems[:10]) + more
