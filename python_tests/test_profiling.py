@@ -81,5 +81,20 @@ def test_threads_are_put_back():
 
 
 def test_bad_settings():
-    with pytest.raises(InputError, match="rounds must be at least 1, got 0"):
-        ProfileConfig(rounds=0)
+    for name, value in (("rounds", 0), ("threads", 0), ("threads", -1)):
+        with pytest.raises(InputError, match=f"{name} must be at least 1, got {value}"):
+            ProfileConfig(**{name: value})
+
+
+def test_a_trace_that_could_not_be_is_refused_at_once(tmp_path, tiny_bundle, capsys):
+    for place in (tmp_path, tmp_path / "nodir" / "t.json"):
+        assert main(["profile", "--model", str(tiny_bundle), "--trace", str(place)]) == 2
+        said = capsys.readouterr()
+        assert "trace must be a file in a folder that is there" in said.err and not said.out
+
+
+def test_a_trace_that_the_profiler_did_not_write_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda *_: None)
+    with pytest.raises(OSError):
+        profile_synthesis(Generator(4, 8, 1, channels=[8]), ProfileConfig(n=1, rounds=1), tmp_path / "t.json")
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile, record_function
 
+from sage_fast.data.writers import atomic_write, check_file
 from sage_fast.errors import InputError
 from sage_fast.models.inference import choose_road, fused_network, wanted_dtype
 from sage_fast.models.stylegan2 import Generator
@@ -42,7 +44,7 @@ class ProfileConfig:
     threads: int | None = None  # None: torch's own choice
 
     def __post_init__(self) -> None:
-        for name in ("n", "rounds", "resolution", "channel_base", "channel_max"):
+        for name in ("n", "rounds", "resolution", "channel_base", "channel_max", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -71,7 +73,12 @@ def profile_synthesis(
         The layers in the order of their names, and ``road``, ``reason``, ``products`` (the dtype of the
         multiplications), ``seconds`` of a whole call, ``device``, ``threads``; on a GPU's fused road ``convolutions``, which
         way each styled layer takes (:mod:`sage_fast.ops.cuda_convolution`).
+
+    Raises:
+        InputError: ``trace`` cannot be there.
     """
+    if trace is not None:
+        check_file(trace, "trace")
     device = generator.latent_avg.device
     w_plus = torch.randn(config.n, generator.n_latent, generator.style_dim).to(device).requires_grad_(config.gradients)
     threads = torch.get_num_threads()
@@ -179,7 +186,10 @@ def _named_layers(generator: Generator, road: str) -> Iterator[None]:
 def _write_trace(generator: Generator, w_plus: Tensor, path: Path, road: str) -> None:
     with _named_layers(generator, road), profile() as profiler:
         generator.synthesis(w_plus)
-    profiler.export_chrome_trace(str(path))
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
+        made = Path(folder, path.name)  # the profiler packs a name that ends in .gz, and says nothing when it fails
+        profiler.export_chrome_trace(str(made))
+        file.write(made.read_bytes())
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -19,6 +19,7 @@ from sage_fast.data.writers import (
     MARKER,
     ManifestWriter,
     atomic_write,
+    check_file,
     check_output,
     contact_sheet,
     prepare_output,
@@ -280,6 +281,16 @@ def test_contact_sheet_sections_bear_names():
     assert (band == 255).mean() > 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("rosé Łódź", "rose [0141]odz"), ("日本", "[65E5][672C]"), ("ﬁg", "fig"), ("a · b", "a [00B7] b")],
+)
+def test_contact_sheet_names_bear_no_empty_boxes(name, shown):
+    image = torch.zeros(1, 3, 4, 300, dtype=torch.uint8)
+    sheets = [np.asarray(contact_sheet(image, 1, [label])) for label in (name, shown)]
+    assert np.array_equal(*sheets)
+
+
 def test_contact_sheet_composites_over_white():
     sheet = contact_sheet(torch.zeros(1, 4, 4, 4, dtype=torch.uint8), 1)
     assert np.asarray(sheet).min() == 255
@@ -374,6 +385,28 @@ def test_prepare_output_refuses_what_is_not_empty(tmp_path):
         prepare_output(tmp_path / "out", resume=True, overwrite=True)
     assert prepare_output(tmp_path / "out", resume=True) == tmp_path / "out"
     assert (tmp_path / "out" / "manifest.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("offers", "advice"),
+    [
+        ((), "give another folder."),
+        (("overwrite",), "add --overwrite to replace its contents, or give another folder."),
+        (("resume",), "add --resume to go on in it, or give another folder."),
+    ],
+)
+def test_prepare_output_advises_what_there_is(tmp_path, offers, advice):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"is not empty; {advice}"):
+        prepare_output(tmp_path, offers=offers)
+
+
+def test_check_file(tmp_path):
+    check_file(tmp_path / "new.json", "trace")
+    assert not list(tmp_path.iterdir())
+    for place in (tmp_path, tmp_path / "nodir" / "new.json"):
+        with pytest.raises(InputError, match="trace must be a file in a folder that is there .* make the folder"):
+            check_file(place, "trace")
 
 
 def test_prepare_output_overwrites_its_own(tmp_path):

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -132,6 +133,21 @@ def atomic_write(
             os.close(descriptor)
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def check_file(path: str | os.PathLike[str], name: str) -> None:
+    """Refuse what ``atomic_write`` will refuse, before the work whose result the file is; ``name`` is the setting's.
+
+    Raises:
+        InputError: it is a folder, or its folder is not there or not to be written into.
+    """
+    path = Path(path)
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(
+            f"{name} must be a file in a folder that is there and can be written into, got {str(path)!r}; make the folder "
+            "first or choose another place."
+        )
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
@@ -291,18 +307,25 @@ def read_manifest(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return _parse_manifest(Path(path))[0]
 
 
-def prepare_output(folder: str | os.PathLike[str], resume: bool = False, overwrite: bool = False) -> Path:
+def prepare_output(
+    folder: str | os.PathLike[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    offers: Sequence[str] = ("resume", "overwrite"),
+) -> Path:
     """Make ``folder`` ready to be written into and mark it as ours with the hidden file ``.sage_fast.json``.
 
     A new folder or one without visible files (but ``cache/``) is taken as it is. A folder with files is refused, unless ``resume``
     (it must hold our marker, a manifest, a bundle or run configs; nothing is deleted) or ``overwrite`` (it must hold
     our marker and only files of the kinds this package writes; its contents but ``cache/`` are deleted, links are not followed).
 
+    Args:
+        offers: which of the two the caller's own caller can ask for; a refusal advises no other.
     Raises:
         InputError: the folder is refused or cannot be made.
     """
     folder = Path(folder)
-    visible = check_output(folder, resume, overwrite)
+    visible = check_output(folder, resume, overwrite, offers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -314,7 +337,12 @@ def prepare_output(folder: str | os.PathLike[str], resume: bool = False, overwri
     return folder
 
 
-def check_output(folder: str | os.PathLike[str], resume: bool = False, overwrite: bool = False) -> list[str]:
+def check_output(
+    folder: str | os.PathLike[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    offers: Sequence[str] = ("resume", "overwrite"),
+) -> list[str]:
     """Refuse what ``prepare_output`` refuses, and change nothing; returns the names of what is in the folder."""
     folder = Path(folder)
     if resume and overwrite:
@@ -330,9 +358,10 @@ def check_output(folder: str | os.PathLike[str], resume: bool = False, overwrite
     if visible and overwrite:
         _check_own(folder)
     elif visible and not resume:
+        ways = {"resume": "--resume to go on in it, ", "overwrite": "--overwrite to replace its contents, "}
+        advice = "".join(ways[name] for name in offers)
         raise InputError(
-            f"Output folder {str(folder)!r} is not empty; add --resume to go on in it, --overwrite to replace "
-            "its contents, or give another folder."
+            f"Output folder {str(folder)!r} is not empty; {f'add {advice}or ' if offers else ''}give another folder."
         )
     elif visible and not any((folder / sign).exists() for sign in _RESUMABLE):
         raise InputError(
@@ -369,8 +398,8 @@ def _check_own(folder: Path) -> None:
     """Refuse a folder that holds what this package did not make."""
     if not (folder / MARKER).is_file():
         raise InputError(
-            f"Output folder {str(folder)!r} was not made by sage_fast (no {MARKER} in it), so --overwrite leaves it "
-            "alone; empty it yourself or give another folder."
+            f"Output folder {str(folder)!r} was not made by sage_fast (no {MARKER} in it), so nothing in it is deleted; "
+            "empty it yourself or give another folder."
         )
     for parent, folders, files in os.walk(folder):
         if Path(parent) == folder and CACHE in folders:
@@ -380,7 +409,7 @@ def _check_own(folder: Path) -> None:
         if foreign:
             raise InputError(
                 f"Output folder {str(folder)!r} holds {os.path.join(parent, foreign[0])!r}, which sage_fast did not "
-                "write, so --overwrite leaves it alone; move that file away or give another folder."
+                "write, so nothing in it is deleted; move that file away or give another folder."
             )
 
 
@@ -479,9 +508,15 @@ def _place(
 
 def _fitting(name: str, width: int, draw: ImageDraw.ImageDraw, font: Any) -> str:
     """``name`` in characters that the default font has, cut to ``width`` pixels."""
-    text = " ".join(name.encode("latin-1", "replace").decode("latin-1").split())
+    text = " ".join("".join(map(_drawable, unicodedata.normalize("NFC", name))).split())
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength(text + "...", font=font) > width:
         text = text[:-1]
     return text + "..." if text else ""
+
+
+def _drawable(sign: str) -> str:
+    """``sign`` in ASCII, of which Pillow's own font has every letter: without its accents, else its number, as ``[4E2D]``."""
+    plain = "".join(part for part in unicodedata.normalize("NFKD", sign) if not unicodedata.combining(part))
+    return plain if plain and plain.isascii() else f"[{ord(sign):04X}]"
