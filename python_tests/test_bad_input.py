@@ -334,8 +334,12 @@ def test_train_refuses_a_folder_that_is_not_empty(tmp_path, occupied, refused):
 
 def test_flora_refuses_a_folder_that_is_not_empty(occupied, refused):
     argv = ["data", "flora", f"--out={occupied}", "--n-per-category=1", "--resolution=4"]
-    refused(argv, "not empty", "--overwrite")
+    refused(argv, "not empty; add --overwrite to replace")
     refused([*argv, "--overwrite"], "not made by sage_fast")
+
+
+def test_the_demo_advises_no_option_that_it_lacks(occupied, refused):
+    refused(["demo", f"--out={occupied}"], "so nothing in it is deleted; empty it yourself or give another folder.")
 
 
 def test_an_output_of_another_run_is_not_resumed(tmp_path, refused, tiny_bundle, tiny_shots):

@@ -543,6 +543,19 @@ def test_generate_says_what_it_would_do_and_shows_some(tiny_bundle, tiny_shots, 
     assert (tmp_path / "sheet.png").exists() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "complaint"),
+    [
+        ("sheet.jpg", "preview must be a file that ends in .png, got"),
+        ("no/sheet.png", "preview must be a file in a folder that is there"),
+    ],
+)
+def test_a_preview_that_could_not_be_is_refused_at_once(tiny_bundle, tiny_shots, tmp_path, capsys, place, complaint):
+    words = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", f"--preview={tmp_path / place}"]
+    assert cli.main(words) == 2
+    assert complaint in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 HEAVY = {
     "IPython", "cupy", "lightning", "lpips", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pandas", "pyarrow",
     "pytorch_lightning", "ray", "scipy", "sklearn", "sympy", "tensorboard", "timm", "torch._dynamo", "torch._inductor",

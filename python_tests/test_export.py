@@ -158,7 +158,7 @@ def test_the_command_says_what_it_wrote_and_how_near_it_is(tiny_bundle, tmp_path
     assert "encoder.pt2: images [batch, 3, 8, 8] -> w_plus [batch, 4, 16]" in said
     assert "largest difference" in said and "tolerance 0.001" in said
     assert main(words) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not empty; give another folder." in capsys.readouterr().err
 
 
 def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch, tiny_bundle):

@@ -98,7 +98,7 @@ def export(source: StrPath | None, out: StrPath, config: ExportConfig = ExportCo
     graphs = graphs_of(generator, encoder, noise)
     if config.parts != "all":
         graphs = [graph for graph in graphs if (graph.name == "encoder") == (config.parts == "encoder")]
-    out = prepare_output(out)
+    out = prepare_output(out, offers=())
     about: dict[str, Any] = {"format": config.to, "noise": noise, "resolution": generator.resolution}
     about |= {"n_channels": generator.n_channels, "n_latent": generator.n_latent, "style_dim": generator.style_dim}
     about |= {"latent_avg": generator.latent_avg.tolist(), "tolerance": TOLERANCE, "files": {}}

@@ -348,7 +348,11 @@ def test_an_output_folder_that_is_not_empty(pipeline, tiny_shots, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    for settings, words in (({}, "--resume"), ({"resume": True}, "nothing to resume"), ({"overwrite": True}, "alone")):
+    for settings, words in (
+        ({}, "--resume"),
+        ({"resume": True}, "nothing to resume"),
+        ({"overwrite": True}, "is deleted"),
+    ):
         with pytest.raises(InputError, match=words) as error:
             generate(pipeline, tiny_shots, out, GenerateConfig(n=2, **settings))
         assert one_sentence(error)

@@ -168,7 +168,7 @@ def write_image_folder(
         raise InputError(f"n_per_category must be at least 1, got {n_per_category}.")
     indices = first_index + np.arange(n_per_category)
     _check_request(np.full(n_per_category, ids[0]), indices, resolution)
-    folder = prepare_output(out, overwrite=overwrite)
+    folder = prepare_output(out, overwrite=overwrite, offers=("overwrite",))
     everything = categories()
     rows = [["file", "category", "index", *LEVELS, *FACTORS]]
     for done, i in enumerate(ids, start=1):

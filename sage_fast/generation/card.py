@@ -44,7 +44,8 @@ def data_card(settings: dict[str, Any], plan: Plan) -> str:
     return f"""# Generated images
 
 {counted(len(plan), "image")} of {counted(len(plan.categories), "category")}, {side} x {side} pixels,
-{counted(settings["n_channels"], "channel")}. **All of them are synthetic**: none is a photograph or drawing of something that was there.
+{counted(settings["n_channels"], "channel")}. **All of them are synthetic**: none is a photograph or drawing of something
+that was there.
 
 Each was made from one to a few given images of its category ("shots") by few-shot generation with `sage_fast`: an encoder
 turns the shots into latents of a StyleGAN2 generator, what makes images of *other* categories differ within a category is

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sage_fast.data.writers import atomic_write, contact_sheet
-from sage_fast.errors import counted
+from sage_fast.data.writers import atomic_write, check_file, contact_sheet
+from sage_fast.errors import InputError, counted
 from sage_fast.generation.agreeing import choose_config_encoder, shape_of
 from sage_fast.generation.committing import line_of
 from sage_fast.generation.config import GenerateConfig
@@ -97,7 +97,14 @@ def preview(
     config: GenerateConfig = GenerateConfig(),
     plan: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """A contact sheet of the first images of the first parts of a plan, as :func:`generate` would draw them."""
+    """A contact sheet of the first images of the first parts of a plan, as :func:`generate` would draw them.
+
+    Raises:
+        InputError: as of :func:`generate`; or ``file`` is no .png, or cannot be there.
+    """
+    if Path(file).suffix.lower() != ".png":
+        raise InputError(f"preview must be a file that ends in .png, got {os.fspath(file)!r}; rename it.")
+    check_file(file, "preview")
     pipeline = load_pipeline(model, config)
     made = plan_of(pipeline, shots_dir, config, plan)
     parts = tuple(replace(part, n=min(part.n, _EACH)) for part in made.parts[:_CATEGORIES])

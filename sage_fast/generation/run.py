@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from sage_fast.data.writers import TEMPORARY, check_apart
+from sage_fast.data.writers import TEMPORARY, check_apart, check_file
 from sage_fast.errors import InputError, counted
 from sage_fast.generation.agreeing import (
     agree,
@@ -215,10 +215,8 @@ def _check(
         raise InputError("--overwrite does not go with several ranks, of which one would delete another's images.")
     if config.parquet and find_spec("pyarrow") is None:
         raise InputError("parquet needs pyarrow; pip install 'sage_fast[parquet]', or leave it out.")
-    if config.metrics is not None and not Path(config.metrics).absolute().parent.is_dir():
-        raise InputError(
-            f"metrics must be a file in a folder that is there, got {config.metrics!r}; make the folder first."
-        )
+    if config.metrics is not None:
+        check_file(config.metrics, "metrics")
     if "://" in os.fspath(out):
         return
     models = [None if isinstance(model, FewShotPipeline) else model]
