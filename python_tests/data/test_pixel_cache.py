@@ -175,7 +175,7 @@ def test_another_resolution_number_of_channels_or_rule(data, tmp_path, monkeypat
         assert cached(data, cache, 8).images.shape == (N, 3, 8, 8)
     with pytest.warns(SageFastWarning, match="another number of channels"):
         assert cached_images(open_source(data), 8, 1, cache).images.shape == (N, 1, 8, 8)
-    monkeypatch.setattr(pixel_cache, "RULE", 2)
+    monkeypatch.setattr(pixel_cache, "RULE", pixel_cache.RULE + 1)
     with pytest.warns(SageFastWarning, match="the rule that images are decoded by has changed"):
         cached_images(open_source(data), 8, 1, cache)
 

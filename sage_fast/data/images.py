@@ -11,7 +11,8 @@ The rule, in order:
    * colour to grey is Pillow's ``convert("L")`` (ITU-R 601-2 luma), CMYK and YCbCr to colour is its ``convert("RGB")``;
      embedded colour profiles are not applied;
    * 16-bit grey becomes 8-bit as ``round(v / 257)``, so 65535 -> 255 (Pillow itself would clip it); 16 bits in several
-     channels are cut to the high byte by Pillow's decoder;
+     channels are cut to the high byte by Pillow's decoder; 32-bit and signed integers and floating-point pixels (TIFF, PFM)
+     are refused, as nothing says which value is white;
    * transparency of any kind (RGBA, grey + alpha, a transparent palette entry or key colour) is composited over white
      when 1 or 3 channels are asked for, and kept as the last channel for 2 or 4; an opaque image gets alpha 255.
 
@@ -42,11 +43,12 @@ IMAGE_SUFFIXES = (
 MAX_SIDE = 16_384
 MAX_PIXELS = 89_478_485  # Pillow's own threshold: a quarter of a GiB of RGB
 
-RULE = 1  # number of the rule above: another one, other pixels
+RULE = 2  # number of the rule above: another one, other pixels
 MAX_BYTES = 2**28  # of an image that is handed over as bytes
 Content: TypeAlias = str | os.PathLike[str] | bytes | Image.Image  # a file, what is in it, or what it decodes to
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF")
+_GREY_16 = ("PNG", "PPM")  # Pillow opens their 16 bits as the 32-bit mode "I", as 0 to 65535
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
@@ -121,6 +123,7 @@ def decode(
         with _open(content, name) as image:
             if not upscale and min(image.size) < resolution:
                 raise SmallImage(name, f"{image.width} x {image.height} pixels, smaller than {resolution}")
+            _check_range(image, name)
             image.load()
             square = _convert(_centre_square(_upright(image)), _MODES[n_channels])
         pixels = np.asarray(square.resize((resolution, resolution), Image.Resampling.LANCZOS, reducing_gap=None))
@@ -198,6 +201,15 @@ def _check_size(path: str | os.PathLike[str], size: tuple[int, int]) -> None:
         raise UnreadableImage(path, f"{width} x {height} pixels, more than {MAX_PIXELS:,} in all")
 
 
+def _check_range(image: Image.Image, name: str | os.PathLike[str]) -> None:
+    """Refuse pixels of which nothing says which value is white."""
+    remedy = "of unknown range; convert it to 8 or 16 bits"
+    if image.mode == "F":
+        raise UnreadableImage(name, f"floating-point pixels {remedy}")
+    if image.mode == "I" and image.format not in _GREY_16:
+        raise UnreadableImage(name, f"32-bit or signed integer pixels {remedy}")
+
+
 def _upright(image: Image.Image) -> Image.Image:
     orientation = 1
     with suppress(Exception):  # damaged EXIF beside whole pixels: the pixels count
@@ -218,8 +230,6 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     """Any Pillow image to 8-bit L, LA, RGB or RGBA; transparency is composited over white for L and RGB."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _grey_16_to_8(image)
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels; store 8 or 16 bits")
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -235,8 +245,6 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 def _grey_16_to_8(image: Image.Image) -> Image.Image:
     """Grey of 0..65535 to 8 bits as round(v / 257) (257 is odd: no ties); a transparent key value becomes alpha 0."""
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("grey values outside 0 to 65535; store 8 or 16 bits")
     grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     key = image.info.get("transparency")
     if isinstance(key, int):
