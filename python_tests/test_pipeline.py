@@ -12,6 +12,7 @@ from sage_fast.data.folders import read_images, scan_image_folder
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import to_uint8
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
+from sage_fast.editing.editor import unused_settings
 from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.fusion import fuse_frequencies, fuse_pixels
@@ -20,7 +21,7 @@ from sage_fast.models.encoder_kinds import KINDS
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.weight_deltas import select_deltas, synthesize
 from sage_fast.models.weights import save_bundle
-from sage_fast.pipeline import FewShotPipeline, load_dictionary, normals
+from sage_fast.pipeline import METHODS, FewShotPipeline, load_dictionary, normals
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,16 @@ def test_every_preset_draws_every_method(tiny_bundle, shots, preset, n_shots):
     assert not torch.equal(drawn["sage"].w_plus, drawn["age"].w_plus)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n_shots", [1, 3])
+def test_the_editor_s_settings_are_those_that_it_draws_with(pipeline, shots, method, n_shots):
+    found = pipeline.editor_settings(method, n_shots)
+    assert set(found) == {"n_components", "n_similar", "n_directions"} - set(unused_settings(method))
+    assert found.get("n_similar", 6) == 6  # all that there are, in place of 20 or 30
+    given, left = (pipeline(shots[:n_shots], n=2, method=method, **options) for options in (found, {}))
+    assert torch.equal(given.w_plus, left.w_plus)
+
+
 def test_options_reach_the_editor(pipeline, shots):
     assert len(pipeline.adapt(shots, n_similar=2).similar_categories) == 2
     assert pipeline.adapt(shots, n_directions=1).direction_mask.sum(1).max() == 1
@@ -215,6 +226,7 @@ def test_shots_of_another_resolution_are_refused(pipeline, shots):
         (lambda s: s.float(), r"\[-1, 1\]"),
         (lambda s: s.float() * float("nan"), r"\[-1, 1\]"),
         (lambda s: s.long(), "uint8"),
+        (lambda s: s.numpy(), r"must be a tensor \[N, C, R, R\], got ndarray; torch.from_numpy converts"),
     ],
 )
 def test_shots_that_are_no_images_are_refused(pipeline, shots, bad, words):
@@ -231,8 +243,12 @@ def test_shots_that_are_no_images_are_refused(pipeline, shots, bad, words):
         ({"fusion": "magic"}, "fusion must be one of"),
         ({"fusion": ("pixel", "magic")}, "fusion must be one of"),
         ({"n_components": 7}, "n_components must be 1 to 6"),
-        ({"method": "inversion", "alpha": 1.0}, "alpha has no effect"),
-        ({"method": "inversion", "n_similar": 3}, "n_similar has no effect"),
+        ({"n_similar": 500}, "n_similar must be 1 to 6"),
+        ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
+        ({"alpha": float("inf")}, "alpha must be a finite number, got inf"),
+        ({"method": "inversion", "alpha": 1.0}, "makes no use of alpha"),
+        ({"method": "inversion", "n_similar": 3}, "makes no use of n_similar"),
+        ({"method": "age", "n_similar": 3}, "makes no use of n_similar"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(pipeline, shots, settings, words):

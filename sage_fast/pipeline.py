@@ -20,7 +20,7 @@ from sage_fast.data.images import to_float
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.editing.distribution import ClassDistribution
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
-from sage_fast.editing.editor import PRESETS, FewShotEditor
+from sage_fast.editing.editor import PRESETS, FewShotEditor, check_used, unused_settings
 from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
@@ -178,10 +178,27 @@ class FewShotPipeline:
         """
         return self._editor(method, len(shots), options).adapt(self.embed(shots))
 
+    def editor_settings(self, method: str, n_shots: int, **options: int) -> dict[str, int]:
+        """``n_components``, ``n_similar`` and ``n_directions`` as a method takes them, without those that it makes no use of.
+
+        Args:
+            n_shots: given images of the category.
+            options: those that were given; the others are the preset's.
+        Raises:
+            InputError: options that the model or the method does not allow.
+        """
+        if method == "inversion":
+            check_used(method, options)
+            return {}
+        editor = FewShotEditor.preset(self.preset, self.relevant, self.irrelevant, n_shots, method, **options)
+        (n_components,) = editor.n_components
+        settings = dict(n_components=n_components, n_similar=editor.n_similar, n_directions=editor.n_directions)
+        return {name: value for name, value in settings.items() if name not in unused_settings(method)}
+
     def prepare(self, shots: Tensor, method: str = "sage", batch: int = 64, **options: Any) -> NovelCategory:
         """What :meth:`draw` needs of a novel category; arguments of :meth:`adapt`, or method ``"inversion"``."""
-        if method == "inversion" and options:
-            raise InputError(f"method 'inversion' edits nothing, so {', '.join(options)} has no effect; leave it out.")
+        if method == "inversion":
+            check_used(method, options)
         inversion = self.invert(shots)
         w_plus, deltas = inversion.offsets, inversion.weight_deltas
         distribution = None if method == "inversion" else self._editor(method, len(shots), options).adapt(w_plus)
@@ -297,8 +314,7 @@ class FewShotPipeline:
         self, novel: NovelCategory, numbers: Sequence[int], alpha: float | None, seed: int, category: str
     ) -> Tensor:
         if novel.distribution is None:
-            if alpha is not None:
-                raise InputError("method 'inversion' edits nothing, so alpha has no effect; leave it out.")
+            check_used("inversion", [] if alpha is None else ["alpha"])
             return novel.w_plus[torch.tensor(numbers, dtype=torch.int64) % len(novel.w_plus)]
         parts = []
         for run in stretches(numbers):
@@ -360,6 +376,9 @@ def normals(seed: int, category: str, number: int, count: int) -> Tensor:
 
 def _float_images(images: Tensor) -> Tensor:
     """uint8 or float images [N, C, R, R] to float32 in [-1, 1]."""
+    if not torch.is_tensor(images):
+        got = type(images).__name__
+        raise InputError(f"images must be a tensor [N, C, R, R], got {got}; torch.from_numpy converts an array.")
     if images.ndim != 4 or len(images) == 0:
         raise InputError(f"images must be a batch [N, C, R, R] with N at least 1, got {list(images.shape)}.")
     if images.dtype == torch.uint8:

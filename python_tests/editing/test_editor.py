@@ -172,8 +172,10 @@ def test_released_edits_six_layers_and_dictionaries_limit_the_layers(seen, dicti
     assert torch.equal(w_plus[:, 2], distribution.bases[[0] * 5, 2])
 
 
-def test_settings_above_what_there_is_are_clipped(seen, dictionaries, shots):
-    distribution = _adapt(seen, dictionaries, shots, n_similar=500, n_directions=500)
+def test_settings_that_are_not_given_are_at_most_what_there_is(seen, dictionaries, shots):
+    editor = FewShotEditor(*dictionaries)
+    assert (editor.n_similar, editor.n_directions) == (S, K)
+    distribution = editor.fit(*seen[:2]).adapt(shots)
     assert len(distribution.similar_categories) == S and distribution.direction_mask.all()
 
 
@@ -200,7 +202,7 @@ def test_presets():
         editor = FewShotEditor.preset(name, relevant, irrelevant)
         assert (editor.reading, editor.covariance, editor.alpha) == (name, covariance, alpha)
         t_b = 30 if name == "default" else 10  # 40, of which D = 30 allows 30
-        assert (editor.n_similar, editor.n_directions, editor.n_components) == (20, 50, (t_b,))
+        assert (editor.n_similar, editor.n_directions, editor.n_components) == (20, 8, (t_b,))
         assert editor.each_shot == (name == "default")
         assert FewShotEditor.preset(name, relevant, irrelevant, n_shots=1).n_similar == 30
         w_plus = _random(80, 2, 30)
@@ -222,8 +224,10 @@ def test_distributions_of_one_editor_are_independent(seen, dictionaries, shots):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_similar": 0}, "n_similar must be at least 1"),
-        ({"n_directions": 0}, "n_directions must be at least 1"),
+        ({"n_similar": 0}, f"n_similar must be 1 to {S}, the number of seen categories, got 0"),
+        ({"n_similar": 500}, f"n_similar must be 1 to {S}, the number of seen categories, got 500"),
+        ({"n_directions": 0}, f"n_directions must be 1 to {K}, the number of directions of a layer, got 0"),
+        ({"n_directions": K + 1}, f"n_directions must be 1 to {K}"),
         ({"n_components": 13}, "n_components must be 1 to 12"),
         ({"n_components": ()}, "n_components must hold"),
         ({"covariance": "full"}, "covariance must be one of joint, per_layer, diagonal"),
@@ -260,5 +264,13 @@ def test_refuses_what_does_not_fit(seen, dictionaries, shots):
         FewShotEditor(relevant, irrelevant, adaptive_editing=False).fit(seen[0][:1], seen[1][:1])
     with pytest.raises(InputError, match="preset must be"):
         FewShotEditor.preset("mine", relevant, irrelevant)
+    for method, idle in (
+        ("age", ("n_components", "n_similar", "n_directions")),
+        ("sage-i", ("n_components",)),
+        ("sage-q", ("n_similar", "n_directions")),
+    ):
+        with pytest.raises(InputError, match=f"method '{method}' makes no use of {' and '.join(idle)}; leave out"):
+            FewShotEditor.preset("paper", relevant, irrelevant, method=method, **dict.fromkeys(idle, 3))
+
     with pytest.raises(InputError, match="method must be one of age, sage-q, sage-i, sage, got 'SAGE'"):
         FewShotEditor.preset("paper", relevant, irrelevant, method="SAGE")

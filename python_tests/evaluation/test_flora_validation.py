@@ -24,7 +24,8 @@ def test_one_setting_changes_at_a_time():
     config = FloraValidationConfig(n_components=(3, 2), n_similar=(4, 2), n_directions=(5,))
     settings = flora_validation._settings(config)
     base = {"n_components": 3, "n_similar": 4, "n_directions": 5}
-    assert ("sage", "sage", base) in settings and ("age", "age", base) in settings
+    assert ("sage", "sage", base) in settings and ("age", "age", {}) in settings
+    assert ("sage-q", "sage-q", {"n_components": 3}) in settings
     for name, method, options in settings:
         if method == "sage":
             changed = {key for key, value in options.items() if base.get(key) != value}

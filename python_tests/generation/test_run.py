@@ -60,6 +60,13 @@ def most_apart(a, b):
     return max(int(np.abs(a[name].astype(int) - b[name].astype(int)).max()) for name in a)
 
 
+EDITOR = {
+    "n_components": 6,
+    "n_similar": 6,
+    "n_directions": 5,
+}  # of the default preset, as far as the tiny model has them
+
+
 def one_sentence(error):
     text = str(error.value)
     return "\n" not in text and text.endswith(".") and ". " not in text
@@ -85,6 +92,7 @@ def test_the_folder_holds_images_manifest_config_and_sheet(tiny_bundle, tiny_sho
         "category": "lily", "index": 4, "file": names[4], "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(), "source": "lily/1.png", "shots": shots, "seed": 2,
         "method": "sage", "alpha": 1.0, "fusion": "pixel", "preset": "default", "model": hash, "version": __version__,
+        **EDITOR,
     }  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["n_images"], config["model"], config["resolution"]) == (10, hash, RESOLUTION)
@@ -285,6 +293,42 @@ def test_resuming_with_other_shots_or_another_model_is_refused(pipeline, shots, 
         generate(pipeline, shots, out, GenerateConfig(n=2, resume=True))
 
 
+@pytest.mark.parametrize(
+    ("method", "idle"),
+    [
+        ("sage", ()),
+        ("sage-q", ("n_similar", "n_directions")),
+        ("sage-i", ("n_components",)),
+        ("inversion", tuple(EDITOR)),
+    ],
+)
+def test_the_editor_s_settings_are_recorded_as_they_were_used(pipeline, tiny_shots, tmp_path, method, idle):
+    out = tmp_path / "out"
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=1, method=method))
+    used = {name: value for name, value in EDITOR.items() if name not in idle}
+    for part in json.loads((out / "config.json").read_text())["plan"]:
+        assert {name: part[name] for name in EDITOR} == dict.fromkeys(idle) | used
+    for line in read_manifest(out / "manifest.jsonl"):
+        assert {name: line[name] for name in EDITOR if name in line} == used
+
+
+def test_an_output_that_did_not_record_them_goes_on(pipeline, tiny_shots, tmp_path):
+    out = tmp_path / "out"
+    generate(pipeline, tiny_shots, out, GenerateConfig(n=3))
+    settings = json.loads((out / "config.json").read_text())
+    for part in settings["plan"]:
+        part.update(dict.fromkeys(EDITOR))
+    (out / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="n_similar of 'lily' was 6, is 2"):
+        generate(pipeline, tiny_shots, out, GenerateConfig(n=3, n_similar=2, resume=True))
+    assert generate(pipeline, tiny_shots, out, GenerateConfig(n=3, resume=True)).n_new == 0
+
+
+@pytest.mark.parametrize(("name", "most"), [("n_components", 6), ("n_similar", 6), ("n_directions", 5)])
+def test_more_than_the_model_has_is_refused(pipeline, tiny_shots, tmp_path, name, most):
+    refused(tmp_path, f"{name} must be 1 to {most}", pipeline, tiny_shots, **{name: 500})
+
+
 def test_overwrite_replaces_a_run(pipeline, tiny_shots, tmp_path):
     out = tmp_path / "out"
     generate(pipeline, tiny_shots, out, GenerateConfig(n=6, seed=1))
@@ -393,7 +437,10 @@ def test_output_and_shots_or_model_must_lie_apart(tiny_bundle, pipeline, shots, 
         ({"method": "magic"}, "method must be one of"),
         ({"fusion": "magic"}, "fusion must be one of"),
         ({"preset": "magic"}, "preset must be one of"),
-        ({"method": "inversion", "alpha": 2.0}, "alpha has no effect"),
+        ({"method": "inversion", "alpha": 2.0}, "method 'inversion' makes no use of alpha"),
+        ({"method": "age", "n_components": 3, "n_similar": 3}, "makes no use of n_components and n_similar"),
+        ({"method": "sage-i", "n_components": 3}, "makes no use of n_components"),
+        ({"method": "sage-q", "n_similar": 3}, "makes no use of n_similar"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"n": -1}, "n must be at least 1, got -1"),
         ({"shard": 0}, "shard must be"),

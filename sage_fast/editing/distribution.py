@@ -112,7 +112,7 @@ class ClassDistribution:
         Returns:
             offsets [n, L, D].
         Raises:
-            InputError: noise of another width, or a negative ``first``.
+            InputError: noise of another width, an ``alpha`` that is not finite, or a negative ``first``.
         """
         if noise.ndim != 2 or noise.shape[1] != self.n_random or noise.dtype != self.mean.dtype:
             raise InputError(
@@ -122,6 +122,8 @@ class ClassDistribution:
         if first < 0:
             raise InputError(f"first, the number of the first sample, must be 0 or more, got {first}.")
         alpha = self.alpha if alpha is None else alpha
+        if not math.isfinite(alpha):
+            raise InputError(f"alpha must be a finite number, got {alpha}.")
         before = first % _BLOCK  # each sample keeps its row in its block
         after = -(before + len(noise)) % _BLOCK
         if not len(noise):

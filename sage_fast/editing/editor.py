@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from sage_fast.factorization.category_irrelevant import (
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.factorization.class_embeddings import check_labels, check_w_plus
 
-__all__ = ["METHODS", "PRESETS", "FewShotEditor"]
+__all__ = ["METHODS", "PRESETS", "FewShotEditor", "check_used", "unused_settings"]
 
 METHODS: dict[str, dict[str, bool]] = {
     "age": {"class_embedding_mapping": False, "adaptive_editing": False},
@@ -34,8 +35,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {"reading": "default", "covariance": "joint", "alpha": 1.0, "n_components": 40, "each_shot": True},
 }
 
+_N_SIMILAR, _N_DIRECTIONS = 20, 50  # t_C of more than one shot, t_A
 _FIRST_FINE_LAYER = 7  # layers 7 and up are the fine ones of [SAGE] and pSp
 _QUERY_COMPONENTS = 10  # t_B of the retrieval, whatever that of the embedding
+
+
+def unused_settings(method: str) -> tuple[str, ...]:
+    """Which of ``n_components``, ``n_similar`` and ``n_directions`` no image of a method depends on; all where none is edited."""
+    switches = METHODS.get(method, {"class_embedding_mapping": False, "adaptive_editing": False})
+    mapping = () if switches["class_embedding_mapping"] else ("n_components",)
+    return mapping if switches["adaptive_editing"] else (*mapping, "n_similar", "n_directions")
+
+
+def check_used(method: str, given: Iterable[str]) -> None:
+    """Raise InputError where a method makes no use of a setting that was given; one that edits nothing, of none."""
+    idle = [name for name in given if method not in METHODS or name in unused_settings(method)]
+    if idle:
+        raise InputError(
+            f"method '{method}' makes no use of {' and '.join(idle)}; leave out what has no effect, or choose another method."
+        )
 
 
 class _Pool(NamedTuple):
@@ -68,8 +86,9 @@ class FewShotEditor:
     Args:
         relevant: fitted dictionary of the seen categories.
         irrelevant: dictionary of the directions.
-        n_similar: T, or t_C; all S when there are fewer. Used by adaptive editing.
-        n_directions: t_A, directions used in each layer; all K when there are fewer. Used by adaptive editing.
+        n_similar: T, or t_C, at most S; None: 20, or all S when there are fewer. Used by adaptive editing.
+        n_directions: t_A, directions used in each layer, at most K; None: 50, or all K when there are fewer. Used by
+            adaptive editing.
         class_embedding_mapping, adaptive_editing: the two switches.
         covariance: ``"joint"``, ``"per_layer"`` or ``"diagonal"``; see :class:`ClassDistribution`.
         shrinkage: 0 to 1, towards the diagonal.
@@ -92,8 +111,8 @@ class FewShotEditor:
         relevant: CategoryRelevantDictionary,
         irrelevant: CategoryIrrelevantDictionary,
         *,
-        n_similar: int = 20,
-        n_directions: int = 50,
+        n_similar: int | None = None,
+        n_directions: int | None = None,
         class_embedding_mapping: bool = True,
         adaptive_editing: bool = True,
         covariance: str = "joint",
@@ -106,7 +125,9 @@ class FewShotEditor:
         reading: str = "default",
     ) -> None:
         self.relevant, self.irrelevant = relevant, irrelevant
-        self.n_similar, self.n_directions = n_similar, n_directions
+        most = self._most()
+        self.n_similar = min(_N_SIMILAR, most["n_similar"]) if n_similar is None else n_similar
+        self.n_directions = min(_N_DIRECTIONS, most["n_directions"]) if n_directions is None else n_directions
         self.class_embedding_mapping, self.adaptive_editing = class_embedding_mapping, adaptive_editing
         self.covariance, self.shrinkage = covariance, shrinkage
         if n_components is None:
@@ -133,17 +154,20 @@ class FewShotEditor:
             n_shots: given images per category; the paper takes t_C = 30 for one and 20 for more.
             method: ``"age"``, ``"sage-q"``, ``"sage-i"`` or ``"sage"``.
             changes: other arguments of the constructor, applied last.
+        Raises:
+            InputError: as of the constructor, or a change that the method makes no use of.
         """
         if name not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got '{name}'.")
         if method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}, got '{method}'.")
-        own = dict(PRESETS[name])
-        own["n_components"] = min(own["n_components"], *relevant.class_embeddings_.shape[::2])  # at most S and D
+        check_used(method, changes)
+        own, (n_seen, _, dim) = dict(PRESETS[name]), relevant.class_embeddings_.shape
+        own["n_components"] = min(own["n_components"], n_seen, dim)
+        own["n_similar"] = min(30 if n_shots == 1 else _N_SIMILAR, n_seen)
         if not METHODS[method]["class_embedding_mapping"]:
             own.pop("each_shot", None)  # without the mapping each shot is edited anyway
-        settings = {"n_similar": 30 if n_shots == 1 else 20, **own, **METHODS[method], **changes}
-        return cls(relevant, irrelevant, **settings)
+        return cls(relevant, irrelevant, **{**own, **METHODS[method], **changes})
 
     def fit(self, w_plus: Tensor, labels: Tensor) -> FewShotEditor:
         """Back-project the latents of the seen categories to codes (Eq. 18).
@@ -273,13 +297,21 @@ class FewShotEditor:
         known = {layer for group in self.irrelevant.groups for layer in group}
         return [layer for group in groups for layer in group if layer in known]
 
+    def _most(self) -> dict[str, int]:
+        """S and K, above which the two settings cannot be."""
+        self.relevant.leading()  # raises when not fitted
+        return {"n_similar": len(self.relevant.class_embeddings_), "n_directions": self.irrelevant.directions.shape[2]}
+
     def _check(self) -> None:
         shapes = [tuple(self.relevant.leading().shape[:2]), tuple(self.irrelevant.directions.shape[:2])]
         if shapes[0] != shapes[1]:
             raise InputError(f"relevant and irrelevant must have the same L and D, got {shapes[0]} and {shapes[1]}.")
-        for name in ("n_similar", "n_directions"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, most in self._most().items():
+            if not 1 <= getattr(self, name) <= most:
+                what = "seen categories" if name == "n_similar" else "directions of a layer"
+                raise InputError(
+                    f"{name} must be 1 to {most}, the number of {what}, got {getattr(self, name)}; ask for as many or leave it out."
+                )
         if not self.n_components:
             raise InputError("n_components must hold at least one number of components, got ().")
         for t_b in self.n_components:

@@ -20,7 +20,7 @@ import torch
 from sage_fast.data import flora
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import atomic_write, write_json
-from sage_fast.editing.editor import METHODS
+from sage_fast.editing.editor import METHODS, unused_settings
 from sage_fast.errors import InputError
 from sage_fast.evaluation.flora_table import Row, matched_retention
 from sage_fast.evaluation.oracle import load_oracle
@@ -50,7 +50,7 @@ class FloraValidationConfig:
     methods: tuple[str, ...] = ("sage", "age", "sage-q", "sage-i")  # the first is compared with
     n_components: tuple[int, ...] = (40, 10, 20, 64)  # t_B; the first value of each is the base
     n_similar: tuple[int, ...] = (20, 5, 10, 50)  # t_C
-    n_directions: tuple[int, ...] = (50, 8)  # t_A
+    n_directions: tuple[int, ...] = (16, 8)  # t_A; the model that comes with the package has 16
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,7 +120,9 @@ def _settings(config: FloraValidationConfig) -> list[tuple[str, str, dict[str, A
         "n_directions": config.n_directions[0],
     }
     found: list[tuple[str, str, dict[str, Any]]] = [("inversion", "inversion", {})]
-    found += [(method, method, base) for method in config.methods]
+    for method in config.methods:
+        idle = unused_settings(method)
+        found += [(method, method, {key: value for key, value in base.items() if key not in idle})]
     for key in base:
         values: Sequence[int] = getattr(config, key)
         found += [(f"sage, {key} {value}", "sage", {**base, key: value}) for value in values[1:]]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sage_fast.pipeline import FewShotPipeline
 
 __all__ = [
     "agree", "choose_config_encoder", "digest_of_lost_config", "first_images", "format_of", "prepare_output_of",
-    "read_settings", "shape_of", "take_back_missing",
+    "read_settings", "shape_of", "take_back_missing", "with_settings",
 ]  # fmt: skip
 
 _FREE = ("version", "device", "shots_dir", "n_images", "plan", "checksums")  # may differ in a run's continuation
@@ -84,11 +85,24 @@ def agree(
     if changed:
         was = ", ".join(f"{key} was {old.get(key)!r:.90}, is {settings[key]!r:.90}" for key in changed)
         raise InputError(f"Output {str(store)!r} was made with other settings ({was}); give another folder.")
-    check_grown(Plan.read(old), plan)
+    check_grown(with_settings(pipeline, Plan.read(old)), plan)
     if old["plan"] != settings["plan"]:
         reopen(choose_format(config.format, store, Plan.read(old), encoder, shape_of(pipeline)), plan=plan)
         store.write(CONFIG, _json(settings))
     return format
+
+
+def with_settings(pipeline: FewShotPipeline, plan: Plan) -> Plan:
+    """The plan with the editor's settings that its parts leave to the preset.
+
+    Raises:
+        InputError: settings that the model does not allow.
+    """
+    settings = cache(pipeline.editor_settings)  # of as many kinds as the plan has, not of every part
+    parts = [
+        replace(part, **settings(part.method, min(2, len(part.shots)), **part.editor_options())) for part in plan.parts
+    ]
+    return replace(plan, parts=tuple(parts))
 
 
 def read_settings(store: Store) -> dict[str, Any] | None:

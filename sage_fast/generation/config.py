@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sage_fast.editing.editor import PRESETS
+from sage_fast.editing.editor import PRESETS, check_used
 from sage_fast.errors import InputError
 from sage_fast.pipeline import FUSIONS, METHODS
 
@@ -38,9 +38,9 @@ class GenerateConfig:
     seed: int = 0
     preset: str = "default"
     n_shots: int | None = None  # images of each category to use, chosen by the seed; None: all
-    n_components: int | None = None  # t_B; None: the preset's, or all that the model has
-    n_similar: int | None = None  # t_C; None: the preset's
-    n_directions: int | None = None  # t_A; None: the preset's
+    n_components: int | None = None  # t_B, of sage and sage-q; None: the preset's, or all that the model has
+    n_similar: int | None = None  # t_C, of sage and sage-i; None: the preset's, or all that the model has
+    n_directions: int | None = None  # t_A, of sage and sage-i; None: the preset's, or all that the model has
     batch: int | None = None  # images the generator draws at a time; None: 64, fewer of large ones
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
     resume: bool = False  # go on where an earlier run stopped
@@ -65,9 +65,7 @@ class GenerateConfig:
         _check_one_of(self, image=IMAGES, encoder=ENCODERS)
         if self.alpha is not None and not math.isfinite(self.alpha):
             raise InputError(f"alpha must be a finite number, got {self.alpha}.")
-        if self.method == "inversion" and (self.alpha is not None or self.editor_options()):
-            given = [name for name in ("alpha", *_EDITOR) if getattr(self, name) is not None]
-            raise InputError(f"method 'inversion' edits nothing, so {', '.join(given)} has no effect; leave it out.")
+        check_used(self.method, [name for name in ("alpha", *_EDITOR) if getattr(self, name) is not None])
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other; give one of them.")
         self._check_output()
@@ -87,11 +85,6 @@ class GenerateConfig:
                 raise InputError("shard_mb is the size of a tar file: it goes with format 'webdataset', without shard.")
             if not 0 < self.shard_mb < math.inf:
                 raise InputError(f"shard_mb must be above 0, got {self.shard_mb}.")
-
-    def editor_options(self) -> dict[str, int]:
-        """The editor's settings that were given."""
-        values = {name: getattr(self, name) for name in _EDITOR}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_one_of(config: GenerateConfig, **known: tuple[str, ...]) -> None:

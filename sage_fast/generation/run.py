@@ -30,6 +30,7 @@ from sage_fast.generation.agreeing import (
     read_settings,
     shape_of,
     take_back_missing,
+    with_settings,
 )
 from sage_fast.generation.card import data_card, draw_sheet
 from sage_fast.generation.checksums import CARD, CONFIG, MANIFEST, PARQUET, SHEET, digest_of, read_sums, write_sums
@@ -195,8 +196,8 @@ def plan_of(
     config: GenerateConfig,
     file: str | os.PathLike[str] | None = None,
 ) -> Plan:
-    """:func:`read_plan` for a pipeline, in micro-batches that suit its device unless the settings say otherwise."""
-    plan = read_plan(file, shots_dir, config, *shape_of(pipeline)[:2])
+    """:func:`read_plan` for a pipeline, with its preset's settings and micro-batches that suit its device unless others are given."""
+    plan = with_settings(pipeline, read_plan(file, shots_dir, config, *shape_of(pipeline)[:2]))
     pixels = _BATCH_PIXELS["cpu" if pipeline.device.type == "cpu" else "cuda"]
     batch = min(64, max(1, pixels // pipeline.generator.resolution**2))
     return plan if config.batch is not None else replace(plan, batch=batch)
