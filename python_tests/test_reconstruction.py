@@ -194,6 +194,18 @@ def test_images_that_would_share_a_name_are_refused(tiny_bundle, shots, tmp_path
     assert one_sentence(error) and not (tmp_path / "out").exists()
 
 
+def test_a_weight_of_what_is_not_there_is_refused_before_anything_is_written(tiny_bundle, shots, tmp_path):
+    with pytest.raises(InputError, match="perceptual_weight has no effect without a perceptual network"):
+        invert(tiny_bundle, shots, tmp_path / "out", projection=ProjectionConfig(perceptual_weight=2.0))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_were_not_given_are_recorded(tiny_bundle, tiny_shots, tmp_path):
+    invert(tiny_bundle, tiny_shots, tmp_path / "out", projection=SHORT)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [settings[name] for name in ("history", "perceptual_weight", "noise_weight")] == [10, 1.0, 1e5]
+
+
 def test_folders_must_not_overlap(tiny_bundle, shots, masks):
     with pytest.raises(InputError, match="the images in"):
         invert(tiny_bundle, shots, shots / "out", projection=SHORT)

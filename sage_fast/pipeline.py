@@ -178,7 +178,7 @@ class FewShotPipeline:
         """
         return self._editor(method, len(shots), options).adapt(self.embed(shots))
 
-    def editor_settings(self, method: str, n_shots: int, **options: int) -> dict[str, int]:
+    def editor_settings(self, method: str, n_shots: int, **options: int) -> dict[str, Any]:
         """``n_components``, ``n_similar`` and ``n_directions`` as a method takes them, without those that it makes no use of.
 
         Args:

@@ -38,6 +38,7 @@ from sage_fast.data.writers import (
 )
 from sage_fast.errors import InputError
 from sage_fast.inversion import Projection, ProjectionConfig, project
+from sage_fast.inversion.config import check_no_perceptual
 from sage_fast.models.image_encoder import ImageEncoder, check_encoder
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
 from sage_fast.models.stylegan2 import Generator
@@ -122,6 +123,8 @@ def invert(
         InputError: a model, images, masks, settings or an output folder that cannot be used, or a full disk; every file
             that is there then is whole and a resumed run goes on.
     """
+    if config.perceptual == "none":
+        check_no_perceptual(projection)
     loaded = _load(model, encoder, config)
     images = read_images(
         scan_image_folder(images_dir, flat_ok=True), loaded.generator.resolution, loaded.generator.n_channels
@@ -229,7 +232,7 @@ def _resolve(
         pixels.update(masks.numpy().tobytes())
     return {
         **settings,
-        **asdict(projection),
+        **{name: projection.value(name) for name in asdict(projection)},
         "device": str(model.generator.latent_avg.device),
         "images": images.files,
         "images_dir": images.root,

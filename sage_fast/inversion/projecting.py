@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sage_fast.errors import InputError
-from sage_fast.inversion.config import ProjectionConfig
+from sage_fast.inversion.config import ProjectionConfig, check_no_perceptual
 from sage_fast.inversion.inputs import check_images, check_mask, check_networks, check_start
 from sage_fast.inversion.objective import Objective
 from sage_fast.minimize import Minima, minimize_adam, minimize_lbfgs
@@ -90,6 +90,8 @@ def project(
     if config.n_candidates and (encoder is not None or start is not None):
         raise InputError("n_candidates has no effect where an encoder or a start is given; leave it out.")
     check_networks(generator, encoder, perceptual)
+    if perceptual is None:
+        check_no_perceptual(config)
     images = check_images(images, generator)
     mask = check_mask(mask, images)
     with _frozen(generator, encoder, perceptual):
@@ -109,7 +111,7 @@ def _minimize(
     patience = config.patience or _PATIENCE[config.method]
     if config.method == "adam":
         return minimize_adam(objective, x, config.steps, lr, config.tolerance, patience, progress)
-    return minimize_lbfgs(objective, x, config.steps, lr, config.history, config.tolerance, patience, progress)
+    return minimize_lbfgs(objective, x, config.steps, lr, config.value("history"), config.tolerance, patience, progress)
 
 
 @contextmanager
