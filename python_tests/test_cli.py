@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import io
 import json
@@ -691,3 +692,11 @@ def test_words_that_the_parser_refuses_get_one_sentence(words, expected, capsys)
     complaint = capsys.readouterr().err
     assert complaint.startswith(f"sage-fast: {expected}") and complaint.endswith(" --help.\n")
     assert complaint.count("\n") == 1 and "\u2502" not in complaint
+
+
+def test_every_option_s_help_stands_beside_it():
+    """The parser takes a comment on the line of the option alone; one that is too long is moved to the next by the formatter."""
+    for path in sorted(Path(cli.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            wrapped = isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Constant)
+            assert not wrapped or node.lineno == node.end_lineno, f"{path}:{node.lineno}"

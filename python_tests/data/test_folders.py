@@ -277,3 +277,11 @@ def test_select_and_subset(tmp_path):
 def test_the_room_itself_imports_nothing():
     source = (Path(folders.__file__).parent / "__init__.py").read_text()
     assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def test_the_sheet_beside_a_manifest_is_no_flat_category(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "contact_sheet.png")
+    assert scan_image_folder(tmp_path, flat_ok=True).files == ["contact_sheet.png"]
+    (tmp_path / "manifest.jsonl").touch()
+    with pytest.raises(InputError, match="has no images"):
+        scan_image_folder(tmp_path, flat_ok=True)

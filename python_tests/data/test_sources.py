@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sage_fast.data import archives, folders, images
 from sage_fast.data.archives import list_members
@@ -272,6 +273,61 @@ def test_labels_of_shards_may_be_names_numbers_or_named_beside_them(tmp_path):
     (tmp_path / "d" / "classnames.txt").write_text("tulip\n")
     with pytest.raises(InputError, match="names 1 classes and lacks class '1'"):
         open_source(numbered)
+
+
+def test_categories_of_generate_name_the_numbers_of_shards(tmp_path):
+    def about(*categories):
+        texts = {f"{i}.json": json.dumps({"category": name}).encode() for i, name in enumerate(categories)}
+        return texts | {f"{i}.png": png(i) for i in range(3)} | {f"{i}.cls": b"%d" % (i % 2) for i in range(3)}
+
+    named = write_tar(tmp_path / "a.tar", about("tulip", "rose", "tulip"))
+    assert open_source(named).files == ["rose/a/1.png", "tulip/a/0.png", "tulip/a/2.png"]
+    for name, categories in (("b", ("tulip", "rose", "iris")), ("c", ("tulip", "", "tulip"))):
+        assert open_source(write_tar(tmp_path / f"{name}.tar", about(*categories))).categories == ["0", "1"]
+
+
+def arrays(path: Path, n_channels: int = 3, names: object = ("rose", "iris"), **changes) -> Path:
+    tensors = {
+        "images": torch.arange(3 * n_channels * 16, dtype=torch.uint8).view(3, n_channels, 4, 4),
+        "labels": torch.tensor([0, 1, 0]),
+        "indices": torch.tensor([0, 0, 1]),
+    } | changes
+    save_file(tensors, path, {"categories": json.dumps(names)})
+    return path
+
+
+@pytest.mark.parametrize("n_channels", [1, 2, 3, 4])
+def test_arrays_of_generate_are_a_source(tmp_path, n_channels):
+    path = arrays(tmp_path / "images.safetensors", n_channels)
+    Image.new("RGB", (8, 8)).save(tmp_path / "contact_sheet.png")
+    for source in (path, tmp_path):
+        listing = open_source(source)
+        assert (listing.categories, listing.labels, listing.archives) == (["iris", "rose"], [0, 1, 1], (path,))
+        found = read_images(listing, 4, n_channels)
+        expected = load_file(path)["images"][[1, 0, 2]]
+        assert torch.equal(found.images, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": torch.tensor([0, 1])},
+        {"labels": torch.tensor([0, 1, 2])},
+        {"images": torch.zeros(3, 3, 4, 4)},
+        {"images": torch.zeros(3, 5, 4, 4, dtype=torch.uint8)},
+        {"names": 3},
+    ],
+)
+def test_arrays_that_are_none_are_refused(tmp_path, changes):
+    with pytest.raises(InputError, match="holds no images with labels as generate writes them"):
+        open_source(arrays(tmp_path / "images.safetensors", **changes))
+
+
+def test_cut_arrays_are_refused(tmp_path):
+    path = arrays(tmp_path / "images.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="or is damaged; make it again"):
+        open_source(path)
 
 
 def test_texts_that_differ_within_a_class_are_captions(tmp_path):

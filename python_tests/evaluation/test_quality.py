@@ -14,7 +14,7 @@ from tiny_model import RESOLUTION, STYLE_DIM, tiny_networks
 
 from sage_fast.cli import main
 from sage_fast.data.flora import render
-from sage_fast.data.folders import read_images, scan_image_folder
+from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
 from sage_fast.data.writers import save_png
 from sage_fast.errors import InputError
 from sage_fast.evaluation.fid import kernel_distance
@@ -201,13 +201,22 @@ def test_reals_and_labels_are_checked(network, reals):
 
 def test_the_network_is_named_by_a_word_or_a_file(tmp_path):
     assert isinstance(load_features("oracle"), Oracle)
-    assert isinstance(load_features("discriminator", DISCRIMINATOR), DiscriminatorFeatures)
+    assert isinstance(load_features("discriminator", lambda: DISCRIMINATOR), DiscriminatorFeatures)
     save_file(SqueezeFeatures().state_dict(), tmp_path / "squeeze.safetensors")
     assert load_features(tmp_path / "squeeze.safetensors").name == "squeezenet1_1"
-    with pytest.raises(InputError, match="is needed to measure quality, got 'none'"):
-        load_features("none")
-    with pytest.raises(InputError, match="which is not a file"):
-        load_features(tmp_path / "absent.pt")
+    for word in ("none", "discriminator", str(tmp_path / "absent.pt")):  # there is no discriminator to judge by
+        with pytest.raises(
+            InputError, match=f"features must be oracle, lpips-alex, .* file that is there, got '{word}'"
+        ):
+            load_features(word)
+    with pytest.raises(InputError, match="features must be oracle, discriminator, lpips-alex, .* got 'none'"):
+        load_features("none", lambda: DISCRIMINATOR)
+
+
+def test_training_is_not_measured_by_its_own_discriminator(reals):
+    images = ImageSet(reals, torch.zeros(len(reals), dtype=torch.int64), ["a"], [str(i) for i in range(len(reals))], [])
+    with pytest.raises(InputError, match="measure must be oracle, lpips-alex, .* got 'discriminator'"):
+        watched(images, "discriminator")
 
 
 @pytest.fixture(scope="module")

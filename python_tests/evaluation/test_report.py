@@ -16,10 +16,12 @@ from sage_fast.data.latent_table import LatentTable
 from sage_fast.errors import InputError
 from sage_fast.evaluation.protocol import Scores
 from sage_fast.evaluation.report import evaluate_folder, markdown_table, nearest_class_mean, table, write_report
+from sage_fast.generation import GenerateConfig, generate
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.perceptual import SqueezeFeatures
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weights import save_bundle
+from sage_fast.pipeline import FewShotPipeline
 
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 
@@ -86,6 +88,60 @@ def test_a_network_from_outside_the_model_judges_when_it_is_given(tmp_path, bund
     rows = json.loads((generated / "report.json").read_text())["rows"]
     assert rows["generated"]["retention"] == 1.0
     assert main([*words, "--features=nowhere"]) == 2 and "nowhere" in capsys.readouterr().err
+
+
+def test_the_discriminator_judges_by_name_too(tmp_path, bundles):
+    real = write_images(tmp_path / "real", COLOURS, 4, 1)
+    generated = write_images(tmp_path / "out", ["green", "red"], 4, 2)
+    named, left = (
+        evaluate_folder(bundles["discriminator"], generated, real, features=features)
+        for features in ("discriminator", None)
+    )
+    assert named.as_dict() == left.as_dict() and named.network == "discriminator"
+    with pytest.raises(InputError, match="discriminator"):
+        evaluate_folder(bundles["encoder"], generated, real, features="discriminator")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--features=none"], "features must be oracle, discriminator, lpips-alex,"),
+        (["--features=oracle"], "The oracle judges RGB images of flora's categories alone"),
+    ],
+)
+def test_features_that_cannot_judge_are_refused(tmp_path, bundles, capsys, words, complaint):
+    real = write_images(tmp_path / "real", COLOURS, 2, 1)
+    given = ["evaluate", f"--model={bundles['discriminator']}", f"--generated={real}", f"--real={real}", *words]
+    assert main(given) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("poor", ["Generated", "Real"])
+def test_single_images_are_refused_by_the_folder_that_has_them(tmp_path, bundles, poor):
+    real = write_images(tmp_path / "real", COLOURS, 1 if poor == "Real" else 4, 1)
+    generated = write_images(tmp_path / "out", ["green", "red"], 1 if poor == "Generated" else 4, 2)
+    with pytest.raises(InputError, match=f"{poor} folder '.*/{'real' if poor == 'Real' else 'out'}' must have two"):
+        evaluate_folder(bundles["discriminator"], generated, real)
+
+
+@pytest.mark.parametrize("image", ["png", "jpg"])
+def test_outputs_of_every_format_are_judged_alike(tmp_path, tiny_bundle, tiny_shots, image):
+    pipeline, found = FewShotPipeline.from_bundle(tiny_bundle), {}
+    for format in ("folder", "webdataset", *(("safetensors",) if image == "png" else ())):
+        config = GenerateConfig(n=4, shard=3, format=format, image=image)
+        generate(pipeline, tiny_shots, tmp_path / format, config)
+        found[format] = evaluate_folder(tiny_bundle, tmp_path / format, tiny_shots)
+    assert found["folder"].categories == ("lily", "rose") and found["folder"].n_images == 8
+    assert all(one.as_dict() == found["folder"].as_dict() for one in found.values())
+
+
+def test_a_report_of_what_is_no_folder_needs_a_place(tmp_path, tiny_bundle, tiny_shots, capsys):
+    generate(tiny_bundle, tiny_shots, tmp_path / "out", GenerateConfig(n=2, format="webdataset"))
+    words = ["evaluate", f"--model={tiny_bundle}", f"--generated={tmp_path / 'out' / 'shard-*.tar'}"]
+    words.append(f"--real={tiny_shots}")
+    assert main(words) == 2 and "--generated must be a folder, which gets the report" in capsys.readouterr().err
+    assert main([*words, f"--out={tmp_path / 'report'}"]) == 0
+    assert (tmp_path / "report" / "report.md").exists()
 
 
 def test_images_in_the_wrong_folder_are_not_kept_and_lie_further_away(tmp_path, bundles):

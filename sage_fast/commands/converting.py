@@ -23,9 +23,7 @@ class ConvertPaths:
 class ConvertOptions:
     """Options of ``convert``."""
 
-    to: str | None = (
-        None  # rosinality, psp, nvlabs, sage_fast or bundle; None: by the ending, .pt rosinality, .safetensors sage_fast
-    )
+    to: str | None = None  # rosinality, psp, nvlabs, sage_fast or bundle; None: by the ending, .pt or .safetensors
     overwrite: bool = False  # replace an older file OUT
 
 

@@ -17,13 +17,9 @@ from sage_fast.errors import InputError
 class GeneratePaths:
     """Where ``generate`` reads and writes."""
 
-    out: str | None = (
-        None  # folder or URL; gets <category>/<category>_00000.png, manifest.jsonl, contact_sheet.png, config.json, README.md
-    )
-    shots: Path | None = None  # <category>/<image>.png with 1 to K images each, or one flat folder for one category
-    plan: Path | None = (
-        None  # .yaml, .json or .csv: categories with counts and settings of their own; docs/generation.md
-    )
+    out: str | None = None  # folder or URL; gets images, manifest.jsonl, contact_sheet.png, config.json, README.md
+    shots: Path | None = None  # <category>/<image>.png, or one flat folder; of a plan: what its shots are relative to
+    plan: Path | None = None  # .yaml, .json or .csv: categories, counts and settings of their own; docs/generation.md
     model: Path | None = None  # run folder or bundle; None: the model that comes with the package
     dry_run: bool = False  # say what it would make and take, and write nothing
     preview: Path | None = None  # write a contact sheet of some of the images to this PNG, and nothing else

@@ -18,13 +18,11 @@ from sage_fast.errors import InputError
 class EvaluatePaths:
     """What ``evaluate`` compares."""
 
-    generated: Path  # output folder of generate
+    generated: Path  # output folder of generate, in any format, or an archive or shards of images
     real: Path  # real images of the same categories: <category>/<image>.png, or an archive or shards of them
     model: Path | None = None  # run folder or bundle; None: the model that comes with the package
     out: Path | None = None  # folder for report.md and report.json; None: the generated folder
-    features: str | None = (
-        None  # a weights file (SqueezeNet 1.1, VGG) or lpips-... to judge by; None: oracle or the model's own
-    )
+    features: str | None = None  # oracle, discriminator (the model's), lpips-... or a weights file; docs/quality.md
     oracle: Path | None = None  # folder of another oracle of flora, for models of another resolution
 
 
@@ -90,6 +88,10 @@ def evaluate(argv: Sequence[str]) -> None:
     (paths,) = parse("evaluate", argv, EvaluatePaths)
     from sage_fast.evaluation.report import evaluate_folder, table, write_report
 
+    if paths.out is None and not paths.generated.is_dir():
+        raise InputError(
+            f"--generated must be a folder, which gets the report, got {str(paths.generated)!r}; give --out, or a folder."
+        )
     oracle = None
     if paths.oracle is not None:
         from sage_fast.evaluation.oracle import load_oracle

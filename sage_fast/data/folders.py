@@ -130,7 +130,7 @@ def scan_image_folder(folder: str | os.PathLike[str], min_categories: int = 1, f
     Each sub-folder with images is one category. Names that start with a dot, ``__MACOSX`` and files without an image
     suffix are passed over; sub-folders without images are passed over with one warning; links are followed. Images
     directly in ``folder`` count only when ``flat_ok`` and no sub-folder has images: they are then one category that
-    bears the folder's name. Nothing is decoded.
+    bears the folder's name; the contact sheet beside a manifest is none of them. Nothing is decoded.
 
     Raises:
         InputError: no such folder, no images, or fewer than ``min_categories`` categories.
@@ -312,6 +312,8 @@ def _children(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _flat_folder(root: Path, loose: list[str], names: list[str], min_categories: int, flat_ok: bool) -> ImageFolder:
+    if (root / "manifest.jsonl").is_file():  # of generate: the sheet beside it is no image of a category
+        loose = [name for name in loose if name != "contact_sheet.png"]
     layout = f"expected {root.name or root}/<category>/<image>.png, .jpg or another image type"
     if not loose:
         inner = next(

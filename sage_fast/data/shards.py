@@ -1,8 +1,9 @@
 """WebDataset shards: plain .tar files whose members belong together by name up to the first dot.
 
 A sample is ``KEY.png`` (or another image type) with its label in ``KEY.cls``, or as ``label`` or ``cls`` in ``KEY.json``:
-an integer or the name of a class. Integers are given names by ``KEY.txt``, where all texts of a class are the same, or by
-``classnames.txt`` beside the shards (line i is class i); else the number itself is the name.
+an integer or the name of a class. Integers are given names by ``KEY.txt``, where all texts of a class are the same, by
+``classnames.txt`` beside the shards (line i is class i), or by ``category`` in ``KEY.json``, as ``generate`` writes it, where
+all of a class are the same; else the number itself is the name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +30,12 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class Sample(NamedTuple):
-    """One labelled image: its class as written, its member, and its text, if any."""
+    """One labelled image: its class as written, its member, and its text and category, if any."""
 
     label: str
     image: Member
     text: str
+    category: str
 
 
 def expand_pattern(pattern: str) -> list[Path]:
@@ -71,25 +74,31 @@ def samples_of(path: Path, members: Iterable[Member]) -> list[Sample]:
             texts[member.key, member.suffix] = member.text
     if not images:
         raise InputError(f"Shard {str(path)!r} holds no images; remove it or make it again.")
-    return [
-        Sample(_label(path, key, texts), image, texts.get((key, ".txt"), "").strip()) for key, image in images.items()
-    ]
+    return [_sample(path, key, image, texts) for key, image in images.items()]
 
 
 def class_names(samples: Sequence[Sample], folder: Path) -> dict[str, str]:
     """label -> name of the class, for every label of all shards, which lie in ``folder``."""
     own = {sample.label: sample.label for sample in samples}
-    return _names_from_texts(samples) or _names_from_file(folder / "classnames.txt", samples) or own
+    from_file = partial(_names_from_file, folder / "classnames.txt")
+    return _names_from_texts(samples) or from_file(samples) or _names_from_categories(samples) or own
 
 
-def _label(path: Path, key: str, texts: dict[tuple[str, str], str]) -> str:
+def _sample(path: Path, key: str, image: Member, texts: dict[tuple[str, str], str]) -> Sample:
+    try:
+        content = json.loads(texts.get((key, ".json"), "{}"))
+    except (ValueError, RecursionError):
+        content = None
+    fields = content if isinstance(content, dict) else {}
+    category = fields.get("category")
+    label = _label(path, key, texts, fields)
+    text = texts.get((key, ".txt"), "").strip()
+    return Sample(label, image, text, category.strip() if isinstance(category, str) else "")
+
+
+def _label(path: Path, key: str, texts: dict[tuple[str, str], str], fields: dict[str, object]) -> str:
     label: object = texts.get((key, ".cls"))
     if label is None:
-        try:
-            content = json.loads(texts.get((key, ".json"), "{}"))
-        except (ValueError, RecursionError):
-            content = None
-        fields = content if isinstance(content, dict) else {}
         label = fields.get("label", fields.get("cls"))
     if isinstance(label, bool) or not isinstance(label, int | str) or not str(label).strip():
         raise InputError(
@@ -109,6 +118,13 @@ def _names_from_texts(samples: Sequence[Sample]) -> dict[str, str]:
         warnings.warn(message, SageFastWarning, stacklevel=4)
         return {}
     return {label: texts.pop() or label for label, texts in names.items()}
+
+
+def _names_from_categories(samples: Sequence[Sample]) -> dict[str, str]:
+    """The one category of each label; none where a label has several, or none."""
+    names: dict[str, str] = {}
+    one_each = all(names.setdefault(sample.label, sample.category) == sample.category for sample in samples)
+    return names if one_each and all(names.values()) else {}
 
 
 def _names_from_file(path: Path, samples: Sequence[Sample]) -> dict[str, str]:

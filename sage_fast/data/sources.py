@@ -1,13 +1,15 @@
 """One way to open a labelled data set, whatever it lies in; nothing is decoded and nothing unpacked.
 
 Sources: a folder ``<category>/<image>.png``; a .zip or .tar (.gz, .xz, .bz2) of one; WebDataset shards (a folder of .tar
-files, or a pattern such as ``shards-{0000..0003}.tar``); a data set of Hugging Face's, or an object that feels like one. Each
+files, or a pattern such as ``shards-{0000..0003}.tar``); ``images.safetensors`` as ``generate`` writes it, or its folder; a data
+set of Hugging Face's, or an object that feels like one. Each
 becomes an ``ImageFolder``, so reading, splits and shots know no difference. The order is always the same: categories sorted by
 name, images sorted by name within each.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 from sage_fast.data.archives import Member, list_members, read_members
 from sage_fast.data.folders import ImageFolder, Item, check_count, scan_image_folder
@@ -26,6 +29,7 @@ from sage_fast.errors import InputError
 __all__ = ["LabelledDataset", "Source", "open_source"]
 
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
+_ARRAYS = "images.safetensors"
 _MAX_NAME = 120  # characters of a category's name
 
 
@@ -48,8 +52,8 @@ def open_source(data: Source, min_categories: int = 1, flat_ok: bool = False) ->
     """List a labelled data set.
 
     Args:
-        data: folder, archive, folder in an archive (``a.zip/train``), folder of shards, pattern of shards, or a data set object
-            (see the module).
+        data: folder, archive, folder in an archive (``a.zip/train``), folder of shards, pattern of shards, .safetensors file or
+            its folder, or a data set object (see the module).
         min_categories: fewer are refused.
         flat_ok: take a folder or archive of images without categories as one category that bears its name.
 
@@ -61,11 +65,14 @@ def open_source(data: Source, min_categories: int = 1, flat_ok: bool = False) ->
         return _open_dataset(data, min_categories)
     path = Path(data)
     if path.is_dir():
-        shards = _shards_in(path)
-        return (
-            _open_shards(path, shards, min_categories) if shards else scan_image_folder(path, min_categories, flat_ok)
-        )
+        if shards := _packed_in(path, _TAR_SUFFIXES):
+            return _open_shards(path, shards, min_categories)
+        if path / _ARRAYS in _packed_in(path, (_ARRAYS,)):
+            return _open_arrays(path / _ARRAYS, min_categories)
+        return scan_image_folder(path, min_categories, flat_ok)
     archive = next((outer for outer in (path, *path.parents) if outer.is_file()), None)
+    if archive == path and path.suffix == ".safetensors":
+        return _open_arrays(path, min_categories)
     if archive is not None:
         return _open_archive(archive, path.relative_to(archive).as_posix(), min_categories, flat_ok)
     if any(c in str(data) for c in "{*?["):
@@ -73,11 +80,11 @@ def open_source(data: Source, min_categories: int = 1, flat_ok: bool = False) ->
     raise InputError(f"Data {str(data)!r} does not exist; give a folder of images, a .zip or .tar, or shards.")
 
 
-def _shards_in(folder: Path) -> list[Path]:
-    """The .tar files of a folder that has no folders of images."""
+def _packed_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files with one of the suffixes in a folder that has no folders of images."""
     try:
         shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        shards = [path for path in shown if path.name.lower().endswith(_TAR_SUFFIXES) and path.is_file()]
+        shards = [path for path in shown if path.name.lower().endswith(suffixes) and path.is_file()]
         inner = (file for path in shown if shards and path.is_dir() for file in path.iterdir())
         return [] if any(file.name.lower().endswith(IMAGE_SUFFIXES) for file in inner) else shards
     except OSError:  # scan_image_folder says what is wrong
@@ -158,6 +165,43 @@ def _listing(
     number = {name: i for i, name in enumerate(names)}
     reader = read_members({file: member for _, file, member in found})
     return ImageFolder(root, names, files, [number[category] for category, _, _ in found], reader, archives)
+
+
+def _open_arrays(path: Path, min_categories: int) -> ImageFolder:
+    """``images`` uint8 [N, C, R, R], ``labels`` and ``indices`` int64 [N], and the names ``categories`` in the metadata."""
+    try:
+        with safe_open(path, "numpy") as file:
+            names = json.loads(file.metadata()["categories"])
+            rows = list(zip(file.get_tensor("labels").tolist(), file.get_tensor("indices").tolist(), strict=True))
+            n, channels, *_ = file.get_slice("images").get_shape()
+            right = n == len(rows) > 0 and channels in (1, 2, 3, 4) and file.get_slice("images").get_dtype() == "U8"
+        listed = [(names[label], f"{names[label]}/{index:08d}", i) for i, (label, index) in enumerate(rows)]
+    except (SafetensorError, KeyError, IndexError, TypeError, ValueError, OSError):
+        right = False
+    where = f"Data set {str(path)!r}"
+    if not right:
+        raise InputError(f"{where} holds no images with labels as generate writes them, or is damaged; make it again.")
+    listed.sort()
+    _check_unique([file for _, file, _ in listed], where)
+    categories = sorted({name for name, _, _ in listed})
+    check_count(where, categories, min_categories)
+    number = {name: i for i, name in enumerate(categories)}
+    files, labels = [file for _, file, _ in listed], [number[name] for name, _, _ in listed]
+    return ImageFolder(
+        path, categories, files, labels, _array_reader(path, {file: i for _, file, i in listed}), (path,)
+    )
+
+
+def _array_reader(path: Path, place: dict[str, int]) -> Callable[[Sequence[str]], Generator[Item, None, None]]:
+    def read(files: Sequence[str]) -> Generator[Item, None, None]:
+        with safe_open(path, "numpy") as opened:
+            images = opened.get_slice("images")
+            for i in sorted(range(len(files)), key=lambda i: place[files[i]]):
+                row = place[files[i]]
+                pixels = images[row : row + 1][0]
+                yield i, Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0).copy())
+
+    return read
 
 
 def _open_dataset(data: LabelledDataset, min_categories: int) -> ImageFolder:

@@ -105,7 +105,7 @@ def _weighted_maps(network: FeatureNetwork, images: Tensor) -> list[Tensor]:
 
 def _mean_of_known(per_category: Tensor) -> float:
     if bool(per_category.isnan().all()):
-        raise InputError("labels must give at least one category two images, got single images; generate more.")
+        raise InputError("labels must give at least one category two images, got single images; add images.")
     return float(per_category.nanmean())
 
 

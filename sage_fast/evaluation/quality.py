@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.precision_recall import Manifold
 from sage_fast.evaluation.protocol import as_written
 from sage_fast.models.inference import counter_noise
-from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
+from sage_fast.models.perceptual import LPIPS, FeatureNetwork, load_perceptual
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weights import load_discriminator, load_generator
 from sage_fast.ops.counter_normal import counter_normal
@@ -175,7 +176,7 @@ def watched(
     Raises:
         InputError: a network, a share or a folder that cannot be used, other categories, or too few images.
     """
-    network = load_features(features)
+    network = load_features(features, setting="measure")
     if against is None:
         training, held_out = _hold_out(images, share)
     else:
@@ -229,21 +230,28 @@ def measure_folder(
         raise InputError(
             f"{str(real)!r} must have the {generator.c_dim} categories of the model, got {len(images.categories)}."
         )
-    network = load_features(features, load_discriminator(model) if str(features) == "discriminator" else None)
+    network = load_features(features, partial(load_discriminator, model))
     return Quality(config, images.images, network, images.labels if generator.c_dim else None)(generator)
 
 
-def load_features(spec: str | Path, discriminator: Discriminator | None = None) -> FeatureNetwork | Oracle:
+def load_features(
+    spec: str | Path, discriminator: Callable[[], Discriminator] | None = None, setting: str = "features"
+) -> FeatureNetwork | Oracle:
     """The network named by ``spec``: "oracle" (flora's, of the package), or what ``models.perceptual.load_perceptual`` takes.
 
+    Args:
+        discriminator: gives that for "discriminator"; None: there is none to judge by.
+        setting: what messages call ``spec``.
     Raises:
-        InputError: as there, or "none", with which nothing can be measured.
+        InputError: as there, or another word, "none" among them: with it nothing can be measured.
     """
+    words = ("oracle", *(() if discriminator is None else ("discriminator",)), *LPIPS)
+    if str(spec) not in words and not Path(spec).is_file():
+        raise InputError(f"{setting} must be {', '.join(words)} or a weights file that is there, got {str(spec)!r}.")
     if str(spec) == "oracle":
         return load_oracle()
-    network = load_perceptual(spec, discriminator)
-    if network is None:
-        raise InputError("a feature network is needed to measure quality, got 'none'; give 'oracle' or a weights file.")
+    network = load_perceptual(spec, discriminator() if discriminator and str(spec) == "discriminator" else None)
+    assert network is not None
     return network
 
 

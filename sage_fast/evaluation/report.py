@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,15 @@ import torch
 from torch import Tensor
 
 from sage_fast.data import flora
-from sage_fast.data.folders import ImageFolder, read_images, scan_image_folder
+from sage_fast.data.folders import ImageFolder, read_images
 from sage_fast.data.sources import open_source
 from sage_fast.data.writers import atomic_write, write_json
 from sage_fast.errors import InputError, counted
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Measurements, Scores, as_written, measure, score
-from sage_fast.evaluation.quality import image_features
+from sage_fast.evaluation.quality import image_features, load_features
 from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.hyperstyle import codes_of
-from sage_fast.models.perceptual import load_perceptual
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder
 
@@ -61,40 +61,63 @@ def evaluate_folder(
     """Scores of a folder of generated images against a folder of real ones.
 
     When every category is one of flora's, the oracle that knows all of flora judges, at its own resolution. Otherwise
-    the features are those of the network given as ``features``, or of the model's own discriminator, or of its encoder
+    the features are those of the network named by ``features``, or of the model's own discriminator, or of its encoder
     when it has none, and an image counts as of the category whose real images' mean feature is nearest, among all
     categories of ``real`` (a real image is left out of its own category's mean). Features of the model that is judged
     compare settings of one model, not models.
 
     Args:
         model: bundle folder; None: the model that comes with the package.
-        generated: ``<category>/<image>.png``, as ``generate`` writes it.
-        real: ``<category>/<image>.png``, or another source that ``open_source`` takes, with at least the generated
-            categories. It should not hold the shots.
+        generated: an output of ``generate`` in any format, or another source that ``open_source`` takes.
+        real: ``<category>/<image>.png``, or another such source, with at least the generated categories. It should not hold
+            the shots.
         batch: images in the network at a time.
         oracle: judge of flora's categories; the one that comes with the package when absent.
-        features: a network of ``models.perceptual.load_perceptual`` to judge in place of all of these, such as a weights file.
+        features: who judges in place of the rule above: "oracle", "discriminator" (the model's), "lpips-..." or a weights
+            file, see :func:`sage_fast.evaluation.quality.load_features`.
 
     Raises:
-        InputError: a folder or model that cannot be read, a generated category without real images, or too few images.
+        InputError: a folder, model or network that cannot be used, a generated category without real images, or too few
+            images.
     """
     encoder = load_encoder(model)
-    ours, theirs = scan_image_folder(generated, flat_ok=True), open_source(real, flat_ok=True)
+    ours, theirs = open_source(generated, flat_ok=True), open_source(real, flat_ok=True)
     missing = sorted(set(ours.categories) - set(theirs.categories))
     if missing:
         raise InputError(
             f"Real folder {str(real)!r} has no images of {', '.join(map(repr, missing[:3]))}; add a sub-folder of real "
             "images for each generated category."
         )
-    network = None if features is None else load_perceptual(str(features))
-    if network is not None:
+    _check_pairs(ours, ours.categories, "Generated", "generate more")
+    _check_pairs(theirs, ours.categories, "Real", "add real images")
+    spec = None if features is None else str(features)
+    known = encoder.n_channels == 3 and set(theirs.categories) <= _flora_numbers().keys()
+    if (spec == "oracle" or oracle is not None) and not (known and spec in (None, "oracle")):
+        raise InputError(
+            "The oracle judges RGB images of flora's categories alone, without other features; leave it out."
+        )
+    if known and spec in (None, "oracle"):
+        measured = _by_oracle(oracle or load_oracle(), ours, theirs, batch)
+    elif spec is None:
+        measured = _by_class_means(_judge_of(model), ours, theirs, batch)
+    elif spec == "discriminator":
+        measured = _by_class_means(_judge_by_maps(load_discriminator(model)), ours, theirs, batch)
+    else:
+        network = load_features(spec, partial(load_discriminator, model))
+        assert not isinstance(network, Oracle)
         judge = _Judge(partial(image_features, network), network.name, encoder.resolution, encoder.n_channels)
         measured = _by_class_means(judge, ours, theirs, batch)
-    elif encoder.n_channels == 3 and set(theirs.categories) <= _flora_numbers().keys():
-        measured = _by_oracle(oracle or load_oracle(), ours, theirs, batch)
-    else:
-        measured = _by_class_means(_judge_of(model), ours, theirs, batch)
     return dataclasses.replace(score(*measured), categories=tuple(ours.categories))
+
+
+def _check_pairs(folder: ImageFolder, categories: list[str], name: str, remedy: str) -> None:
+    """Raise InputError unless one of the categories has two images, which a mean distance within a category takes."""
+    counts = Counter(folder.labels)
+    if all(counts[folder.categories.index(category)] < 2 for category in categories):
+        raise InputError(
+            f"{name} folder {str(folder.root)!r} must have two images of at least one generated category, got single images; "
+            f"{remedy}."
+        )
 
 
 def write_report(folder: StrPath, scores: Scores | Mapping[str, Scores], title: str = "Evaluation") -> Path:
@@ -223,6 +246,10 @@ def _judge_of(model: StrPath | None) -> _Judge:
         bundle = load_bundle(model)
         G = bundle.generator
         return _Judge(partial(_encoded, bundle), "encoder", G.resolution, G.n_channels)
+    return _judge_by_maps(D)
+
+
+def _judge_by_maps(D: Discriminator) -> _Judge:
     return _Judge(partial(_judged_by_maps, D), "discriminator", D.resolution, D.n_channels)
 
 

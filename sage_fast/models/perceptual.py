@@ -19,6 +19,7 @@ from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator
 
 __all__ = [
+    "LPIPS",
     "ChainFeatures",
     "DiscriminatorFeatures",
     "FeatureNetwork",
@@ -33,6 +34,8 @@ __all__ = [
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 _LPIPS_FILES = {"alex": "alexnet-*.pth", "vgg": "vgg16-*.pth", "squeeze": "squeezenet1_1-*.pth"}
+LPIPS = tuple(f"lpips-{backbone}" for backbone in _LPIPS_FILES)
+"""Names of the networks of the ``lpips`` package, where it is installed."""
 _MIN_SIDE = 64  # smaller images are enlarged: an ImageNet network halves the maps four to five times
 
 
