@@ -73,6 +73,28 @@ def test_shots_lie_beside_the_file_unless_it_says_otherwise(shots, tmp_path):
     assert plan.root == shots and plan.parts[0].shots == ("rose/0.png", "rose/1.png")
 
 
+def test_all_shots_are_relative_to_one_folder(shots, tmp_path):
+    (tmp_path / "plans" / "novel").mkdir(parents=True)
+    shutil.copytree(shots / "rose", tmp_path / "plans" / "rose")
+    lines = {"categories": [{"category": "rose"}, {"category": "iris", "shots": ["rose/1.png"]}]}
+    for content, given, root in (
+        (lines, None, tmp_path / "plans"),
+        (lines | {"shots": "../novel"}, None, tmp_path / "plans" / ".." / "novel"),
+        (lines | {"shots": "nowhere"}, shots, shots),
+    ):
+        plan = plan_of(write(tmp_path / "plans" / "plan.json", content), given)
+        assert plan.root == root
+        assert [part.shots for part in plan.parts] == [("rose/0.png", "rose/1.png"), ("rose/1.png",)]
+
+
+@pytest.mark.parametrize("kind", ["json", "yaml"])
+def test_whole_numbers_name_categories_too(shots, tmp_path, kind):
+    pytest.importorskip("yaml")
+    (shots / "rose").rename(shots / "7")
+    path = write(tmp_path / f"plan.{kind}", json.dumps({"shots": "novel", "categories": [{"category": 7, "n": 1}]}))
+    assert brief(plan_of(path)) == [("7", 0, 1, 1.0, "sage", 2)]
+
+
 def test_named_categories_with_counts(shots):
     plan = plan_of(None, shots, n=7, categories=("rose=2", "lily"))
     assert [(part.category, part.n) for part in plan.parts] == [("rose", 2), ("lily", 7)]
@@ -108,7 +130,9 @@ def test_a_decomposed_name_is_composed(shots):
         ("p.json", {"categories": [{"category": "rose", "n": True}]}, "n must be a whole number"),
         ("p.json", {"categories": [{"category": "rose", "number": 3}]}, "no setting 'number'; choose among category"),
         ("p.json", {"categories": [{"category": "rose", "method": "magic"}]}, "method must be one of"),
-        ("p.json", {"categories": [{"category": "tulip"}]}, "which is no folder; give 'shots'"),
+        ("p.json", {"categories": [{"category": "tulip"}]}, "which is no folder; give 'shots', relative to '.*/novel'"),
+        ("p.json", {"categories": [{"category": True}]}, "must name a category, text or a whole number, got"),
+        ("p.json", {"categories": [{"category": 7.5}]}, "must name a category, text or a whole number, got"),
         ("p.json", {"categories": [{"category": "rose", "shots": []}]}, "lists no shots"),
         ("p.json", {"categories": [{"category": "rose", "shots": ["gone.png"]}]}, "gone.png: no such file"),
         ("p.json", {"categories": [{"category": "rose"}, {"category": "rose"}]}, "stands twice"),

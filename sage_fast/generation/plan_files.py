@@ -3,12 +3,15 @@
 A file holds defaults and a list of lines, ``categories``; a CSV file is that list::
 
     n: 1000                     # any setting of GenerateConfig that concerns single images
-    shots: novel                # folder of the categories' folders, relative to this file; absent: this file's folder
+    shots: novel                # what the shots below are relative to, itself relative to this file; absent: this file's folder
     categories:
       - {category: rose}                          # shots in novel/rose
       - {category: lily, n: 50, alpha: 0.5}
       - {category: lily, n: 50, alpha: 2}         # goes on with lily's image number 50
-      - {category: iris, shots: [a.png, b.png], method: age}
+      - {category: iris, shots: [iris/a.png, old/b.png], method: age}
+
+All shots are relative to one folder, the root of the plan: ``shots_dir`` where it is given, else the file's ``shots``, else the
+file's own folder.
 """
 
 from __future__ import annotations
@@ -74,8 +77,8 @@ def read_plan(
 
     Args:
         file: .yaml, .json or .csv; None: the categories are those of ``shots_dir``.
-        shots_dir: ``<category>/<image>``, or one flat folder. With ``file``: the folder of the categories' folders; None:
-            the one that the file names.
+        shots_dir: ``<category>/<image>``, or one flat folder. With ``file``: what all its shots are relative to; None: the
+            folder that the file names.
         config: the settings that the file does not give.
         n_channels, resolution: what the shots are to be readable as.
     Raises:
@@ -130,12 +133,15 @@ def _lines_of_file(
     lines = []
     for number, line in enumerate(listed, start=1):
         where = f"Plan {str(path)!r}, line {number} of its categories,"
-        if not isinstance(line, dict) or not isinstance(line.get("category"), str):
-            raise InputError(f"{where} must name a category, got {line!r:.60}.")
+        name = line.get("category") if isinstance(line, dict) else None
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise InputError(
+                f"{where} must name a category, text or a whole number, got {line!r:.60}; put it in quotes."
+            )
         values = {key: value for key, value in line.items() if key not in ("category", "shots")}
-        listing = _shots_of(root, line["category"], line.get("shots"), where)
-        lines.append(_line(line["category"], listing, _with(config, values, where)))
-    check_categories([line["category"] for line in listed])
+        listing = _shots_of(root, str(name), line.get("shots"), where)
+        lines.append(_line(str(name), listing, _with(config, values, where)))
+    check_categories([str(line["category"]) for line in listed])
     return root, lines
 
 
@@ -207,7 +213,9 @@ def _shots_of(root: Path, category: str, given: Any, where: str) -> ImageFolder:
     else:
         folder = root / (category if given is None else str(given))
         if not folder.is_dir():
-            raise InputError(f"{where} has its shots in {str(folder)!r}, which is no folder; give 'shots'.")
+            raise InputError(
+                f"{where} has its shots in {str(folder)!r}, which is no folder; give 'shots', relative to {str(root)!r}."
+            )
         found = scan_image_folder(folder, flat_ok=True)
         files = [os.path.relpath(folder / file, root).replace(os.sep, "/") for file in found.files]
     if not files:
