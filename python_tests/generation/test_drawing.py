@@ -24,6 +24,7 @@ from sage_fast.generation import (
     open_output,
     write_shard,
 )
+from sage_fast.generation.agreeing import with_settings
 from sage_fast.generation.drawing import draw_latents
 from sage_fast.generation.plan_files import read_plan
 from sage_fast.generation.verifying import verify
@@ -130,7 +131,9 @@ def test_shards_written_one_by_one_are_those_of_a_run(pipeline, tiny_shots, tmp_
     with open_output(pipeline, plan, tmp_path / "own", config) as opened:
         for shard in (2, 0, 1):
             target = format_of(tmp_path / "own")
-            assert target.plan.parts == plan.parts and shard not in committed(target.target, target.plan)
+            assert target.plan.parts == with_settings(pipeline, plan).parts and shard not in committed(
+                target.target, target.plan
+            )
             prepared = Prepared(pipeline, target.plan)
             about = about_images(prepared, target.plan.positions(shard))
             write_shard(target, shard, draw_shard(pipeline, target.plan, shard, prepared), about)

@@ -312,18 +312,6 @@ def test_the_editor_s_settings_are_recorded_as_they_were_used(pipeline, tiny_sho
         assert {name: line[name] for name in EDITOR if name in line} == used
 
 
-def test_an_output_that_did_not_record_them_goes_on(pipeline, tiny_shots, tmp_path):
-    out = tmp_path / "out"
-    generate(pipeline, tiny_shots, out, GenerateConfig(n=3))
-    settings = json.loads((out / "config.json").read_text())
-    for part in settings["plan"]:
-        part.update(dict.fromkeys(EDITOR))
-    (out / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="n_similar of 'lily' was 6, is 2"):
-        generate(pipeline, tiny_shots, out, GenerateConfig(n=3, n_similar=2, resume=True))
-    assert generate(pipeline, tiny_shots, out, GenerateConfig(n=3, resume=True)).n_new == 0
-
-
 @pytest.mark.parametrize(("name", "most"), [("n_components", 6), ("n_similar", 6), ("n_directions", 5)])
 def test_more_than_the_model_has_is_refused(pipeline, tiny_shots, tmp_path, name, most):
     refused(tmp_path, f"{name} must be 1 to {most}", pipeline, tiny_shots, **{name: 500})

@@ -62,7 +62,7 @@ def agree(
     store: Store, pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig
 ) -> Format:
     """Write down the plan of a new output; or raise InputError unless the plan is that of the output, or more of it."""
-    lost = digest_of_lost_config(store)
+    plan, lost = with_settings(pipeline, plan), digest_of_lost_config(store)
     old = read_settings(store) if lost is None else None
     if config.batch is None and old is not None:
         plan = replace(plan, batch=int(old["batch"]))
@@ -85,7 +85,7 @@ def agree(
     if changed:
         was = ", ".join(f"{key} was {old.get(key)!r:.90}, is {settings[key]!r:.90}" for key in changed)
         raise InputError(f"Output {str(store)!r} was made with other settings ({was}); give another folder.")
-    check_grown(with_settings(pipeline, Plan.read(old)), plan)
+    check_grown(Plan.read(old), plan)
     if old["plan"] != settings["plan"]:
         reopen(choose_format(config.format, store, Plan.read(old), encoder, shape_of(pipeline)), plan=plan)
         store.write(CONFIG, _json(settings))
