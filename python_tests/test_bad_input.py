@@ -338,10 +338,6 @@ def test_flora_refuses_a_folder_that_is_not_empty(occupied, refused):
     refused([*argv, "--overwrite"], "not made by sage_fast")
 
 
-def test_the_demo_advises_no_option_that_it_lacks(occupied, refused):
-    refused(["demo", f"--out={occupied}"], "so nothing in it is deleted; empty it yourself or give another folder.")
-
-
 def test_an_output_of_another_run_is_not_resumed(tmp_path, refused, tiny_bundle, tiny_shots):
     argv = generate(tiny_bundle, tiny_shots, tmp_path / "out")
     assert cli.main([str(word) for word in argv]) == 0

@@ -131,5 +131,5 @@ def test_a_folder_that_is_not_the_demos_is_left_alone(words, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("dear diary")
     assert cli.main([*words, f"--out={tmp_path / 'out'}"]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "so nothing in it is deleted; empty it yourself or give another folder." in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["diary.txt"]
