@@ -202,6 +202,15 @@ def test_a_restarted_process_empties_nothing(tmp_path, monkeypatch):
     assert not (folder / "configs").exists()
 
 
+def test_emptying_a_run_may_not_delete_the_model_that_it_begins_with(tmp_path):
+    alone = join_ranks()
+    folder = open_run_folder(tmp_path / "run", alone)
+    for model in (folder, folder / "checkpoints" / "gan.pt"):
+        with pytest.raises(InputError, match="holds the model"):
+            check_run_folder(folder, alone, overwrite=True, models=[None, model])
+    check_run_folder(folder, alone, overwrite=True, models=[tmp_path / "other"])
+
+
 def test_tensorboard_on_request(tmp_path):
     pytest.importorskip("tensorboard", reason="the extra 'logs' is not installed")
     train_toy(dataclasses.replace(CONFIG, tensorboard=True), tmp_path)

@@ -128,7 +128,7 @@ def train_gan(argv: Sequence[str]) -> None:
     needs_two = "--conditional, which may be left out, makes a class of each" if config.conditional else None
     seen = (paths.data, config.resolution, config.n_channels, paths.out, paths.cache, paths.upscale, needs_two)
     with join_ranks(device) as ranks:
-        check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+        check_run_folder(paths.out, ranks, paths.resume, paths.overwrite, [config.transfer_from])
         ranks.once(lambda: check_gan(config, ranks, paths.resume or restarted()))
         images = first_then_all(ranks, lambda: read_seen(*seen))
         watched = _to_measure(options, ranks, images)
@@ -150,7 +150,7 @@ def train_encoder(argv: Sequence[str]) -> None:
         if source is None:
             images = first_then_all(ranks, lambda: read_seen_of_run(paths.data, paths.out, "encoder", *reading))
         else:
-            check_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+            check_run_folder(paths.out, ranks, paths.resume, paths.overwrite, [source])
             side, n_channels = ranks.once(lambda: check_given(config, source, ranks))
             images = first_then_all(ranks, lambda: read_seen(paths.data, side, n_channels, paths.out, *reading))
             folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)

@@ -15,7 +15,7 @@ import json
 import math
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sage_fast.data.writers import atomic_write, check_output, contact_sheet, prepare_output, to_uint8, write_json
+from sage_fast.data.writers import (
+    atomic_write,
+    check_apart,
+    check_output,
+    contact_sheet,
+    prepare_output,
+    to_uint8,
+    write_json,
+)
 from sage_fast.errors import InputError, SageFastWarning, Stopped
 from sage_fast.training.checkpoints import Checkpoints, random_state, set_random_state, versions
 from sage_fast.training.logs import TrainingLog, check_tensorboard
@@ -260,9 +268,21 @@ class Run:
             )
 
 
-def check_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwrite: bool = False) -> None:
-    """:func:`sage_fast.data.writers.check_output` for all ranks: what :func:`open_run_folder` will refuse, with nothing touched."""
+def check_run_folder(
+    out: str | Path,
+    ranks: Ranks,
+    resume: bool = False,
+    overwrite: bool = False,
+    models: Iterable[str | Path | None] = (),
+) -> None:
+    """:func:`sage_fast.data.writers.check_output` for all ranks: what :func:`open_run_folder` will refuse, with nothing touched.
+
+    Args:
+        models: files or folders that the run begins with, which emptying ``out`` must not delete; None is passed over.
+    """
     again = restarted()
+    if overwrite and not again:
+        check_apart(out, {}, models)
     ranks.once(lambda: check_output(out, resume or again, overwrite and not again))
 
 

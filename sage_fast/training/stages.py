@@ -154,7 +154,7 @@ def train_all(
             is not finite.
     """
     gan, ranks = config.resolved_gan, join_ranks(device)
-    check_run_folder(out, ranks, resume, overwrite)
+    check_run_folder(out, ranks, resume, overwrite, [config.gan.transfer_from])
     ranks.once(lambda: check_road(config, ranks, resume or restarted()))
     images = first_then_all(ranks, lambda: read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale))
     watched = watch(images)
