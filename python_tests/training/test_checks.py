@@ -97,12 +97,12 @@ def test_tensorboard_that_is_not_there_is_missed_first(seen, tmp_path, refused, 
 
 def test_an_old_run_is_not_emptied_for_settings_that_cannot_be_used(seen, singly, tmp_path, refused):
     before = sorted(visible(singly))
-    for words in (
-        ["train", *ALL, "--resolution=8", "--encoder.identity=nofile"],
-        ["train-gan", *GAN, "--resolution=8", "--transfer-from=nofile"],
-        ["train-encoder", *ENCODER, f"--generator={singly}", "--identity=nofile"],
+    for words, named in (
+        (["train", *ALL, "--resolution=8", "--encoder.identity=nofile"], "nofile"),
+        (["train-gan", *GAN, "--resolution=8", "--transfer-from=nofile"], "nofile"),
+        (["train-encoder", *ENCODER, f"--generator={singly}"], "holds the model"),
     ):
-        refused([*words, f"--data={seen}", f"--out={singly}", "--overwrite"], "nofile")
+        refused([*words, f"--data={seen}", f"--out={singly}", "--overwrite"], named)
     assert sorted(visible(singly)) == before
 
 
