@@ -195,7 +195,7 @@ def test_images_that_would_share_a_name_are_refused(tiny_bundle, shots, tmp_path
 
 
 def test_a_weight_of_what_is_not_there_is_refused_before_anything_is_written(tiny_bundle, shots, tmp_path):
-    with pytest.raises(InputError, match="perceptual_weight has no effect without a perceptual network"):
+    with pytest.raises(InputError, match="perceptual_weight = 2.0 has no effect without a perceptual network"):
         invert(tiny_bundle, shots, tmp_path / "out", projection=ProjectionConfig(perceptual_weight=2.0))
     assert not (tmp_path / "out").exists()
 

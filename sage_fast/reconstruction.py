@@ -38,11 +38,11 @@ from sage_fast.data.writers import (
 )
 from sage_fast.errors import InputError
 from sage_fast.inversion import Projection, ProjectionConfig, project
-from sage_fast.inversion.config import check_no_perceptual
 from sage_fast.models.image_encoder import ImageEncoder, check_encoder
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weights import load_discriminator, load_encoder, load_generator, read_index
+from sage_fast.settings import check_ignored
 
 __all__ = ["InvertConfig", "InvertSummary", "invert"]
 
@@ -124,7 +124,7 @@ def invert(
             that is there then is whole and a resumed run goes on.
     """
     if config.perceptual == "none":
-        check_no_perceptual(projection)
+        check_ignored(projection, ("perceptual_weight",), "a perceptual network")
     loaded = _load(model, encoder, config)
     images = read_images(
         scan_image_folder(images_dir, flat_ok=True), loaded.generator.resolution, loaded.generator.n_channels
@@ -232,7 +232,7 @@ def _resolve(
         pixels.update(masks.numpy().tobytes())
     return {
         **settings,
-        **{name: projection.value(name) for name in asdict(projection)},
+        **asdict(projection),
         "device": str(model.generator.latent_avg.device),
         "images": images.files,
         "images_dir": images.root,

@@ -256,9 +256,7 @@ def _gan_start(argv: Sequence[str]) -> Any:
         from sage_fast.data.sources import open_source
 
         on_gpu = usable_device(value_of(argv, "--device") or "auto") != "cpu"
-        n_images, n_devices = (
-            len(open_source(data, flat_ok=True)),
-            int(os.environ.get("WORLD_SIZE", "1")) if on_gpu else 0,
-        )
+        n_images = len(open_source(data, flat_ok=True))
+        n_devices = int(os.environ.get("WORLD_SIZE", "1")) if on_gpu else 0
     source = value_of(argv, "--transfer-from", "--gan.transfer-from")
     return presets.preset(name, int(size) if size and size.isdigit() else None, n_images, n_devices, source)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from sage_fast.errors import InputError
-from sage_fast.settings import check_numbers
+from sage_fast.settings import check_ignored, check_numbers
 
-__all__ = ["METHODS", "NOISES", "SPACES", "ProjectionConfig", "check_no_perceptual"]
+__all__ = ["METHODS", "NOISES", "SPACES", "ProjectionConfig"]
 
 SPACES = ("w", "w_plus")
 METHODS = ("lbfgs", "adam")
 NOISES = ("const", "none", "optimize")
-
-
-_DEFAULTS = {"history": 10, "perceptual_weight": 1.0, "noise_weight": 1e5}
 
 
 @dataclass(frozen=True)
@@ -31,14 +27,14 @@ class ProjectionConfig:
     method: str = "lbfgs"
     steps: int = 500  # at most so many for an image
     lr: float | None = None  # None: 1 for lbfgs, 0.1 for adam
-    history: int | None = None  # pairs that lbfgs remembers; None: 10
+    history: int = 10  # pairs that lbfgs remembers
     tolerance: float = 1e-3  # an image is done when its loss falls by less than this share over `patience` steps
     patience: int | None = None  # None: 10 for lbfgs, 50 for adam
     pixel_weight: float = 1.0  # of the masked absolute error
-    perceptual_weight: float | None = None  # of the perceptual distance, where a feature network is given; None: 1
+    perceptual_weight: float = 1.0  # of the perceptual distance, where a feature network is given
     latent_weight: float = 0.5  # of the latent's distance from where it started
     noise: str | None = None
-    noise_weight: float | None = None  # keeps optimised noise from carrying structure; None: 1e5
+    noise_weight: float = 1e5  # keeps optimised noise from carrying structure
     n_candidates: int = 0  # random latents to choose the start among, where no encoder is given; 0: from latent_avg
     seed: int = 0  # of the candidates
 
@@ -51,33 +47,18 @@ class ProjectionConfig:
                 )
         for name, least in (("steps", 1), ("history", 1), ("patience", 1), ("n_candidates", 0), ("seed", None)):
             value = getattr(self, name)
-            if name in ("history", "patience") and value is None:
+            if name == "patience" and value is None:
                 continue
             if not isinstance(value, int) or (least is not None and value < least):
                 bound = "" if least is None else f", at least {least}"
                 raise InputError(f"{name} must be a whole number{bound}, got {value!r}.")
         for name in ("tolerance", "pixel_weight", "perceptual_weight", "latent_weight", "noise_weight"):
-            value = self.value(name)
+            value = getattr(self, name)
             if not isinstance(value, int | float) or value < 0:
                 raise InputError(f"{name} must be a finite number, not negative, got {value!r}.")
         if self.lr is not None and not (isinstance(self.lr, int | float) and self.lr > 0):
             raise InputError(f"lr must be a finite positive number, got {self.lr!r}.")
-        if self.history is not None and self.method != "lbfgs":
-            raise InputError(f"history is that of method 'lbfgs', got method '{self.method}'; leave it out.")
-        if self.noise_weight is not None and self.noise != "optimize":
-            raise InputError(
-                f"noise_weight goes with noise 'optimize', got noise {self.noise!r}; leave it out or optimise the noise."
-            )
-
-    def value(self, name: str) -> Any:
-        """A setting, or what it is where it was not given."""
-        given = getattr(self, name)
-        return _DEFAULTS.get(name) if given is None else given
-
-
-def check_no_perceptual(config: ProjectionConfig) -> None:
-    """Raise InputError for what has no effect without a feature network."""
-    if config.perceptual_weight is not None:
-        raise InputError(
-            "perceptual_weight has no effect without a perceptual network; give perceptual or leave it out."
-        )
+        if self.method != "lbfgs":
+            check_ignored(self, ("history",), "method 'lbfgs'")
+        if self.noise != "optimize":
+            check_ignored(self, ("noise_weight",), "noise 'optimize'")

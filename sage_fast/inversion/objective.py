@@ -119,18 +119,18 @@ class Objective:
             code = w_plus if self.encoder is None else self._encode(images) + self.generator.latent_avg
             loss = loss + config.latent_weight * (code - targets.anchor).square().mean((1, 2))
         if noise is not None:
-            loss = loss + config.value("noise_weight") * sum(autocorrelation(m) for m in noise)
+            loss = loss + config.noise_weight * sum(autocorrelation(m) for m in noise)
         return loss
 
     def _image_losses(self, images: Tensor, targets: _Targets) -> Tensor:
         """Masked absolute error and perceptual distance (Eq. 1 of [Views]): [n]."""
         loss = self.config.pixel_weight * ((images - targets.images).abs() * targets.weight).sum((1, 2, 3))
-        if self.perceptual is None or not self.config.value("perceptual_weight"):
+        if self.perceptual is None or not self.config.perceptual_weight:
             return loss
         features = normalised_features(self.perceptual, self._shown(images, targets))
         maps = distance_maps(self.perceptual, features, targets.features)
         distance = sum((d * weight).sum((1, 2)) for d, weight in zip(maps, targets.feature_weights))
-        return loss + self.config.value("perceptual_weight") * distance
+        return loss + self.config.perceptual_weight * distance
 
     def _shown(self, images: Tensor, targets: _Targets) -> Tensor:
         """The images with their hidden pixels in the mean colour of the given image's others."""

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sage_fast.errors import InputError
-from sage_fast.inversion.config import ProjectionConfig, check_no_perceptual
+from sage_fast.inversion.config import ProjectionConfig
 from sage_fast.inversion.inputs import check_images, check_mask, check_networks, check_start
 from sage_fast.inversion.objective import Objective
 from sage_fast.minimize import Minima, minimize_adam, minimize_lbfgs
 from sage_fast.models.perceptual import FeatureNetwork
 from sage_fast.models.stylegan2 import Generator
+from sage_fast.settings import check_ignored
 
 __all__ = ["Projection", "project"]
 
@@ -91,7 +92,7 @@ def project(
         raise InputError("n_candidates has no effect where an encoder or a start is given; leave it out.")
     check_networks(generator, encoder, perceptual)
     if perceptual is None:
-        check_no_perceptual(config)
+        check_ignored(config, ("perceptual_weight",), "a perceptual network")
     images = check_images(images, generator)
     mask = check_mask(mask, images)
     with _frozen(generator, encoder, perceptual):
@@ -111,7 +112,7 @@ def _minimize(
     patience = config.patience or _PATIENCE[config.method]
     if config.method == "adam":
         return minimize_adam(objective, x, config.steps, lr, config.tolerance, patience, progress)
-    return minimize_lbfgs(objective, x, config.steps, lr, config.value("history"), config.tolerance, patience, progress)
+    return minimize_lbfgs(objective, x, config.steps, lr, config.history, config.tolerance, patience, progress)
 
 
 @contextmanager
