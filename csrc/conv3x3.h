@@ -22,8 +22,7 @@ inline void check(const Conv3x3Params& p) {
   require(p.x_channels > 0 && p.x_channels % 16 == 0 && p.y_channels > 0 && p.y_channels % 16 == 0 &&
               p.x_channels <= 4096 && p.y_channels <= 4096,
           "conv3x3: channels must be multiples of 16, at most 4096");
-  require(p.dtype == Dtype::float32 || (p.dtype == Dtype::bfloat16 && p.stride == 1),
-          "conv3x3: images must be float32, or bfloat16 with stride 1");
+  require(p.dtype == Dtype::float32 || p.dtype == Dtype::bfloat16, "conv3x3: images must be float32 or bfloat16");
 }
 
 }  // namespace sage_fast

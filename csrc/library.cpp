@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def("conv3x3_transposed(Tensor y, Tensor weight, int stride) -> Tensor");
   m.def("conv3x3_taps(Tensor x, Tensor y, int stride) -> Tensor");
   m.def("synthesis_pack(Tensor weight, bool up, bool bf16) -> Tensor");
-  m.def("synthesis_has_bf16(Tensor any) -> bool");
+  m.def("has_bf16_products(Tensor any) -> bool");
   m.def(
       "styled_epilogue(Tensor x, Tensor factor, Tensor bias, Tensor? noise, float strength, Tensor? next_style, "
       "Tensor image_weight, Tensor image_bias, Tensor? skip, float slope, float gain, float clamp) -> (Tensor, "

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sage_fast.errors import InputError, SageFastWarning
 
@@ -28,6 +29,7 @@ __all__ = [
     "NATIVE_OPS",
     "Native",
     "call",
+    "has_bf16_products",
     "has_kernel",
     "has_schemas",
     "host",
@@ -62,11 +64,15 @@ _REMEDY = "Install {} and reinstall (pip install --no-build-isolation .), or set
 
 @dataclass
 class Native:
-    """What was loaded: ``folder`` of the objects, ``devices`` with kernels, ``reasons`` per device without."""
+    """What was loaded: ``folder`` of the objects, ``devices`` with kernels, ``reasons`` per device without.
+
+    ``bf16_products``: the processor multiplies bfloat16, and the CPU kernels that need it may run.
+    """
 
     folder: Path | None = None
     devices: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
+    bf16_products: bool = False
 
     @functools.cached_property
     def host(self) -> Any:
@@ -150,7 +156,12 @@ def has_schemas() -> bool:
     return not _plain.get() and bool((_native or load()).devices)
 
 
-for _asked in (has_kernel, has_schemas):  # torch.compile calls it and keeps the answer
+def has_bf16_products() -> bool:
+    """Whether CPU kernels that multiply bfloat16 run here: on processors with AVX-512 BF16."""
+    return not _plain.get() and (_native or load()).bf16_products
+
+
+for _asked in (has_kernel, has_schemas, has_bf16_products):  # torch.compile calls it and keeps the answer
     _asked._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
 
 
@@ -239,6 +250,8 @@ def _load_from(folder: Path) -> Native:
                 return native
     for register in _callbacks:
         register()
+    with _disable_current_modes():  # a graph may be captured meanwhile
+        native.bf16_products = torch.ops.sage_fast.has_bf16_products(torch.empty(0))
     return native
 
 

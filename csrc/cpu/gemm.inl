@@ -74,9 +74,9 @@ struct Bf16Products {
   }
 };
 
+// sum [Rows, kPanel] = a [Rows, depth] (pitch lda) x b [depth / 2][kPanel, 2]
 template <int Rows>
-inline void micro_kernel(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, float* c, int64_t ldc) {
-  __m512 sum[Rows][2];
+inline void sum_pairs(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, __m512 (&sum)[Rows][2]) {
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth; k += 2) {
@@ -91,6 +91,12 @@ inline void micro_kernel(const uint16_t* a, int64_t lda, const uint16_t* b, int6
       sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, b1);
     }
   }
+}
+
+template <int Rows>
+inline void micro_kernel(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t depth, float* c, int64_t ldc) {
+  __m512 sum[Rows][2];
+  sum_pairs<Rows>(a, lda, b, depth, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
     _mm512_storeu_ps(c + r * ldc, sum[r][0]);

@@ -39,4 +39,12 @@ const char* isa_name() {
   return names[static_cast<int>(isa())];
 }
 
+bool has_bf16() {
+#ifdef SAGE_X86
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace sage_fast

@@ -14,6 +14,7 @@ enum class Isa { portable, avx2, avx512 };
 // The best set that was compiled and that this processor has; SAGE_FAST_ISA=portable|avx2|avx512 caps it.
 Isa isa();
 const char* isa_name();
+bool has_bf16();  // products of bfloat16, on top of AVX-512
 
 }  // namespace sage_fast
 

@@ -1,4 +1,4 @@
-// The one kernel that needs bfloat16 products, for processors that have them on top of AVX-512.
+// The kernels that need bfloat16 products, for processors that have them on top of AVX-512.
 #include "isa.h"
 #ifdef SAGE_X86
 #include "kernels_std.h"  // before the pragma: what std defines stays portable
@@ -14,6 +14,7 @@
 #include "../dtype.h"
 #include "parallel.h"
 #include "simd.inl"
+#include "strided_bf16.inl"
 #include "synthesis.inl"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -82,10 +82,14 @@ typedef Vector<uint32_t>::type Words;
 typedef uint16_t Halves __attribute__((vector_size(SAGE_VECTOR_BYTES / 2)));  // as many as Floats has
 
 inline Floats widen(Halves h, BFloat16) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
+#ifdef SAGE_BF16
+inline Halves narrow(Floats v, BFloat16) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }  // subnormal: zero
+#else
 inline Halves narrow(Floats v, BFloat16) {
   const Words u = (Words)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return __builtin_convertvector((v != v) ? u * 0 + 0x7fc0 : rounded, Halves);
 }
+#endif
 
 #if SAGE_VECTOR_BYTES == 64
 // all lanes of the masked forms: GCC 12 warns of the others

@@ -28,14 +28,6 @@ namespace sage_fast {
 
 namespace {
 
-bool has_bf16() {
-#ifdef SAGE_X86
-  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 const float* floats(const Tensor& x, std::vector<int64_t> shape, const char* message) {
   require(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == int64_t(shape.size()), message);
   for (size_t i = 0; i < shape.size(); ++i) require(x.size(i) == shape[i], message);
@@ -174,14 +166,14 @@ Tensor synthesis_pack(Tensor weight, bool up, bool bf16) {
 }
 
 // Whether bf16=True is possible here; a tensor only carries the question to the device's kernels.
-bool synthesis_has_bf16(Tensor) { return has_bf16(); }
+bool has_bf16_products(Tensor) { return has_bf16(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sage_fast, CPU, m) {
   m.impl("synthesis", TORCH_BOX(&synthesis));
   m.impl("synthesis_pack", TORCH_BOX(&synthesis_pack));
-  m.impl("synthesis_has_bf16", TORCH_BOX(&synthesis_has_bf16));
+  m.impl("has_bf16_products", TORCH_BOX(&has_bf16_products));
 }
 
 }  // namespace sage_fast

@@ -9,6 +9,7 @@ import scipy.signal
 import torch
 from torch.nn import functional as F
 
+from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops import conv3x3, conv3x3_reference, conv3x3_transposed, conv3x3_transposed_reference
 
@@ -90,6 +91,102 @@ def test_bfloat16_images_with_float32_weights(cpu_kernel, no_worse_than_plain):
     gradient = op.conv3x3_taps(x, grad, 1)
     assert gradient.dtype == torch.float32
     assert (gradient.double() - results["exact"][2]).abs().max() < 5e-6 * results["exact"][2].abs().max()
+
+
+@pytest.fixture
+def bf16_products(cpu_kernel):
+    if not _native.has_bf16_products():
+        pytest.skip("this processor does not multiply bfloat16")
+
+
+def strided_problem(n, c_in, c_out, side):
+    """bfloat16 images of either size, channels last, and a weight that bfloat16 holds."""
+    wide, weight, narrow, *_ = problem(n, c_in, c_out, side, "stride 2")
+    last = torch.channels_last
+    return (*(t.bfloat16().contiguous(memory_format=last) for t in (wide, narrow)), weight.bfloat16().float())
+
+
+#: small and large, several images a band and several bands an image, rows of cells that end within a thread's part
+STRIDED_SHAPES = [(2, 32, 64, 4), (5, 64, 32, 12), (3, 96, 64, 20), (40, 32, 32, 4), (1, 256, 256, 4), (2, 32, 32, 100)]
+
+
+@pytest.mark.parametrize("shape", STRIDED_SHAPES)
+def test_strided_bfloat16(bf16_products, shape, no_worse_than_plain):
+    x, y, weight = strided_problem(*shape)
+    op, taps = torch.ops.sage_fast, weight.bfloat16()
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    images, gradient = torch.autograd.grad(F.conv2d(*exact, stride=2), exact, y.double())
+    no_worse_than_plain(op.conv3x3(x, weight, 2), F.conv2d(x, taps, stride=2), F.conv2d(*exact, stride=2).detach())
+    no_worse_than_plain(op.conv3x3_transposed(y, weight, 2), F.conv_transpose2d(y, taps, stride=2), images)
+    ours = op.conv3x3_taps(x, y, 2)
+    assert ours.dtype == torch.float32
+    assert (ours.double() - gradient).abs().max() < 1e-5 * gradient.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_strided_bfloat16_by_the_public_ops(bf16_products, native_calls, kind):
+    """Under autocast: the kernel runs forward and back, the gradient of float32 weights is float32."""
+    x, weight, grad, conv, reference = problem(4, 32, 64, 8, kind)
+    inputs = [t.clone().requires_grad_() for t in (x, weight)]
+    with native_calls:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(*inputs)
+        gradients = torch.autograd.grad(y, inputs, grad.bfloat16())
+    names = {name.removeprefix("sage_fast::") for name in native_calls.names if "conv" in name}
+    assert names == {"conv3x3", "conv3x3_transposed", "conv3x3_taps"}
+    assert y.dtype == torch.bfloat16 and [g.dtype for g in gradients] == [torch.float32] * 2
+    exact = [t.double().requires_grad_() for t in (x, weight)]
+    expected = reference(*exact)
+    for got, want in zip((y, *gradients), (expected, *torch.autograd.grad(expected, exact, grad.double()))):
+        assert (got.double() - want).abs().max() < 1e-2 * want.abs().max()
+
+
+def test_second_derivatives_of_strided_bfloat16(bf16_products):
+    """As R1 takes them, on numbers that bfloat16 holds; sums of squares leave rounding little to do."""
+    x, _, weight = strided_problem(4, 32, 64, 8)
+
+    def penalty(x, weight, conv):
+        x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        (gx,) = torch.autograd.grad(conv(x, weight).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gx.square().sum(), (x, weight))
+
+    ours = penalty(x, weight, partial(conv3x3, stride=2))
+    exact = penalty(x.double(), weight.double(), partial(conv3x3_reference, stride=2))
+    for got, want in zip(ours, exact):
+        assert (got.double() - want).abs().max() < 2e-2 * want.abs().max()
+
+
+def test_strided_bfloat16_has_the_same_bits_for_all_thread_counts(bf16_products, same_bits_for_all_thread_counts):
+    x, y, weight = strided_problem(9, 32, 96, 16)
+    op = torch.ops.sage_fast
+
+    def compute():
+        parts = op.conv3x3(x, weight, 2), op.conv3x3_transposed(y, weight, 2), op.conv3x3_taps(x, y, 2)
+        return torch.cat([part.float().flatten() for part in parts])
+
+    same_bits_for_all_thread_counts(compute)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_strided_bfloat16_keeps_nan_and_infinity_where_they_belong(bf16_products, value):
+    x, y, weight = strided_problem(2, 32, 32, 8)
+    op = torch.ops.sage_fast
+    x[0, 3, 4, 4], y[0, 3, 2, 2] = value, value
+    bad = ~op.conv3x3(x, weight, 2).isfinite()
+    assert bad[0, :, 1:3, 1:3].all() and bad.sum() == 32 * 4
+    bad = ~op.conv3x3_transposed(y, weight, 2).isfinite()
+    assert bad[0, :, 4:7, 4:7].all() and bad.sum() == 32 * 9
+    y[0, 3, 2, 2] = 1
+    bad = ~op.conv3x3_taps(x, y, 2).isfinite()  # even rows and columns of x meet the outer taps
+    assert bad[:, 3, ::2, ::2].all() and bad.sum() == 32 * 4
+
+
+def test_strided_bfloat16_without_the_products(cpu_kernel, native_calls, monkeypatch):
+    x, _, weight = strided_problem(2, 32, 32, 8)
+    monkeypatch.setattr(_native.load(), "bf16_products", False)
+    with native_calls:
+        y = conv3x3(x, weight, stride=2)
+    assert y.dtype == torch.bfloat16 and not any("conv3x3" in name for name in native_calls.names)
 
 
 def test_the_kernel_is_taken_where_it_pays(cpu_kernel, native_calls):
@@ -204,7 +301,7 @@ def test_bad_input(cpu_kernel):
         ((last, weight[:9], 1), "multiples of 16"),
         ((last, weight, 2), "sides of x must be odd|multiples of 4"),
         ((last, weight, 3), "stride must be 1 or 2"),
-        ((last.double(), weight, 1), "images must be float32, or bfloat16"),
+        ((last.double(), weight, 1), "images must be float32 or bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
             op(*args)

@@ -65,6 +65,24 @@ def test_equals_reference(device, way, k, demodulate, dtype):
         torch.testing.assert_close(result, expected, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("n", [1, 2])
+def test_mixing_channels_keeps_the_layout(device, layout, n):
+    """The layer to the image: 1 x 1 without demodulation, images and gradients lie in memory as x does."""
+    x, weight, style = arguments(n, 8, 3, k=1, dtype=torch.float64, device=device)
+    inputs = [x.contiguous(memory_format=layout).requires_grad_(), weight.requires_grad_(), style.requires_grad_()]
+    y = modulated_conv2d(*inputs, demodulate=False)
+    expected = modulated_conv2d_reference(*inputs, demodulate=False)
+    torch.testing.assert_close(y, expected)
+    grad = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=device).view_as(y)
+    gradients = torch.autograd.grad(y, inputs, grad.contiguous(memory_format=layout))
+    for ours, want in zip(gradients, torch.autograd.grad(expected, inputs, grad)):
+        torch.testing.assert_close(ours, want)
+    assert y.is_contiguous(memory_format=layout) and gradients[0].is_contiguous(memory_format=layout)
+    assert torch.autograd.gradgradcheck(lambda *tensors: modulated_conv2d(*tensors, demodulate=False), inputs)
+    assert modulated_conv2d(inputs[0][:0], weight, style[:0], demodulate=False).shape == (0, 3, 9, 7)
+
+
 @pytest.mark.parametrize("demodulate", [True, False])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("way", WAYS)

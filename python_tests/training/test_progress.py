@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import re
 
@@ -46,11 +47,12 @@ def test_without_images_speed_is_counted_in_steps(monkeypatch):
 
 
 def test_memory_is_what_the_process_holds():
+    gc.collect()  # what other tests left is not to go meanwhile
     before = memory()
     if "rss_gb" not in before:
         pytest.skip("this system has no /proc")
-    held = torch.ones(25_000_000)  # 0.1 GB
-    assert 0.05 < memory()["rss_gb"] - before["rss_gb"] < 0.2
+    held = torch.ones(75_000_000)  # 0.3 GB
+    assert 0.2 < memory()["rss_gb"] - before["rss_gb"] < 0.4
     assert before["rss_gb"] > 0.05 and "cuda_peak_gb" not in before and len(held)
 
 

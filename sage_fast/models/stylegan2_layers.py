@@ -250,7 +250,10 @@ class _ModulatedConv(nn.Module):
         fir = self.blur.kernel / 4 if self.up == 2 else None
         weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype)) * self.scale
         # [N, ...] where each sample has its own (models.weight_deltas); one that all share is a good deal faster
-        weight = weight if weight.shape[0] > 1 and weight.shape[0] == x.shape[0] else weight[0]
+        if weight.shape[0] == 1:
+            weight = weight.squeeze(0)  # a view, and so is its gradient
+        elif weight.shape[0] != x.shape[0]:
+            weight = weight[0]
         return unscaled_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
 
 

@@ -21,9 +21,10 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
 
     On the CPU, square images whose results have sides that are multiples of 4, with channels that are multiples of 16, go
     through the transform's domain, in the forward pass and in both gradients: 2.25 multiplications a pixel instead of 9 by
-    Winograd's F(4 x 4, 3 x 3), 5.06 with stride 2 by Toom-Cook (in float32; bfloat16 products of PyTorch's are faster than
-    that). Weights and sums are float32, images float32 or bfloat16; the result is channels last. Under autocast to bfloat16
-    the images are bfloat16, as PyTorch's are. Everything else is PyTorch's convolution.
+    Winograd's F(4 x 4, 3 x 3), 5.06 with stride 2 by Toom-Cook. bfloat16 images at stride 2 are multiplied as they are, by
+    weights rounded to bfloat16, where the processor has such products and channels are multiples of 32. Weights and sums are
+    float32, images float32 or bfloat16; the result is channels last. Under autocast to bfloat16 the images are bfloat16, as
+    PyTorch's are. Everything else is PyTorch's convolution.
 
     Args:
         x: [N, C_in, H, W], floating; with stride 2, sides are odd for the fewer multiplications.
@@ -85,11 +86,13 @@ def _kernel_pays(x: Tensor, weight: Tensor, side: float, stride: int) -> bool:
         return False
     # a graph is to serve every batch, so it is captured without a look at this one
     enough = torch.compiler.is_compiling() or _enough_tiles(x.shape[0] * int(side * side) // 16)
+    by_bf16 = x.dtype == torch.bfloat16 and stride == 2
+    channels = 32 if by_bf16 else 16
     return (
-        (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and stride == 1))
+        (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and (stride == 1 or _native.has_bf16_products())))
         and weight.dtype == torch.float32
         and x.shape[2] == x.shape[3]
-        and side % 4 == x.shape[1] % 16 == weight.shape[0] % 16 == weight.shape[1] % 16 == 0
+        and side % 4 == weight.shape[0] % channels == weight.shape[1] % channels == 0
         and enough
         and max(weight.shape) <= 4096
     )

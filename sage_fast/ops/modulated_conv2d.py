@@ -70,11 +70,19 @@ def unscaled_conv2d(
         weight = _modulated(weight, style[:, None], demodulate, eps)
         return _convolve(x, weight, up, down, resample_filter), None
     if weight.shape[2] == up == down == 1 and not demodulate:  # a product of matrices: no pass over x for the style
-        weight = (weight[:, :, 0, 0] * style[:, None]).to(x.dtype)
-        return torch.einsum("nchw,nkc->nkhw", x, weight), None
+        return _mix_channels(x, (weight[:, :, 0, 0] * style[:, None]).to(x.dtype)), None
     style, factor = _demodulation(x, weight, style, eps) if demodulate else (style, None)
     x = x * style[:, :, None, None].to(x.dtype)
     return _convolve(x, weight, up, down, resample_filter), factor
+
+
+def _mix_channels(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, C, H, W], weight [N, K, C] -> [N, K, H, W], which lies in memory as x does; and so do its gradients."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        n, _, h, w = x.shape
+        pixels = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))
+        return pixels.view(n, h, w, weight.shape[1]).permute(0, 3, 1, 2)
+    return torch.einsum("nchw,nkc->nkhw", x, weight)
 
 
 def _demodulation(x: Tensor, weight: Tensor, style: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -155,8 +155,8 @@ def has_products(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     if device.type == "cuda":
         return dtype in (torch.float32, torch.float16) or (dtype == torch.bfloat16 and torch.cuda.is_bf16_supported())
-    bf16 = dtype == torch.bfloat16 and torch.ops.sage_fast.synthesis_has_bf16(torch.empty(0))
-    return dtype == torch.float32 or bool(bf16)
+    bf16 = dtype == torch.bfloat16 and _native.has_bf16_products()
+    return dtype == torch.float32 or bf16
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
