@@ -46,6 +46,7 @@ THROUGH = $(addprefix python_tests/,models/test_weights.py models/test_low_preci
 sanitize: setup
 	$(SANITIZE) $(PYTHON) -c 'from sage_fast import _build; print(_build.build_cached())'
 	$(WATCHED) python_tests/ops python_tests/test_fusion.py python_tests/models/test_stylegan2.py python_tests/editing $(THROUGH)
+	SAGE_FAST_ISA=avx512 $(WATCHED) python_tests/ops
 	SAGE_FAST_ISA=avx2 $(WATCHED) python_tests/ops
 	SAGE_FAST_ISA=portable $(WATCHED) python_tests/ops
 	$(WATCHED) python_tests/cuda_on_host

@@ -45,8 +45,8 @@ def plain_upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1.0):
     return F.conv2d(x, taps, stride=down, padding=(pad[2], pad[0]), groups=c)
 
 
-def plain_unscaled_conv2d(x, weight, style, demodulate=True, up=1, down=1, resample_filter=None, eps=1e-8):
-    x = x * style[:, :, None, None]
+def plain_unscaled_conv2d(x, weight, style, demodulate=True, up=1, down=1, resample_filter=None, eps=1e-8, scale=1.0):
+    x, weight = x * style[:, :, None, None], weight * scale
     if up == 2:
         x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
         x = plain_upfirdn2d(x, resample_filter, padding=1, gain=4.0)
@@ -62,8 +62,8 @@ def plain_scaled_bias_act(x, scale, noise, strength, b, gain=2**0.5, clamp=None)
     return plain_bias_act(x, b, gain=gain)
 
 
-def plain_conv3x3(x, weight, stride=1):
-    return F.conv2d(x, weight, stride=stride, padding=2 - stride)
+def plain_conv3x3(x, weight, stride=1, scale=1.0):
+    return F.conv2d(x, weight * scale, stride=stride, padding=2 - stride)
 
 
 def plain_bias_act(x, b, act="lrelu", gain=2**0.5, clamp=None):

@@ -11,8 +11,11 @@ namespace sage_fast {
 struct Conv3x3Params {
   int64_t n, size, stride, x_channels, y_channels;
   Dtype dtype;                               // of x and y; weights and all sums are float32
+  float scale;                               // of the weight: it is multiplied by this before anything else
   int64_t weight_stride_y, weight_stride_x;  // weight [y_channels, x_channels, 3, 3], its 9 taps side by side
 
+  // multiplied as it is, on processors with products of bfloat16; all else goes through the transform's domain
+  bool strided_bf16() const { return stride == 2 && dtype == Dtype::bfloat16; }
   int64_t x_size() const { return stride == 1 ? size : 2 * size + 1; }
 };
 

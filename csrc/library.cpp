@@ -26,9 +26,9 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def(
       "synthesis(Tensor w_plus, Tensor input, Tensor[] layers, Tensor[] images, float[] strengths, float slope, "
       "float gain, float clamp) -> Tensor");
-  m.def("conv3x3(Tensor x, Tensor weight, int stride) -> Tensor");
-  m.def("conv3x3_transposed(Tensor y, Tensor weight, int stride) -> Tensor");
-  m.def("conv3x3_taps(Tensor x, Tensor y, int stride) -> Tensor");
+  m.def("conv3x3(Tensor x, Tensor weight, int stride, float scale=1.0) -> Tensor");
+  m.def("conv3x3_transposed(Tensor y, Tensor weight, int stride, float scale=1.0) -> Tensor");
+  m.def("conv3x3_taps(Tensor x, Tensor y, int stride, float scale=1.0) -> Tensor");
   m.def("synthesis_pack(Tensor weight, bool up, bool bf16) -> Tensor");
   m.def("has_bf16_products(Tensor any) -> bool");
   m.def(

@@ -59,7 +59,7 @@ struct SynthesisNetwork {
 
 struct PackShape {
   int64_t c_out, c_in;
-  bool up;
+  bool up, bf16;
 };
 
 }  // namespace sage_fast

@@ -57,7 +57,7 @@ NATIVE_OPS = (
 #: ops with a kernel on CUDA alone: parts of its fused synthesis
 CUDA_OPS = ("styled_epilogue", "blur_epilogue", "styled_conv", "counter_normal")
 BUILD_MODES = ("auto", "aot", "jit", "none")
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 _NEEDED = {"cuda": "the CUDA toolkit (nvcc) beside a CUDA build of torch"}
 _REMEDY = "Install {} and reinstall (pip install --no-build-isolation .), or set SAGE_FAST_BUILD=none to stay without."
 

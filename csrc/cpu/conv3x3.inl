@@ -130,10 +130,10 @@ void from_points(const Band& band, const End& end, const float* m, int64_t pitch
            });
 }
 
-// G w G^T -> [matrices^2, `pitch` apart][panels][depth, kPanel], zeros beyond the columns
+// scale G w G^T -> [matrices^2, `pitch` apart][panels][depth, kPanel], zeros beyond the columns
 template <class F>
 void pack_taps(const float* weight, int64_t column_stride, int64_t columns, int64_t depth_stride, int64_t depth,
-               bool turned, float* packed, int64_t pitch) {
+               bool turned, float scale, float* packed, int64_t pitch) {
   const int64_t panels = panels_of(columns);
   parallel(depth, 1 + 4096 / columns, [=](int64_t begin, int64_t end) {
     for (int64_t o = 0; o < panels * kPanel; o += kLanes) {
@@ -142,6 +142,7 @@ void pack_taps(const float* weight, int64_t column_stride, int64_t columns, int6
         V g[9] = {};
         if (o < columns) load_taps(weight + o * column_stride + c * depth_stride, column_stride, g);
         if (turned) std::reverse(g, g + 9);
+        for (V& tap : g) tap *= scale;
         for (int64_t i = 0; i < F::matrices; ++i) {
           const float g0 = float(F::G[i][0]), g1 = float(F::G[i][1]), g2 = float(F::G[i][2]);
           V row[3];
@@ -156,9 +157,9 @@ void pack_taps(const float* weight, int64_t column_stride, int64_t columns, int6
   });
 }
 
-// du [matrices^2, `pitch` apart][c_in, panels * kPanel] -> G^T du G [c_out, c_in, 3, 3]
+// du [matrices^2, `pitch` apart][c_in, panels * kPanel] -> scale G^T du G [c_out, c_in, 3, 3]
 template <class F>
-void unpack_gradient(const float* du, int64_t pitch, int64_t c_in, int64_t c_out, float* weight) {
+void unpack_gradient(const float* du, int64_t pitch, int64_t c_in, int64_t c_out, float scale, float* weight) {
   const int64_t width = panels_of(c_out) * kPanel;
   parallel(c_in, 1 + 4096 / c_out, [=](int64_t begin, int64_t end) {
     for (int64_t o = 0; o < c_out; o += kLanes) {
@@ -172,6 +173,7 @@ void unpack_gradient(const float* du, int64_t pitch, int64_t c_in, int64_t c_out
           }
           for (int64_t k = 0; k < 9; ++k) g[k] += float(F::G[i][k / 3]) * row[k % 3];
         }
+        for (V& tap : g) tap *= scale;
         store_taps(g, weight + (o * c_in + c) * 9, c_in * 9);
       }
     }
@@ -256,7 +258,7 @@ void forward(const T* x, const float* weight, const Conv3x3Params& p, bool turne
   const int64_t depth = p.x_channels, columns = p.y_channels;
   using Conv = TransformedConv<S, T>;
   float* packed = Conv::weights(depth, columns, workspace);
-  pack_taps<typename S::F>(weight, p.weight_stride_y, columns, p.weight_stride_x, depth, turned, packed,
+  pack_taps<typename S::F>(weight, p.weight_stride_y, columns, p.weight_stride_x, depth, turned, p.scale, packed,
                            Conv::weight_pitch(depth, columns));
   Conv(p, depth, columns, workspace).y_from_x(x, packed, y);
 }
@@ -273,7 +275,7 @@ void transposed2(const float* y, const float* weight, const Conv3x3Params& p, Wo
   const int64_t depth = p.y_channels, columns = p.x_channels;
   using Conv = TransformedConv<Stride2, float>;
   float* packed = Conv::weights(depth, columns, workspace);
-  pack_taps<Stride2::F>(weight, p.weight_stride_x, columns, p.weight_stride_y, depth, false, packed,
+  pack_taps<Stride2::F>(weight, p.weight_stride_x, columns, p.weight_stride_y, depth, false, p.scale, packed,
                         Conv::weight_pitch(depth, columns));
   Conv(p, depth, columns, workspace).x_from_y(y, packed, x);
 }
@@ -314,7 +316,7 @@ void taps(const T* x, const T* y, const Conv3x3Params& p, Workspace& workspace, 
     const PointRows rows{begins_at(begin), begins_at(end)};
     if (rows.count() > 0) weight_gradient<S>(x, y, p, rows, width, du, pitch, thread_workspace());
   });
-  unpack_gradient<F>(du, pitch, depth, columns, weight);
+  unpack_gradient<F>(du, pitch, depth, columns, p.scale, weight);
 }
 
 // f(T()) for the type of the images at stride 1
@@ -327,6 +329,9 @@ void with_images(Dtype dtype, F&& f) {
 }  // namespace
 
 void conv3x3(const void* x, const float* weight, const Conv3x3Params& p, Workspace& workspace, void* y) {
+#ifdef SAGE_BF16
+  if (p.strided_bf16()) return strided_conv3x3(x, weight, p, workspace, y);
+#endif
   if (p.stride == 2) return forward<Stride2>((const float*)x, weight, p, false, workspace, (float*)y);
   with_images(p.dtype, [&](auto type) {
     using T = decltype(type);
@@ -335,6 +340,9 @@ void conv3x3(const void* x, const float* weight, const Conv3x3Params& p, Workspa
 }
 
 void conv3x3_transposed(const void* y, const float* weight, const Conv3x3Params& p, Workspace& workspace, void* x) {
+#ifdef SAGE_BF16
+  if (p.strided_bf16()) return strided_conv3x3_transposed(y, weight, p, workspace, x);
+#endif
   if (p.stride == 2) return transposed2((const float*)y, weight, p, workspace, (float*)x);
   with_images(p.dtype, [&](auto type) {
     using T = decltype(type);
@@ -343,6 +351,9 @@ void conv3x3_transposed(const void* y, const float* weight, const Conv3x3Params&
 }
 
 void conv3x3_taps(const void* x, const void* y, const Conv3x3Params& p, Workspace& workspace, float* weight) {
+#ifdef SAGE_BF16
+  if (p.strided_bf16()) return strided_conv3x3_taps(x, y, p, workspace, weight);
+#endif
   if (p.stride == 2) return taps<Stride2>((const float*)x, (const float*)y, p, workspace, weight);
   with_images(p.dtype, [&](auto type) {
     using T = decltype(type);

@@ -12,7 +12,7 @@ Isa best() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
@@ -24,6 +24,7 @@ Isa chosen() {
   if (cap == nullptr) return best();
   if (std::strcmp(cap, "portable") == 0) return Isa::portable;
   if (std::strcmp(cap, "avx2") == 0) return std::min(best(), Isa::avx2);
+  if (std::strcmp(cap, "avx512") == 0) return std::min(best(), Isa::avx512);
   return best();
 }
 
@@ -35,16 +36,8 @@ Isa isa() {
 }
 
 const char* isa_name() {
-  static const char* const names[] = {"portable", "AVX2", "AVX-512"};
+  static const char* const names[] = {"portable", "AVX2", "AVX-512", "AVX-512 BF16"};
   return names[static_cast<int>(isa())];
-}
-
-bool has_bf16() {
-#ifdef SAGE_X86
-  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
 }
 
 }  // namespace sage_fast

@@ -1,4 +1,4 @@
-// The kernels that need bfloat16 products, for processors that have them on top of AVX-512.
+// AVX-512 with products of bfloat16, and with roundings to it.
 #include "isa.h"
 #ifdef SAGE_X86
 #include "kernels_std.h"  // before the pragma: what std defines stays portable
@@ -11,11 +11,7 @@
 #define SAGE_ISA avx512bf16
 #define SAGE_VECTOR_BYTES 64
 #define SAGE_BF16
-#include "../dtype.h"
-#include "parallel.h"
-#include "simd.inl"
-#include "strided_bf16.inl"
-#include "synthesis.inl"
+#include "kernels.inl"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -8,6 +8,9 @@
 // the kernels
 #include "bias_act.inl"
 #include "combine_rows.inl"
+#ifdef SAGE_BF16
+#include "strided_bf16.inl"
+#endif
 #include "conv3x3.inl"
 #include "edit_latents.inl"
 #include "fuse_frequencies.inl"

@@ -31,9 +31,10 @@ inline Words side_by_side(Halves low, Halves high) {
   return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
 }
 
-// Weights of each run, two neighbouring depths a word -> [panels][count, depth / 2][kPanel], one run after another
+// Weights of each run times the scale, two neighbouring depths a word -> [panels][count, depth / 2][kPanel], one run
+// after another
 void pack_runs(const float* weight, int64_t column_stride, int64_t columns, int64_t depth_stride, int64_t depth,
-               const TapRun* runs, int64_t n_runs, uint32_t* packed) {
+               float scale, const TapRun* runs, int64_t n_runs, uint32_t* packed) {
   const auto pack = [=](int64_t o, int64_t pair) {
     V g[2][9];
     for (int64_t i = 0; i < 2; ++i) {
@@ -43,7 +44,7 @@ void pack_runs(const float* weight, int64_t column_stride, int64_t columns, int6
     for (int64_t r = 0; r < n_runs; ++r) {
       for (int64_t k = 0; k < runs[r].count; ++k) {
         const int64_t row = (o / kPanel * runs[r].count + k) * (depth / 2) + pair, tap = runs[r].tap[k];
-        const Words words = side_by_side(narrow(g[0][tap], BFloat16()), narrow(g[1][tap], BFloat16()));
+        const Words words = side_by_side(narrow(scale * g[0][tap], BFloat16()), narrow(scale * g[1][tap], BFloat16()));
         store<uint32_t>(words, run + row * kPanel);
       }
       run += runs[r].count * depth * columns / 2;
@@ -322,18 +323,16 @@ uint32_t* packed_weights(int64_t depth, int64_t columns, Workspace& workspace) {
   return reinterpret_cast<uint32_t*>(workspace.get(Workspace::packed, 9 * depth * columns / 2));
 }
 
-}  // namespace
-
 void strided_conv3x3(const void* x, const float* weight, const Conv3x3Params& p, Workspace& workspace, void* y) {
   uint32_t* packed = packed_weights(p.x_channels, p.y_channels, workspace);
-  pack_runs(weight, p.weight_stride_y, p.y_channels, p.weight_stride_x, p.x_channels, &kAllTaps, 1, packed);
+  pack_runs(weight, p.weight_stride_y, p.y_channels, p.weight_stride_x, p.x_channels, p.scale, &kAllTaps, 1, packed);
   y_from_x((const uint16_t*)x, packed, p, (uint16_t*)y);
 }
 
 void strided_conv3x3_transposed(const void* y, const float* weight, const Conv3x3Params& p, Workspace& workspace,
                                 void* x) {
   uint32_t* packed = packed_weights(p.y_channels, p.x_channels, workspace);
-  pack_runs(weight, p.weight_stride_x, p.x_channels, p.weight_stride_y, p.y_channels, kPhases, 4, packed);
+  pack_runs(weight, p.weight_stride_x, p.x_channels, p.weight_stride_y, p.y_channels, p.scale, kPhases, 4, packed);
   x_from_y((const uint16_t*)y, packed, p, (uint16_t*)x);
 }
 
@@ -344,15 +343,16 @@ void strided_conv3x3_taps(const void* x, const void* y, const Conv3x3Params& p, 
   std::memset(du, 0, 9 * depth * columns * sizeof(float));
   const int64_t work = p.n * p.size * p.size * 3 * depth * kPanel;
   parallel(sums.tasks(), 1 + 400000 / (work + 1), [&](int64_t begin, int64_t end) { sums.add(begin, end, du); });
-  parallel(depth, 1 + 4096 / columns, [=](int64_t begin, int64_t end) {
+  parallel(depth, 1 + 4096 / columns, [=, &p](int64_t begin, int64_t end) {
     for (int64_t o = 0; o < columns; o += kLanes) {
       for (int64_t c = begin; c < end; ++c) {
         V g[9];
-        for (int64_t k = 0; k < 9; ++k) g[k] = load(du + (k * depth + c) * columns + o);
+        for (int64_t k = 0; k < 9; ++k) g[k] = p.scale * load(du + (k * depth + c) * columns + o);
         store_taps(g, weight + (o * depth + c) * 9, depth * 9);
       }
     }
   });
 }
 
+}  // namespace
 }  // namespace sage_fast::SAGE_ISA

@@ -13,16 +13,6 @@
 SAGE_DECLARE(void synthesis(const SynthesisNetwork& net, Workspace& workspace))
 SAGE_DECLARE(int64_t synthesis_packed_size(const PackShape& shape))
 SAGE_DECLARE(void synthesis_pack(const float* weight, const PackShape& shape, void* out))
-#ifdef SAGE_X86
-namespace sage_fast::avx512bf16 {
-void synthesis(const SynthesisNetwork& net, Workspace& workspace);
-int64_t synthesis_packed_size(const PackShape& shape);
-void synthesis_pack(const float* weight, const PackShape& shape, void* out);
-}  // namespace sage_fast::avx512bf16
-#define SAGE_CALL_BF16(bf16, function) (bf16 ? &::sage_fast::avx512bf16::function : SAGE_CALL(function))
-#else
-#define SAGE_CALL_BF16(bf16, function) SAGE_CALL(function)
-#endif
 
 namespace sage_fast {
 
@@ -92,18 +82,16 @@ Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::v
   std::vector<StyledLayer> styled(n_layers);
   std::vector<ImageLayer> to_image(n_images);
   int64_t c_in = input.size(1);
-  bool any_bf16 = false;
   for (int64_t i = 0; i < n_layers; ++i) {
     const Tensor* t = &layers[i * kPerLayer];
     const bool up = i % 2 == 1, bf16 = t[0].scalar_type() == ScalarType::BFloat16;
     const int64_t c_out = t[1].size(0), size = int64_t{4} << ((i + 1) / 2);
-    const PackShape shape{c_out, c_in, up};
+    const PackShape shape{c_out, c_in, up, bf16};
     require(c_in >= 1 && c_in <= 4096 && c_out >= 1, "synthesis: layers must have 1 to 4096 channels");
     require(!bf16 || has_bf16(), "synthesis: this processor has no bfloat16 products");
     require((bf16 || t[0].scalar_type() == ScalarType::Float) && t[0].is_contiguous() &&
-                t[0].numel() == SAGE_CALL_BF16(bf16, synthesis_packed_size)(shape),
+                t[0].numel() == SAGE_CALL(synthesis_packed_size)(shape),
             "synthesis: packed weights of another layer, precision or processor; pack them again");
-    any_bf16 = any_bf16 || bf16;
     const Tensor& noise = t[5];
     const bool has_noise = noise.numel() > 0, per_sample = has_noise && noise.size(0) != 1;
     styled[i] = {c_in,
@@ -149,7 +137,7 @@ Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::v
                              mutable_data<float>(out),
                              &ranges};
   Lease workspace;
-  SAGE_CALL_BF16(any_bf16, synthesis)(net, *workspace);
+  SAGE_CALL(synthesis)(net, *workspace);
   return out;
 }
 
@@ -158,10 +146,10 @@ Tensor synthesis_pack(Tensor weight, bool up, bool bf16) {
           "synthesis_pack: weight must be float32 [C_out, C_in, 3, 3]");
   require(!bf16 || has_bf16(), "synthesis_pack: this processor has no bfloat16 products");
   weight = torch::stable::contiguous(weight);
-  const PackShape shape{weight.size(0), weight.size(1), up};
-  Tensor out = torch::stable::new_empty(weight, {SAGE_CALL_BF16(bf16, synthesis_packed_size)(shape)},
+  const PackShape shape{weight.size(0), weight.size(1), up, bf16};
+  Tensor out = torch::stable::new_empty(weight, {SAGE_CALL(synthesis_packed_size)(shape)},
                                         bf16 ? ScalarType::BFloat16 : ScalarType::Float);
-  SAGE_CALL_BF16(bf16, synthesis_pack)(data<float>(weight), shape, out.mutable_data_ptr());
+  SAGE_CALL(synthesis_pack)(data<float>(weight), shape, out.mutable_data_ptr());
   return out;
 }
 

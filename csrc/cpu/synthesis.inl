@@ -256,16 +256,17 @@ void pack(const float* weight, const PackShape& shape, void* out) {
 }  // namespace
 
 void synthesis(const SynthesisNetwork& net, Workspace& workspace) { run(net, workspace); }
+int64_t synthesis_packed_size(const PackShape& shape) {
 #ifdef SAGE_BF16
-int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Bf16Products, 2>(shape); }
-void synthesis_pack(const float* weight, const PackShape& shape, void* out) {
-  pack<Bf16Products, 2>(weight, shape, out);
+  if (shape.bf16) return packed_size<Bf16Products, 2>(shape);
+#endif
+  return packed_size<Fp32Products, 4>(shape);
 }
-#else
-int64_t synthesis_packed_size(const PackShape& shape) { return packed_size<Fp32Products, 4>(shape); }
 void synthesis_pack(const float* weight, const PackShape& shape, void* out) {
+#ifdef SAGE_BF16
+  if (shape.bf16) return pack<Bf16Products, 2>(weight, shape, out);
+#endif
   pack<Fp32Products, 4>(weight, shape, out);
 }
-#endif
 
 }  // namespace sage_fast::SAGE_ISA

@@ -210,6 +210,28 @@ def test_the_kernel_is_taken_where_it_pays(cpu_kernel, native_calls):
     assert conv3x3(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", [8, 7])  # by the kernels, and by PyTorch
+@pytest.mark.parametrize("kind", KINDS)
+def test_scale_is_the_weights(cpu_kernel, kind, side, dtype):
+    """A power of two changes no digit: the result and all gradients are those of the scaled weight, to the bit."""
+    x, weight, grad, conv, reference = problem(4, 32, 64, side, kind)
+    x, grad = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    x.requires_grad_()
+    weight.requires_grad_()
+    one, other = conv(x, weight, scale=0.125), conv(x, weight * 0.125)
+    assert torch.equal(one, other)
+    firsts = [torch.autograd.grad(y, (x, weight), grad, create_graph=True) for y in (one, other)]
+    seconds = [torch.autograd.grad([g.float().square().sum() for g in first], (x, weight)) for first in firsts]
+    for ours, want in zip((*firsts[0], *seconds[0]), (*firsts[1], *seconds[1])):
+        assert ours.dtype == want.dtype and torch.equal(ours, want)
+    exact = reference(x.double(), weight.double(), scale=0.3)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (conv(x, weight, scale=0.3).double() - exact).abs().max() < tolerance * exact.abs().max()
+    with pytest.raises(InputError, match="scale must be a number, got 'much'"):
+        conv(x, weight, scale="much")
+
+
 def test_equals_scipy(cpu_kernel):
     x, weight, *_ = problem(4, 16, 16, 8)
     y = conv3x3(x, weight)[0, 5].numpy()

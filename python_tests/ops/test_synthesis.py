@@ -300,7 +300,7 @@ def test_nan_and_infinity_stay_in_their_image(device, value):
     assert torch.equal(images[::2], clean[::2])
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(isa):
     """In a process of its own: the instruction set is chosen once."""
     script = """

@@ -165,7 +165,8 @@ class Linear(nn.Module):
         self.scale, self.lr_mul, self.act = lr_mul / math.sqrt(d_in), lr_mul, act
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype) * self.scale, self.bias.to(x.dtype)
+        # x is scaled, which the weight would be for: it is the smaller one
+        x, weight, bias = x * self.scale, self.weight.to(x.dtype), self.bias.to(x.dtype)
         bias = bias * self.lr_mul if self.lr_mul != 1 else bias
         if self.act == "linear":
             return F.linear(x, weight, bias)
@@ -182,10 +183,10 @@ class Conv(nn.Module):
         self.padding = kernel // 2 if stride == 1 else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype)) * self.scale
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
         if weight.shape[2] == 3:
-            return conv3x3(x, weight, self.stride)
-        return conv2d(x, weight.to(x.dtype), stride=self.stride, padding=self.padding)
+            return conv3x3(x, weight, self.stride, self.scale)
+        return conv2d(x, (weight * self.scale).to(x.dtype), stride=self.stride, padding=self.padding)
 
 
 class Resample(nn.Module):
@@ -248,13 +249,14 @@ class _ModulatedConv(nn.Module):
         style = self.modulation(w)
         # the op applies the gain up^2 itself; the stored kernel has it folded in, as the common port's files do
         fir = self.blur.kernel / 4 if self.up == 2 else None
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype)) * self.scale
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
         # [N, ...] where each sample has its own (models.weight_deltas); one that all share is a good deal faster
         if weight.shape[0] == 1:
             weight = weight.squeeze(0)  # a view, and so is its gradient
         elif weight.shape[0] != x.shape[0]:
             weight = weight[0]
-        return unscaled_conv2d(x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir)
+        settings = dict(demodulate=self.demodulate, up=self.up, resample_filter=fir)
+        return unscaled_conv2d(x, weight, style, scale=self.scale, **settings)  # type: ignore[arg-type]
 
 
 class _NoiseStrength(nn.Module):

@@ -9,15 +9,17 @@ from torch.nn import functional as F
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops.convolution import conv2d, conv_transpose2d
-from sage_fast.ops.inputs import require_floats, require_same_device
+from sage_fast.ops.inputs import number, require_floats, require_same_device
 
 __all__ = ["conv3x3", "conv3x3_reference", "conv3x3_transposed", "conv3x3_transposed_reference"]
 
 _MIN_TILES = 16  # of 4 x 4 outputs in a batch; below, the transforms of the weights cost more than they save
 
 
-def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """``F.conv2d(x, weight, padding=1)``, or with stride 2 ``F.conv2d(x, weight, stride=2)``; differentiable any number of times.
+def conv3x3(x: Tensor, weight: Tensor, stride: int = 1, scale: float = 1.0) -> Tensor:
+    """``F.conv2d(x, scale * weight, padding=1)``, with stride 2 ``F.conv2d(x, scale * weight, stride=2)``.
+
+    Differentiable any number of times.
 
     On the CPU, square images whose results have sides that are multiples of 4, with channels that are multiples of 16, go
     through the transform's domain, in the forward pass and in both gradients: 2.25 multiplications a pixel instead of 9 by
@@ -30,47 +32,54 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         x: [N, C_in, H, W], floating; with stride 2, sides are odd for the fewer multiplications.
         weight: [C_out, C_in, 3, 3].
         stride: 1, or 2.
+        scale: of the weight (an equalised learning rate), which the kernels apply on their way.
     Returns:
         [N, C_out, H, W], or with stride 2 [N, C_out, (H - 1) // 2, (W - 1) // 2].
     Raises:
         InputError: shapes, dtypes or devices that do not belong together, images too small for a result, or another stride.
     """
     _check(x, weight, 1, stride)
-    x = _autocast(x)
+    x, scale = _autocast(x), number("scale", scale)
     side = x.shape[2] if stride == 1 else (x.shape[2] - 1) / 2
     if not _kernel_pays(x, weight, side, stride):
-        return conv2d(x, weight.to(x.dtype), stride, 2 - stride)
-    return _native.call(torch.ops.sage_fast.conv3x3.default, (_last(x), _taps_together(weight)), stride)
+        return conv2d(x, _scaled(weight, scale, x), stride, 2 - stride)
+    return _native.call(torch.ops.sage_fast.conv3x3.default, (_last(x), _taps_together(weight)), stride, scale)
 
 
-def conv3x3_reference(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+def conv3x3_reference(x: Tensor, weight: Tensor, stride: int = 1, scale: float = 1.0) -> Tensor:
     """The same in plain PyTorch."""
     _check(x, weight, 1, stride)
-    return F.conv2d(x, weight, stride=stride, padding=2 - stride)
+    return F.conv2d(x, weight * scale, stride=stride, padding=2 - stride)
 
 
-def conv3x3_transposed(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.conv_transpose2d(x, weight, stride=2)``; derivatives, kernels and dtypes as :func:`conv3x3`.
+def conv3x3_transposed(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """``F.conv_transpose2d(x, scale * weight, stride=2)``; derivatives, kernels and dtypes as :func:`conv3x3`.
 
     Args:
         x: [N, C_in, H, W], floating.
         weight: [C_in, C_out, 3, 3].
+        scale: of the weight.
     Returns:
         [N, C_out, 2 H + 1, 2 W + 1].
     Raises:
         InputError: shapes, dtypes or devices that do not belong together, or images without pixels.
     """
     _check(x, weight, 0, 2)
-    x = _autocast(x)
+    x, scale = _autocast(x), number("scale", scale)
     if not _kernel_pays(x, weight, x.shape[2], 2):
-        return conv_transpose2d(x, weight.to(x.dtype), 2)
-    return _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (_last(x), _taps_together(weight)), 2)
+        return conv_transpose2d(x, _scaled(weight, scale, x), 2)
+    return _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (_last(x), _taps_together(weight)), 2, scale)
 
 
-def conv3x3_transposed_reference(x: Tensor, weight: Tensor) -> Tensor:
+def conv3x3_transposed_reference(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """The same in plain PyTorch."""
     _check(x, weight, 0, 2)
-    return F.conv_transpose2d(x, weight, stride=2)
+    return F.conv_transpose2d(x, weight * scale, stride=2)
+
+
+def _scaled(weight: Tensor, scale: float, x: Tensor) -> Tensor:
+    """As PyTorch takes it: scaled at the wider of both precisions, rounded to that of ``x``."""
+    return (weight if scale == 1 else weight.to(torch.promote_types(weight.dtype, x.dtype)) * scale).to(x.dtype)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -134,54 +143,54 @@ def _taps_together(weight: Tensor) -> Tensor:
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     grad = _last(grad)
-    needs_x, needs_weight, _ = ctx.needs_input_grad
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
     grad_x = (
-        _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (grad, weight), ctx.stride) if needs_x else None
+        _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (grad, weight), *ctx.settings) if needs_x else None
     )
     grad_weight = (
-        _native.call(torch.ops.sage_fast.conv3x3_taps.default, (x, grad), ctx.stride) if needs_weight else None
+        _native.call(torch.ops.sage_fast.conv3x3_taps.default, (x, grad), *ctx.settings) if needs_weight else None
     )
-    return grad_x, grad_weight, None
+    return grad_x, grad_weight, None, None
 
 
 def _backward_transposed(ctx, grad):
     y, weight = ctx.saved_tensors
     grad = _last(grad)
-    needs_y, needs_weight, _ = ctx.needs_input_grad
-    grad_y = _native.call(torch.ops.sage_fast.conv3x3.default, (grad, weight), ctx.stride) if needs_y else None
+    needs_y, needs_weight, *_ = ctx.needs_input_grad
+    grad_y = _native.call(torch.ops.sage_fast.conv3x3.default, (grad, weight), *ctx.settings) if needs_y else None
     grad_weight = (
-        _native.call(torch.ops.sage_fast.conv3x3_taps.default, (grad, y), ctx.stride) if needs_weight else None
+        _native.call(torch.ops.sage_fast.conv3x3_taps.default, (grad, y), *ctx.settings) if needs_weight else None
     )
-    return grad_y, grad_weight, None
+    return grad_y, grad_weight, None, None
 
 
 def _backward_taps(ctx, grad):
     x, y = ctx.saved_tensors
     grad = grad.contiguous()
-    needs_x, needs_y, _ = ctx.needs_input_grad
-    grad_x = _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (y, grad), ctx.stride) if needs_x else None
-    grad_y = _native.call(torch.ops.sage_fast.conv3x3.default, (x, grad), ctx.stride) if needs_y else None
-    return grad_x, grad_y, None
+    needs_x, needs_y, *_ = ctx.needs_input_grad
+    grad_x = _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (y, grad), *ctx.settings) if needs_x else None
+    grad_y = _native.call(torch.ops.sage_fast.conv3x3.default, (x, grad), *ctx.settings) if needs_y else None
+    return grad_x, grad_y, None, None
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
-    ctx.stride = inputs[2]
+    ctx.settings = inputs[2:]  # stride and scale, the same for all three
 
 
 def _fake_images(like: Tensor, channels: int, side: int) -> Tensor:
     return like.new_empty(like.shape[0], channels, side, side).contiguous(memory_format=torch.channels_last)
 
 
-def _fake(x, weight, stride):
+def _fake(x, weight, stride, scale=1.0):
     return _fake_images(x, weight.shape[0], x.shape[2] if stride == 1 else (x.shape[2] - 1) // 2)
 
 
-def _fake_transposed(y, weight, stride):
+def _fake_transposed(y, weight, stride, scale=1.0):
     return _fake_images(y, weight.shape[1], y.shape[2] if stride == 1 else 2 * y.shape[2] + 1)
 
 
-def _fake_taps(x, y, stride):
+def _fake_taps(x, y, stride, scale=1.0):
     return x.new_empty(y.shape[1], x.shape[1], 3, 3, dtype=torch.float32)
 
 

@@ -58,22 +58,24 @@ def unscaled_conv2d(
     down: int = 1,
     resample_filter: Tensor | None = None,
     eps: float = 1e-8,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`modulated_conv2d` but for its last step: the result, and the factor [N, C_out] to scale it with, or None.
+    """:func:`modulated_conv2d` with ``scale * weight``, but for its last step: the result, and the factor [N, C_out] to
+    multiply it by, or None.
 
-    For who scales and does more in one pass (``ops.scaled_bias_act``).
+    For who does more in the same pass (``ops.scaled_bias_act``), and whose weights have an equalised learning rate.
     """
     eps = _check(x, weight, style, up, down, resample_filter, eps)
     if weight.ndim == 5 and x.shape[0] == 0:
         weight = weight.sum(0)  # of no samples: groups cannot be none
     if weight.ndim == 5:
-        weight = _modulated(weight, style[:, None], demodulate, eps)
+        weight = _modulated(weight * scale, style[:, None], demodulate, eps)
         return _convolve(x, weight, up, down, resample_filter), None
     if weight.shape[2] == up == down == 1 and not demodulate:  # a product of matrices: no pass over x for the style
-        return _mix_channels(x, (weight[:, :, 0, 0] * style[:, None]).to(x.dtype)), None
-    style, factor = _demodulation(x, weight, style, eps) if demodulate else (style, None)
+        return _mix_channels(x, (weight[:, :, 0, 0] * scale * style[:, None]).to(x.dtype)), None
+    style, factor = _demodulation(x, weight, style, eps, scale) if demodulate else (style, None)
     x = x * style[:, :, None, None].to(x.dtype)
-    return _convolve(x, weight, up, down, resample_filter), factor
+    return _convolve(x, weight, up, down, resample_filter, scale), factor
 
 
 def _mix_channels(x: Tensor, weight: Tensor) -> Tensor:
@@ -85,10 +87,10 @@ def _mix_channels(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("nchw,nkc->nkhw", x, weight)
 
 
-def _demodulation(x: Tensor, weight: Tensor, style: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _demodulation(x: Tensor, weight: Tensor, style: Tensor, eps: float, scale: float) -> tuple[Tensor, Tensor]:
     """The style [N, C_in] and the factor [N, C_out] that scales the outputs to unit norm; at least in float32."""
     style = style.float() if style.dtype in (torch.float16, torch.bfloat16) else style
-    norm = style.square() @ weight.to(style.dtype).square().sum((2, 3)).t()
+    norm = (scale * style).square() @ weight.to(style.dtype).square().sum((2, 3)).t()
     factor = torch.rsqrt(norm + eps)
     if x.dtype == torch.float16:  # a large style would leave float16 before the factor brings it back
         size = style.detach().abs().amax(1, keepdim=True).clamp_min(1e-12)
@@ -124,23 +126,25 @@ def _modulated(weight: Tensor, style: Tensor, demodulate: bool, eps: float) -> T
     return w * torch.rsqrt(w.square().sum((-3, -2, -1), keepdim=True) + eps) if demodulate else w  # Eq. 3
 
 
-def _convolve(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None, plain: bool = False) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None, scale: float = 1.0, plain: bool = False
+) -> Tensor:
     """'Same' convolution with 2-fold up- or downsampling behind or before an FIR filter; ``plain``: by PyTorch alone."""
     k = weight.shape[-1]
     native = k == 3 and weight.ndim == 4 and not plain
     resample = upfirdn2d_reference if plain else upfirdn2d
     if not native:
-        weight = weight.to(x.dtype)
+        weight = (weight * scale).to(x.dtype)
     if up == 2 and f is not None:
         # Stride 2 and a k x k kernel give 2 H + k - 2 rows; the filter needs kh - 1 rows around 2 H.
-        x = conv3x3_transposed(x, weight.transpose(0, 1)) if native else _transposed(x, weight, plain)
+        x = conv3x3_transposed(x, weight.transpose(0, 1), scale) if native else _transposed(x, weight, plain)
         pad = [f.shape[1] - k + 1, f.shape[0] - k + 1]  # in all, of columns and rows
         return resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2], gain=4.0)
     if down == 2 and f is not None:
         pad = [f.shape[1] + k - 3, f.shape[0] + k - 3]
         x = resample(x, f, padding=[(pad[0] + 1) // 2, pad[0] // 2, (pad[1] + 1) // 2, pad[1] // 2])
-        return conv3x3(x, weight, stride=2) if native else _plain(x, weight, plain, stride=2)
-    return conv3x3(x, weight) if native else _plain(x, weight, plain, padding=k // 2)
+        return conv3x3(x, weight, 2, scale) if native else _plain(x, weight, plain, stride=2)
+    return conv3x3(x, weight, scale=scale) if native else _plain(x, weight, plain, padding=k // 2)
 
 
 def _plain(x: Tensor, weight: Tensor, plain: bool, stride: int = 1, padding: int = 0) -> Tensor:
