@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import tiny_codes, tiny_networks
+from tiny_model import codes_that_do_not_span, tiny_codes, tiny_networks
 
+from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import save_png
 from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.weights import save_bundle
@@ -26,15 +27,26 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an 8 px bundle with a discriminator. Shared by all tests: copy it before changing it."""
+    return _save(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def bundle_of_few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with seen categories that do not span the latents. Shared by all tests."""
+    generator, _, _ = tiny_networks()
+    return _save(tmp_path_factory.mktemp("few") / "bundle", codes_that_do_not_span(generator.n_latent))
+
+
+def _save(folder: Path, codes: LatentTable | None = None) -> Path:
     generator, encoder, discriminator = tiny_networks()
-    codes, directions = tiny_codes(generator.n_latent)
+    usual, directions = tiny_codes(generator.n_latent)
     return save_bundle(
-        tmp_path_factory.mktemp("tiny") / "bundle",
+        folder,
         generator=generator,
         encoder=encoder,
         directions=directions,
         groups=layer_groups(generator.n_latent),
-        codes=codes,
+        codes=usual if codes is None else codes,
         discriminator=discriminator,
         about={"made_for": "tests"},
     )

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_model import codes_that_do_not_span, tiny_codes
 
 from sage_fast import cli
+from sage_fast.data.latent_table import LatentTable
 from sage_fast.errors import Stopped
 from sage_fast.training import stages
 
@@ -250,6 +252,21 @@ def test_train_leaves_a_model_that_loads(run, seen):
     assert bundle.about["data"] == {"n_images": 24, "n_categories": 3}
     assert bundle.about["settings"]["gan"]["resolution"] == 8
     assert bundle.about["last_logged"]["gan"]["step"] == 4
+
+
+@pytest.mark.parametrize("spanning", [True, False])
+def test_training_ends_with_a_warning_where_the_mapping_would_lose_new_categories(
+    run, seen, tmp_path, capsys, monkeypatch, spanning
+):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    codes = tiny_codes(4)[0] if spanning else codes_that_do_not_span(4)
+    monkeypatch.setattr(stages, "dictionary_stage", lambda *rest: None)
+    narrow = LatentTable(codes.w_plus[..., :8], codes.labels, codes.categories)
+    monkeypatch.setattr(stages, "_load_codes", lambda folder: narrow)
+    words = ["train-dictionary", f"--data={seen}", f"--out={folder}", "--resume", *TINY_DICTIONARY]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert "The model is in" in said.out and ("The class embedding mapping of" in said.err) == (not spanning)
 
 
 def test_codes_of_the_model_are_those_its_encoder_gives(run, seen):
@@ -542,6 +559,30 @@ def test_generate_says_what_it_would_do_and_shows_some(tiny_bundle, tiny_shots, 
     assert "Memory: at most" in said and "micro-batch" in said and said.count("\n") == 1
     assert cli.main([*words, f"--preview={tmp_path / 'sheet.png'}"]) == 0
     assert (tmp_path / "sheet.png").exists() and not (tmp_path / "out").exists()
+
+
+MAPPED = ["--method=sage", "--method=sage-q", "--method=sage --dry-run", "--method=sage --preset=paper"]
+
+
+@pytest.mark.parametrize("options", [*MAPPED, "--method=sage-i", "--method=age", "--method=inversion", "enough"])
+def test_generate_warns_where_the_mapping_would_lose_new_categories(
+    tiny_bundle, bundle_of_few, tiny_shots, tmp_path, capsys, options
+):
+    model, options = (tiny_bundle, "--method=sage") if options == "enough" else (bundle_of_few, options)
+    words = ["generate", f"--model={model}", f"--shots={tiny_shots}", f"--out={tmp_path / 'out'}", "-n", "2"]
+    assert cli.main([*words, *options.split()]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning: The class embedding mapping" in line]
+    assert len(warned) == (options in MAPPED and model == bundle_of_few)  # once, though the plan has two kinds of parts
+    assert all("6 seen categories" in line and line.endswith("take --method sage-i.") for line in warned)
+
+
+def test_of_several_ranks_the_first_warns(bundle_of_few, tiny_shots, tmp_path, capsys, monkeypatch):
+    words = ["generate", f"--model={bundle_of_few}", f"--shots={tiny_shots}", "-n", "2", "--dry-run"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert cli.main(words) == 0
+        assert ("class embedding mapping" in capsys.readouterr().err) == (rank == 0)
 
 
 @pytest.mark.parametrize(

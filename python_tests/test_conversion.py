@@ -171,6 +171,13 @@ def test_a_bundle_is_a_source_too(tiny_bundle, tmp_path):
     }
 
 
+def test_inspect_says_how_much_of_a_new_category_the_mapping_keeps(tiny_bundle, bundle_of_few):
+    kinds = ("of an image by 6 components", "of a class embedding by 6 components")
+    enough, few = (describe(path)["kept by class embedding mapping"] for path in (tiny_bundle, bundle_of_few))
+    assert tuple(enough) == tuple(few) == kinds  # t_B of 40 is above 6, which are all
+    assert all(0.9 < enough[kind] <= 1 and 0 < few[kind] < 0.6 for kind in kinds)
+
+
 # --- encoders ---
 
 

@@ -13,7 +13,7 @@ from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import to_uint8
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
 from sage_fast.editing.editor import unused_settings
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.fusion import fuse_frequencies, fuse_pixels
 from sage_fast.generation import GenerateConfig, generate
@@ -195,6 +195,19 @@ def test_the_editor_s_settings_are_those_that_it_draws_with(pipeline, shots, met
     assert found.get("n_similar", 6) == 6  # all that there are, in place of 20 or 30
     given, left = (pipeline(shots[:n_shots], n=2, method=method, **options) for options in (found, {}))
     assert torch.equal(given.w_plus, left.w_plus)
+
+
+def test_a_pipeline_warns_once_where_the_mapping_would_lose_new_categories(bundle_of_few, shots):
+    pipeline = FewShotPipeline.from_bundle(bundle_of_few)
+    for method in ("age", "sage-i", "inversion"):
+        pipeline(shots, 1, method=method)
+    with pytest.warns(
+        SageFastWarning, match=r"6 seen categories, 6 components of 16 dimensions.* take --method sage-i"
+    ):
+        pipeline(shots, 1)
+    pipeline(shots, 1, method="sage-q")
+    with pytest.warns(SageFastWarning, match="2 components of 16"):
+        pipeline(shots, 1, n_components=(4, 2))
 
 
 def test_options_reach_the_editor(pipeline, shots):

@@ -55,12 +55,22 @@ def tiny_encoder(kind: str, generator: Generator) -> ImageEncoder:
 
 
 def tiny_codes(n_latent: int) -> tuple[LatentTable, torch.Tensor]:
-    """Codes e + A n + a little, and A [L, D, K]."""
+    """Codes e + A n + a little, and A [L, D, K]; every e lies in the span of the other five, three directions of a layer."""
     rng = torch.Generator().manual_seed(4)
-    embeddings = torch.randn(N_SEEN, n_latent, STYLE_DIM, generator=rng)
+    spanning = torch.randn(n_latent, 3, STYLE_DIM, generator=rng) / 3**0.5
+    embeddings = torch.einsum("slk,lkd->sld", torch.randn(N_SEEN, n_latent, 3, generator=rng), spanning)
     directions = torch.randn(n_latent, STYLE_DIM, N_DIRECTIONS, generator=rng)
     labels = torch.arange(N_SEEN).repeat_interleave(N_EACH)
     n = 0.1 * torch.randn(len(labels), n_latent, N_DIRECTIONS, generator=rng)
     w_plus = embeddings[labels] + torch.einsum("ldk,nlk->nld", directions, n)
     w_plus += 0.02 * torch.randn(w_plus.shape, generator=rng)
     return LatentTable(w_plus, labels, [f"seen_{i}" for i in range(N_SEEN)]), directions
+
+
+def codes_that_do_not_span(n_latent: int) -> LatentTable:
+    """Codes of as many categories, each in a direction of its own: the others hold little of it."""
+    rng = torch.Generator().manual_seed(6)
+    labels = torch.arange(N_SEEN).repeat_interleave(N_EACH)
+    w_plus = torch.randn(N_SEEN, n_latent, STYLE_DIM, generator=rng)[labels]
+    w_plus += 0.1 * torch.randn(w_plus.shape, generator=rng)
+    return LatentTable(w_plus, labels, [f"seen_{i}" for i in range(N_SEEN)])

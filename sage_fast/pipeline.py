@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ from sage_fast.data.latent_table import LatentTable
 from sage_fast.editing.distribution import ClassDistribution
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
 from sage_fast.editing.editor import PRESETS, FewShotEditor, check_used, unused_settings
-from sage_fast.errors import InputError
+from sage_fast.editing.mapping import mapping_warning
+from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.fusion import fuse_both, fuse_frequencies, fuse_pixels
@@ -121,6 +123,7 @@ class FewShotPipeline:
         self.relevant, self.irrelevant, self.codes = relevant, irrelevant, codes
         self.preset, self.noise, self.hash = preset, noise, hash
         self._editors: dict[str, FewShotEditor] = {}
+        self._judged: set[int] = set()
 
     @classmethod
     def from_bundle(
@@ -195,6 +198,15 @@ class FewShotPipeline:
         settings = dict(n_components=n_components, n_similar=editor.n_similar, n_directions=editor.n_directions)
         return {name: value for name, value in settings.items() if name not in unused_settings(method)}
 
+    def warn_of_mapping(self, n_components: int) -> None:
+        """Warn, once for each ``n_components``, where class embedding mapping keeps too little of a new category."""
+        if n_components in self._judged:
+            return
+        self._judged.add(n_components)
+        sentence = mapping_warning(self.relevant, self.codes.w_plus, self.codes.labels, n_components)
+        if sentence is not None:
+            warnings.warn(sentence, SageFastWarning, stacklevel=3)
+
     def prepare(self, shots: Tensor, method: str = "sage", batch: int = 64, **options: Any) -> NovelCategory:
         """What :meth:`draw` needs of a novel category; arguments of :meth:`adapt`, or method ``"inversion"``."""
         if method == "inversion":
@@ -260,6 +272,8 @@ class FewShotPipeline:
                 raise InputError(f"{name} must be at least 1, got {value}.")
         _fusions(fusion)
         novel = self.prepare(shots, method, batch, **options)
+        if method in EDITOR_METHODS and EDITOR_METHODS[method]["class_embedding_mapping"]:
+            self.warn_of_mapping(min(self._editor(method, len(shots), options).n_components))
         return self.draw(novel, range(n), alpha, seed, category, fusion, batch)
 
     @torch.no_grad()

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sage_fast.conversion.carrying import TARGETS, Carried, StrPath, from_bundle, from_published, refusal
-from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.data.latent_table import LatentTable
+from sage_fast.editing.mapping import usual_components
+from sage_fast.errors import InputError, SageFastWarning, counted
+from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
+from sage_fast.factorization.held_shares import mean_held_share
 from sage_fast.models.checkpoints import path_of, read_checkpoint
 from sage_fast.models.inspection import describe as describe_tensors
 from sage_fast.models.published import build_encoder_part, read_published
@@ -64,6 +69,8 @@ def _describe_bundle(path: StrPath) -> dict[str, Any]:
         shapes["directions"] = list(carried.directions.directions.shape)
     if carried.codes is not None:
         shapes["codes"] = list(carried.codes.w_plus.shape)
+        if len(carried.codes):
+            shapes["kept by class embedding mapping"] = _kept_words(carried.codes)
     return {
         "format": "sage_fast bundle",
         "bytes": sum(file.stat().st_size for file in Path(path).glob("*.safetensors")),
@@ -74,6 +81,20 @@ def _describe_bundle(path: StrPath) -> dict[str, Any]:
         "converts to": [target for target in TARGETS if refusal(target, carried) is None],
         "ignored": [],
     }
+
+
+def _kept_words(codes: LatentTable) -> dict[str, float]:
+    """Shares of a new category that Eq. 17 keeps, by as many components as the methods take, and by all."""
+    present, labels = codes.labels.unique(return_inverse=True)
+    S, D = len(present), codes.w_plus.shape[2]
+    relevant = CategoryRelevantDictionary(1).fit(codes.w_plus, labels)
+    words = {}
+    for n_components in sorted({usual_components(S, D), min(S, D)}):
+        image = mean_held_share(relevant, codes.w_plus, labels, n_components)
+        embedding = mean_held_share(relevant, relevant.class_embeddings_, torch.arange(S), n_components)
+        words[f"of an image by {counted(n_components, 'component')}"] = round(image, 3)
+        words[f"of a class embedding by {counted(n_components, 'component')}"] = round(embedding, 3)
+    return words
 
 
 def _describe_tensors(path: StrPath, error: InputError) -> dict[str, Any]:

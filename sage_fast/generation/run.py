@@ -198,6 +198,9 @@ def plan_of(
 ) -> Plan:
     """:func:`read_plan` for a pipeline, with its preset's settings and micro-batches that suit its device unless others are given."""
     plan = with_settings(pipeline, read_plan(file, shots_dir, config, *shape_of(pipeline)[:2]))
+    mapped = [part.n_components for part in plan.parts if part.n_components is not None]
+    if mapped and ranks()[0] == 0:
+        pipeline.warn_of_mapping(min(mapped))
     pixels = _BATCH_PIXELS["cpu" if pipeline.device.type == "cpu" else "cuda"]
     batch = min(64, max(1, pixels // pipeline.generator.resolution**2))
     return plan if config.batch is not None else replace(plan, batch=batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +25,10 @@ from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.pixel_cache import read_or_map
 from sage_fast.data.sources import Source, open_source
 from sage_fast.data.writers import CACHE, atomic_write, write_json
-from sage_fast.errors import InputError
+from sage_fast.editing.mapping import mapping_warning, usual_components
+from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
+from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.models.encoder_kinds import build_encoder
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.perceptual import load_perceptual
@@ -371,6 +374,16 @@ def _write_bundle(folder: Path, config: BundleConfig) -> None:
         about=_about(folder, table),
         dtype=_STORAGE[config.dtype],
     )
+    _warn_of_mapping(table)
+
+
+def _warn_of_mapping(codes: LatentTable) -> None:
+    """Warn where the seen categories are too few for class embedding mapping."""
+    relevant = CategoryRelevantDictionary(1).fit(codes.w_plus, codes.labels)
+    n_components = usual_components(len(codes.categories), codes.w_plus.shape[2])
+    sentence = mapping_warning(relevant, codes.w_plus, codes.labels, n_components)
+    if sentence is not None:
+        warnings.warn(sentence, SageFastWarning, stacklevel=4)
 
 
 def _first_of_each(table: LatentTable, n: int | None) -> LatentTable:
