@@ -128,9 +128,14 @@ def test_the_encoder_gives_the_start(networks, own):
     torch.testing.assert_close(found.w_plus, G.latent_avg.expand_as(code), rtol=0, atol=1e-6)
 
 
-def test_candidates_start_at_the_one_that_looks_most_like_it(networks):
+@pytest.mark.parametrize("z_dim", [None, 5])
+def test_candidates_start_at_the_one_that_looks_most_like_it(networks, z_dim):
     G = networks[0]
-    z = torch.randn(20, G.style_dim, generator=torch.Generator().manual_seed(9)).double()  # as the seed draws them
+    if z_dim is not None:
+        G = Generator(8, 16, 2, channel_base=64, channel_max=8, z_dim=z_dim).double().eval()
+        for layer in (G.to_rgb1, *G.to_rgbs):
+            layer.conv.weight.data.mul_(0.2)  # colours well inside [-1, 1]
+    z = torch.randn(20, G.style.z_dim, generator=torch.Generator().manual_seed(9)).double()  # as the seed draws them
     w = G.broadcast(G.mapping(z)).detach()
     images = G(w[[3, 17]]).detach()
     found = project(images, G, n_candidates=20, seed=9, steps=1, method="adam", lr=1e-9)

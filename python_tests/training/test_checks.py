@@ -76,6 +76,7 @@ def visible(folder: Path) -> list[str]:
         (["--gan.transfer-from=nofile"], "nofile"),
         (["--gan.conditional", "--encoder.tune-generator"], "without labels"),
         (["--gan.conditional", "--preset-encoder=small"], "--encoder.no-tune-generator"),
+        (["--gan.conditional", "--encoder.kind=e4e"], "encoder.kind 'psp'"),
         (["--gan.graphs"], "graphs needs a GPU"),
         (["--gan.batch=64"], "one batch of 64 images, got 16"),
         (["--encoder.perceptual-weight=0", "--encoder.perceptual=nofile"], "nofile"),  # the dictionary reads it
@@ -168,3 +169,9 @@ def test_an_arcface_needs_colours(tmp_path):
     config = EncoderConfig(identity=str(tmp_path / "arcface.safetensors"), channel_base=32)
     with pytest.raises(InputError, match="is an ArcFace, for images of 3 channels, got a generator of 1; give another"):
         checks.check_encoder(config, G, D, Ranks(torch.device("cpu")))
+
+
+def test_e4e_needs_an_unconditional_generator():
+    G, D = new_networks(GANConfig(resolution=8, style_dim=8, n_mapping=2, channel_base=64, channel_max=8), 2, "cpu")
+    with pytest.raises(InputError, match="unconditional generator"):
+        checks.check_encoder(EncoderConfig(kind="e4e"), G, D, Ranks("cpu"))

@@ -144,6 +144,13 @@ def test_tuning_trains_the_generator_but_not_the_frame(tmp_path, images):
     assert torch.equal(g_before["latent_avg"], after["latent_avg"])
 
 
+def test_tuning_draws_from_a_prior_of_another_width_than_w(tmp_path, images):
+    G, D = Generator(8, 8, 2, channel_base=64, channel_max=8, z_dim=5), _networks()[1]
+    before = _clone(G)[0]
+    train_encoder(dataclasses.replace(TUNED, total_steps=2), images, G, D, tmp_path / "run")
+    assert not torch.equal(G.state_dict()["conv1.conv.weight"], before["conv1.conv.weight"])
+
+
 def test_tuning_rebuilds_better_than_a_frozen_generator(tmp_path):
     patches = torch.randint(0, 256, (8, 3, 2, 2), generator=torch.Generator().manual_seed(0)).float()
     images = torch.nn.functional.interpolate(patches, 8, mode="bilinear").to(torch.uint8)

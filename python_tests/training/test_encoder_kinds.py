@@ -162,6 +162,12 @@ def test_the_log_follows_the_schedule_and_styles_that_have_not_joined_stay(tmp_p
     assert {"latent_loss", "latent_d_loss", "delta"} <= set(_log(tmp_path)[0])
 
 
+def test_a_prior_of_another_width_than_w(tmp_path, images):
+    G = Generator(8, 8, 2, channel_base=64, channel_max=8, z_dim=5)
+    train_encoder(_config("e4e", total_steps=2, perceptual="none"), images, G, None, tmp_path / "run")
+    assert _column(tmp_path / "run", "latent_d_loss")
+
+
 def test_norm_of_the_deltas():
     offsets = torch.tensor([[[1.0, 1.0], [4.0, 5.0], [1.0, 1.0], [9.0, 9.0]]])
     assert delta_norm(offsets, 0).item() == 0

@@ -146,7 +146,7 @@ class Objective:
                 "n_candidates needs an unconditional generator; give start, mapped with the images' labels."
             )
         rng = torch.Generator().manual_seed(self.config.seed)
-        z = torch.randn(self.config.n_candidates, G.style_dim, generator=rng).to(G.latent_avg)
+        z = torch.randn(self.config.n_candidates, G.style.z_dim, generator=rng).to(G.latent_avg)
         w = G.mapping(z)
         noise: Literal["none", "const"] = "none" if self.config.noise == "none" else "const"
         drawn = torch.cat([G.synthesis(part, noise=noise) for part in w.split(64)])

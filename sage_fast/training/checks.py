@@ -11,6 +11,7 @@ from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.training.encoder import EncoderConfig
 from sage_fast.training.encoder_steps import new_encoder
 from sage_fast.training.gan import GANConfig, check_device, new_networks
+from sage_fast.training.latent_critic import check_prior
 from sage_fast.training.logs import check_tensorboard
 from sage_fast.training.ranks import Ranks
 from sage_fast.training.reconstruction import Reconstruction
@@ -47,6 +48,8 @@ def check_encoder(
             f"identity {config.identity!r} is an ArcFace, for images of 3 channels, got a generator of {generator.n_channels}; "
             "give another network, or 'none'."
         )
+    if config.kind == "e4e":
+        check_prior(generator)
     if config.tune_generator:
         check_tunable(generator, discriminator)
 

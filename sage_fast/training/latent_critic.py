@@ -73,8 +73,7 @@ class LatentCritic:
     """
 
     def __init__(self, config: E4EConfig, generator: Generator, guard: Guard, seed: int) -> None:
-        if generator.c_dim:
-            raise InputError("kind 'e4e' needs an unconditional generator, whose w it compares codes with; use 'psp'.")
+        check_prior(generator)
         self.config, self.device = config, guard.run.ranks.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -95,7 +94,7 @@ class LatentCritic:
     def step(self, w_plus: Tensor, generator: Generator, step: int, rng: torch.Generator) -> None:
         """One update from absolute styles [N, S, D] and N samples of the mapping network; R1 every ``r1_every`` steps."""
         c = self.config
-        z = torch.randn(len(w_plus), generator.style_dim, generator=rng).to(self.device)
+        z = torch.randn(len(w_plus), generator.style.z_dim, generator=rng).to(self.device)
         with torch.no_grad():
             real = generator.mapping(z)
         self.D.requires_grad_(True)
@@ -106,3 +105,9 @@ class LatentCritic:
             real.requires_grad_(True)
             self.r1_update.add(r1_penalty(self.D(real), real), c.r1_gamma / 2 * c.r1_every)
             self.r1_update.apply()
+
+
+def check_prior(generator: Generator) -> None:
+    """Raise InputError for a generator that :class:`LatentCritic` cannot take samples of w from."""
+    if generator.c_dim:
+        raise InputError("kind 'e4e' needs an unconditional generator, whose w it compares codes with; use 'psp'.")

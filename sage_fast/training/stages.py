@@ -117,6 +117,11 @@ class TrainConfig:
                 "encoder.tune_generator samples the prior without labels, which gan.conditional needs; leave one of them out "
                 "(after a preset, --encoder.no-tune-generator)."
             )
+        if self.gan.conditional and self.encoder.kind == "e4e":
+            raise InputError(
+                "encoder.kind 'e4e' compares codes with the w of an unconditional generator, which gan.conditional leaves out; "
+                "leave gan.conditional out or take encoder.kind 'psp'."
+            )
         n_latent_of(self.resolved_gan.resolution)
 
     @property

@@ -113,7 +113,7 @@ class GeneratorTuning:
 
     def _prior(self, n: int, rng: torch.Generator) -> Tensor:
         """Absolute codes [n, L, D] of prior samples; in half of them a second w takes over from a random layer."""
-        z = torch.randn(2 * n, self.G.style_dim, generator=rng).to(self.device)
+        z = torch.randn(2 * n, self.G.style.z_dim, generator=rng).to(self.device)
         w, w2 = self.G.mapping(z).chunk(2)
         keep = torch.rand(n, generator=rng) < 0.5
         return _crossover(self.G.broadcast(w), self.G.broadcast(w2), keep, rng)
