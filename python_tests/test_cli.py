@@ -511,6 +511,17 @@ def test_the_dictionary_refuses_codes_of_other_images(run, tmp_path, capsys):
     assert "other images" in capsys.readouterr().err
 
 
+def test_embed_does_not_replace_the_codes_of_other_images(run, tmp_path, capsys):
+    folder = copy_run(run, tmp_path / "run")
+    codes, other = folder / "checkpoints" / "codes.safetensors", write_images(tmp_path / "other", n_categories=2)
+    before = codes.read_bytes()
+    assert cli.main(["embed", f"--data={other}", f"--out={folder}", "--resume"]) == 2
+    assert f"delete {codes}" in capsys.readouterr().err and codes.read_bytes() == before
+    codes.unlink()
+    assert cli.main(["embed", f"--data={other}", f"--out={folder}"]) == 0
+    assert "of 2 categories" in capsys.readouterr().out
+
+
 def test_a_stage_run_twice_asks_for_resume(run, seen, capsys):
     assert cli.main(["train-encoder", f"--data={seen}", f"--out={run}", *TINY_ENCODER]) == 2
     assert "--resume" in capsys.readouterr().err

@@ -312,15 +312,23 @@ def embed_stage(
 def _embed_unless_done(images: ImageSet, folder: Path, path: Path, batch: int, device: torch.device) -> None:
     trained = _load_trained(folder, "embed")
     if path.exists() and _read_lineage(folder).get("codes") == _fingerprint(folder, "encoder"):
-        table = LatentTable.load(path)
-        if table.files == images.files and table.categories == images.categories:
-            return
+        _check_embedded(LatentTable.load(path), images, folder)
+        return
     assert trained.encoder is not None
     noise = _config(folder, "encoder")["noise"]
     table = embed(images, trained.encoder.to(device), trained.generator.to(device), batch, noise)
     path.unlink(missing_ok=True)
     _claim(folder, "codes", "encoder")
     table.save(path)
+
+
+def _check_embedded(table: LatentTable, images: ImageSet, folder: Path) -> None:
+    """Raise InputError where the codes in ``folder`` are not those of ``images``."""
+    if table.files != images.files or table.categories != images.categories:
+        raise InputError(
+            f"the codes in {folder} are of other images than those of {images.root or 'the data'}; give the data that "
+            f"was embedded, or delete {folder / 'checkpoints' / 'codes.safetensors'} and run the embed stage again."
+        )
 
 
 def dictionary_stage(
@@ -333,11 +341,7 @@ def dictionary_stage(
     """Learn the category-irrelevant directions from the cached codes: ``checkpoints/dictionary.pt``."""
     trained, table = _load_trained(folder, "dictionary"), _load_codes(folder)
     _check_noise(config, _config(folder, "encoder")["noise"])
-    if table.files != images.files or table.categories != images.categories:
-        raise InputError(
-            f"the codes in {folder} are of other images than those of {images.root or 'the data'}; give the data that "
-            "was embedded, or run the embed stage again."
-        )
+    _check_embedded(table, images, folder)
     perceptual = None
     if config.rec_weight and config.perceptual_weight:
         perceptual = load_perceptual(_config(folder, "encoder")["perceptual"], trained.discriminator)
