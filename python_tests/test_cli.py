@@ -723,8 +723,13 @@ def test_a_run_that_a_signal_stopped(monkeypatch, capsys, number, code):
     [
         (
             "generate --shots x --out y -n abc",
-            "Error parsing --n: invalid literal for int() with base 10: 'abc'; see sage",
+            "--n must be a whole number, got 'abc'; see sage-fast generate --help.",
         ),
+        ("generate --shots x --out y --alpha much", "--alpha must be a number or None, got 'much'; see sage"),
+        ("generate --shots x --out y --quality 9.5", "--quality must be a whole number or None, got '9.5'; see sage"),
+        ("train --data x --out y --gan.lr fast", "--gan.lr must be a number, got 'fast'; see sage-fast train --help."),
+        ("quality --real x --features y --noise loud", "--noise must be one of random, const, none, got 'loud'; see"),
+        ("regenerate x first", "NUMBER must be a whole number, got 'first'; see sage-fast regenerate --help."),
         (
             "generate --shot x --out y",
             "Unrecognized options: --shot, x; perhaps you meant --n-shots or --shots; see sage",
@@ -732,7 +737,7 @@ def test_a_run_that_a_signal_stopped(monkeypatch, capsys, number, code):
         ("train-gan --out y", "train-gan needs --data; see sage-fast train-gan --help."),
         ("quality --fooo x", "quality needs --real and --features and does not know --fooo x; see sage-fast quality"),
         ("verify", "verify needs output folder of generate, or its URL; see sage-fast verify --help."),
-        ("generate --shots", "Missing value for argument '--shots'. Expected 1 values; see sage-fast generate --help."),
+        ("generate --shots", "--shots needs a value; see sage-fast generate --help."),
         (
             "train-gan --data a --out b --accum 3 --xx=4",
             "Unrecognized options: --accum, 3, --xx=4; perhaps you meant --acc",
@@ -744,6 +749,24 @@ def test_words_that_the_parser_refuses_get_one_sentence(words, expected, capsys)
     complaint = capsys.readouterr().err
     assert complaint.startswith(f"sage-fast: {expected}") and complaint.endswith(" --help.\n")
     assert complaint.count("\n") == 1 and "\u2502" not in complaint
+
+
+def test_the_help_says_what_the_settings_docstrings_say_without_their_marks(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = {}
+    for name in ("generate", "invert", "regenerate", "export", "train"):
+        assert cli.main([name, "--help"]) == 0
+        shown[name] = capsys.readouterr().out
+        assert "``" not in shown[name] and ":func:" not in shown[name]
+        assert len({len(line) for line in shown[name].splitlines() if line[:1] in ("│", "╭", "╰")}) == 1
+    assert "\nmethod: age, sage-q, sage-i, sage, or inversion.\nfusion: none, pixel," in shown["generate"]
+    assert "\nspace: one latent for all layers (w)" in shown["invert"]
+    assert "--help" not in shown["regenerate"].splitlines()[0] and " MANIFEST NUMBER " in shown["regenerate"]
+    assert "│ NUMBER               which line, from 0" in shown["regenerate"]
+    assert "[SOURCE]" in shown["export"]
+    assert "Settings of train_gan." in shown["train"]
+    (switch,) = [line for line in shown["train"].splitlines() if "--gan.no-flip" in line]
+    assert "(default: False)" in switch  # flip is on until the switch is given
 
 
 def test_every_option_s_help_stands_beside_it():

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import field, make_dataclass
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from sage_fast.commands import SUMMARIES
 from sage_fast.errors import InputError
+
+_WRONG_VALUES = (
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", "a whole number"),
+    (r"Error parsing (\S+): could not convert string to float: (.*)", "a number"),
+    (
+        r"Error parsing (\S+): no type matching \{None\}\|INT could be instantiated from \[(.*?)\].*",
+        "a whole number or None",
+    ),
+    (
+        r"Error parsing (\S+): no type matching \{None\}\|FLOAT could be instantiated from \[(.*?)\].*",
+        "a number or None",
+    ),
+)
 
 
 def parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
@@ -27,12 +44,16 @@ def parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
     for number, part in enumerate(parts):
         kind = part if isinstance(part, type) else type(part)
         default = () if isinstance(part, type) else (field(default=part),)
-        marked = Annotated[kind, tyro.conf.Positional] if getattr(kind, "positional", False) else kind
+        marked = Annotated[_words(kind), tyro.conf.Positional] if getattr(kind, "positional", False) else kind
         fields.append((f"part_{number}", Annotated[marked, inline], *default))
-    printed = io.StringIO()
+    printed, helped = io.StringIO(), io.TextIOWrapper(io.BytesIO(), getattr(sys.stdout, "encoding", None) or "utf-8")
     try:
         asks = {"-h", "--help"} & set(argv)
-        with contextlib.redirect_stderr(printed), contextlib.nullcontext() if asks else _unwrapped():
+        with (
+            contextlib.redirect_stderr(printed),
+            contextlib.redirect_stdout(helped),
+            contextlib.nullcontext() if asks else _unwrapped(),
+        ):
             filled: Any = tyro.cli(
                 make_dataclass("Options", fields),
                 prog=f"sage-fast {command}",
@@ -45,9 +66,51 @@ def parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
             raise error from None
         if stop.code and (complaint := _sentence_of_box(printed.getvalue(), command)) is not None:
             raise InputError(complaint) from None
+        helped.seek(0)
+        sys.stdout.write(_help(helped.read(), parts))
         sys.stderr.write(printed.getvalue())
         raise
     return tuple(getattr(filled, f"part_{number}") for number in range(len(parts)))
+
+
+def _words(kind: type) -> type:
+    """A positional part, whose words now bear the names of its fields where the parser speaks of them."""
+    import tyro
+
+    for name, hint in get_type_hints(kind).items():
+        if name != "positional":  # in place: the parser finds the fields' comments by the class
+            metavar = f"[{name.upper()}]" if hasattr(kind, name) else name.upper()
+            kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(metavar=metavar)]
+    return kind
+
+
+def _help(printed: str, parts: Sequence[Any]) -> str:
+    """The parser's help, with what the docstrings of parts say of settings: where options bear no prefix, it shows none."""
+    usage, _, rest = printed.partition("\n\n")
+    summary, _, options = rest.partition("\n\n")
+    told = "\n".join(line for part in parts for line in _details(part))
+    shown = [usage, summary, *filter(None, [told]), options]
+    return "".join(map(_unmarked, "\n\n".join(shown).splitlines(keepends=True)))
+
+
+def _details(part: Any) -> list[str]:
+    """The lines of a part's docstring behind its first paragraph: a setting each, wrapped."""
+    _, _, rest = (inspect.getdoc(part if isinstance(part, type) else type(part)) or "").partition("\n\n")
+    settings = filter(None, re.split(r"\s+(?=``\w+``:)|\n\n+", rest))
+    width = shutil.get_terminal_size().columns
+    return [textwrap.fill(_plain(" ".join(words.split())), width, subsequent_indent="  ") for words in settings]
+
+
+def _plain(text: str) -> str:
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
+
+
+def _unmarked(line: str) -> str:
+    """A line of the help without a docstring's marks; a switch that turns something off shows that it is not given."""
+    plain = re.sub(r"(--(?:[\w-]+\.)*no-[\w-]+ .*\(default: )True\)", r"\1False)", _plain(line))
+    if not line.startswith("│"):
+        return plain
+    return f"{plain.rstrip().removesuffix('│').rstrip():<{len(line.rstrip()) - 1}}│\n"
 
 
 def _sentence_of_box(printed: str, command: str) -> str | None:
@@ -69,10 +132,22 @@ def _sentence_of_box(printed: str, command: str) -> str | None:
         unknown = f" and does not know {' '.join(listed['Unrecognized'])}" if "Unrecognized" in listed else ""
         text = f"{command} needs {' and '.join(needs)}{unknown}"
     else:
-        text = " ".join(said).rstrip(".")
+        text = _complaint(" ".join(said).rstrip("."))
     meant = [line.split()[0] for name in ("Perhaps", "Arguments") for line in listed.get(name, ()) if line[:2] == "--"]
     perhaps = f"; perhaps you meant {' or '.join(meant[:3])}" if meant else ""
     return f"{text}{perhaps}; see sage-fast {command} --help."
+
+
+def _complaint(text: str) -> str:
+    """The parser's complaint of one word, in words that need no Python."""
+    for pattern, kind in _WRONG_VALUES:
+        if found := re.fullmatch(pattern, text):
+            return f"{found[1]} must be {kind}, got {found[2]}"
+    if found := re.fullmatch(r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)", text):
+        return f"{found[2]} must be one of {found[3].replace(chr(39), '')}, got {found[1]}"
+    if found := re.fullmatch(r"Missing value for argument '(\S+)'\. Expected 1 values", text):
+        return f"{found[1]} needs a value"
+    return text
 
 
 @contextlib.contextmanager

@@ -79,8 +79,8 @@ class EncoderConfig:
     """
 
     kind: Literal["psp", "e4e", "restyle", "hyperstyle"] = "psp"
-    total_steps: int = 20_000
-    batch: int = 16
+    total_steps: int = 20_000  # length of the training
+    batch: int = 16  # images a step
     channel_base: int = 1024
     channel_max: int = 128
     head_width: int = 32
@@ -108,7 +108,7 @@ class EncoderConfig:
     grid_every: int = 1000
     keep: int = 2  # checkpoints that stay; the one with the lowest val_mse besides
     tensorboard: bool = False  # event files beside the log: needs the extra "logs"
-    tune_generator: bool = False
+    tune_generator: bool = False  # train the generator further beside the encoder
     adversarial_weight: float = 0.02  # this and what follows need tune_generator
     tune_lr: float = 0.001
     tune_mapping: bool = False

@@ -48,17 +48,17 @@ _LOSSES = {"logistic": (nonsaturating_g, logistic_d), "hinge": (hinge_g, hinge_d
 class GANConfig:
     """Settings of :func:`train_gan`. The defaults suit 32 to 64 px on a CPU; kimg = thousands of real images shown."""
 
-    resolution: int = 32
-    n_channels: int = 3
-    style_dim: int = 64
-    n_mapping: int = 4
-    channel_base: int = 1024
+    resolution: int = 32  # a power of two from 4 to 1024
+    n_channels: int = 3  # 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA
+    style_dim: int = 64  # width of the latents z and w
+    n_mapping: int = 4  # layers from z to w
+    channel_base: int = 1024  # min(channel_base / r, channel_max) feature maps at r px
     channel_max: int = 128
     mbstd_group: int = 4  # images that share a minibatch standard deviation
     balance: bool = False  # show every category equally often
     conditional: bool = False  # one class a category: in the mapping, and projected in the discriminator
-    total_kimg: float = 400.0
-    batch: int = 16
+    total_kimg: float = 400.0  # length of the training
+    batch: int = 16  # images a step
     accumulate: int = 1  # micro-batches a batch is computed in, to save memory; the result is the same
     loss: Literal["logistic", "hinge"] = "logistic"
     lr: float = 0.0025
@@ -68,7 +68,7 @@ class GANConfig:
     pl_every: int = 8
     pl_decay: float = 0.01
     style_mixing: float = 0.5  # probability; StyleGAN2 uses 0.9
-    ema_kimg: float = 5.0
+    ema_kimg: float = 5.0  # half-life of the running average that becomes the model
     ema_rampup: float | None = 0.05
     latent_avg_decay: float = 0.998
     flip: bool = True
