@@ -118,6 +118,22 @@ def test_sub_folders_without_images_are_named_once(tmp_path):
     assert len(caught) == 1
 
 
+def test_images_beside_the_categories_are_named(tmp_path):
+    save(make(tmp_path / "shots") / "loose.png")
+    with pytest.warns(SageFastWarning, match="in no category's folder are passed over: loose.png"):
+        assert scan_image_folder(tmp_path / "shots", flat_ok=True).categories == ["c0", "c1"]
+
+
+@pytest.mark.parametrize("inside", [["bundle.json"], ["checkpoints/gan.pt", "configs/gan.json"]])
+def test_a_model_or_run_is_no_folder_of_images(tmp_path, inside):
+    for name in ("grids/gan_reals.png", *inside):
+        save(tmp_path / "RUN" / "grids" / "gan_reals.png")
+        (tmp_path / "RUN" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "RUN" / name).touch()
+    with pytest.raises(InputError, match="RUN' is the folder of a model or its training; give a folder of images"):
+        scan_image_folder(tmp_path / "RUN")
+
+
 def test_flat_folder(tmp_path, monkeypatch):
     save(tmp_path / "tulip" / "b.png")
     save(tmp_path / "tulip" / "a.png")

@@ -438,6 +438,19 @@ def test_a_path_that_is_no_bundle_is_refused(tmp_path):
         assert one_sentence(error)
 
 
+def test_what_a_folder_lacks_has_a_remedy(tiny_bundle, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="has no bundle.json; finish its training, train-dictionary last"):
+        load_bundle(tmp_path)
+    bare = shutil.copytree(tiny_bundle, tmp_path / "bare")
+    index = json.loads((bare / "bundle.json").read_text())
+    for part in ("files", "networks"):
+        index[part] = {name: value for name, value in index[part].items() if not name.startswith("discriminator")}
+    (bare / "bundle.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="keep with --bundle.discriminator"):
+        load_discriminator(bare)
+
+
 def test_an_unusable_device_is_refused(tiny_bundle):
     for device in ("cuda:99", "nonsense"):
         with pytest.raises(InputError, match=device) as error:

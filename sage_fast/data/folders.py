@@ -130,19 +130,27 @@ def scan_image_folder(folder: str | os.PathLike[str], min_categories: int = 1, f
     Each sub-folder with images is one category. Names that start with a dot, ``__MACOSX`` and files without an image
     suffix are passed over; sub-folders without images are passed over with one warning; links are followed. Images
     directly in ``folder`` count only when ``flat_ok`` and no sub-folder has images: they are then one category that
-    bears the folder's name; the contact sheet beside a manifest is none of them. Nothing is decoded.
+    bears the folder's name; beside sub-folders with images they are passed over with a warning. The contact sheet
+    beside a manifest is none of them. Nothing is decoded.
 
     Raises:
-        InputError: no such folder, no images, or fewer than ``min_categories`` categories.
+        InputError: no such folder, no images, fewer than ``min_categories`` categories, or the folder of a model.
     """
     root = Path(folder)
     names, loose = _children(root)
+    if (root / "bundle.json").is_file() or {"checkpoints", "configs"} <= set(names):
+        raise InputError(f"{str(root)!r} is the folder of a model or its training; give a folder of images.")
+    if (root / "manifest.jsonl").is_file():  # of generate: the sheet beside it is no image of a category
+        loose = [name for name in loose if name != "contact_sheet.png"]
     listing = {name: _children(root / name)[1] for name in names}
     _warn_empty(root, [name for name, images in listing.items() if not images] if any(listing.values()) else [])
     listing = {name: images for name, images in listing.items() if images}
     if not listing:
         return _flat_folder(root, loose, names, min_categories, flat_ok)
     check_count(f"Image folder {str(root)!r}", list(listing), min_categories)
+    if loose:
+        where = f"Images of {str(root)!r} that lie in no category's folder are passed over"
+        warnings.warn(f"{where}: {_first(loose)}.", SageFastWarning, stacklevel=2)
     files = [f"{name}/{image}" for name, images in listing.items() for image in images]
     labels = [label for label, images in enumerate(listing.values()) for _ in images]
     return ImageFolder(root, list(listing), files, labels)
@@ -312,8 +320,6 @@ def _children(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _flat_folder(root: Path, loose: list[str], names: list[str], min_categories: int, flat_ok: bool) -> ImageFolder:
-    if (root / "manifest.jsonl").is_file():  # of generate: the sheet beside it is no image of a category
-        loose = [name for name in loose if name != "contact_sheet.png"]
     layout = f"expected {root.name or root}/<category>/<image>.png, .jpg or another image type"
     if not loose:
         inner = next(

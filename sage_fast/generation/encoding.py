@@ -21,7 +21,7 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 from torch import Tensor
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 
 __all__ = ["Encoder", "choose_encoder", "to_host", "with_provenance"]
 
@@ -68,13 +68,15 @@ def choose_encoder(
     """
     if n_channels not in _CHANNELS[image]:
         known = " or ".join(name for name, channels in _CHANNELS.items() if n_channels in channels)
-        raise InputError(f"Images of {n_channels} channels cannot be stored as {image}; choose image {known}.")
+        raise InputError(
+            f"Images of {counted(n_channels, 'channel')} cannot be stored as {image}; choose image {known}."
+        )
     able = [name for name in _MODULES if _can(name, image, n_channels)]
     auto = next((name for name in _AUTO if name in able and find_spec(_MODULES[name])), "pillow")
     chosen = auto if library == "auto" else library
     if chosen not in able:
         raise InputError(
-            f"encoder '{chosen}' cannot store {n_channels} channels as {image}; choose {' or '.join(able)}."
+            f"encoder '{chosen}' cannot store {counted(n_channels, 'channel')} as {image}; choose {' or '.join(able)}."
         )
     if chosen == "nvjpeg" and not _is_gpu(device):
         raise InputError(

@@ -131,7 +131,10 @@ def read_bundle_file(folder: StrPath | None, name: str) -> bytes:
     folder = bundle_folder(folder)
     expected = read_index(folder)["files"].get(name)
     if expected is None:
-        raise InputError(f"Model folder {str(folder)!r} has no {name}; train that part or give another model.")
+        judge = (
+            ", which train and train-dictionary keep with --bundle.discriminator" if name.startswith("discr") else ""
+        )
+        raise InputError(f"Model folder {str(folder)!r} has no {name}{judge}; train that part or give another model.")
     try:
         data = (folder / name).read_bytes()
     except OSError as error:
@@ -175,9 +178,11 @@ def read_index(path: StrPath | None) -> dict[str, Any]:
     folder = bundle_folder(path)
     path = folder / _INDEX
     if not path.is_file():
-        raise InputError(
-            f"Model folder {str(folder)!r} has no {_INDEX}; give a folder that sage-fast train has finished."
+        begun = (folder / "checkpoints").is_dir()
+        remedy = (
+            "finish its training, train-dictionary last" if begun else "give a folder that sage-fast train has finished"
         )
+        raise InputError(f"Model folder {str(folder)!r} has no {_INDEX}; {remedy}.")
     try:
         index = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

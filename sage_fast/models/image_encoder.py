@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 
 if TYPE_CHECKING:
     from sage_fast.models.stylegan2 import Generator
@@ -101,8 +101,8 @@ def check_encoder(encoder: ImageEncoder, generator: Generator) -> None:
     takes = (generator.n_latent, generator.style_dim, generator.n_channels)
     if gives != takes:
         raise InputError(
-            f"the encoder gives latents {list(gives[:2])} of images with {gives[2]} channels, the generator of "
-            f"{generator.resolution} px takes {list(takes[:2])} and draws {takes[2]} channels; use the encoder that was "
+            f"the encoder gives latents {list(gives[:2])} of images with {counted(gives[2], 'channel')}, the generator of "
+            f"{generator.resolution} px takes {list(takes[:2])} and draws {counted(takes[2], 'channel')}; use the encoder that was "
             "trained with it."
         )
 

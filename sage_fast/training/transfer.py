@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weights import load_discriminator, load_generator
 
@@ -51,7 +51,7 @@ def transfer(source: str | os.PathLike[str], G: Generator, D: Discriminator, ave
         parts.append(_report("D", D, _into_discriminator(load_discriminator(source), D)))
     except InputError as error:  # many files hold none
         parts.append(f"D is fresh ({str(error).rstrip('.')})")
-    what = f"{old.resolution} px, {old.n_channels} channels"
+    what = f"{old.resolution} px, {counted(old.n_channels, 'channel')}"
     return f"started from {str(source)!r} ({what}): {'; '.join(parts)}."
 
 
