@@ -173,7 +173,7 @@ def test_what_cannot_be_encoded_is_refused(monkeypatch, stand_in):
             GenerateConfig(image=image, encoder="nvjpeg")
         assert one_sentence(error)
         refused(f"encoder 'nvjpeg' cannot store 3 channels as {image}", image, None, 3, CPU)
-    refused("encoder 'nvjpeg' cannot store 1 channels as jpg; choose", "jpg", None, 1, CPU)
+    refused("encoder 'nvjpeg' cannot store 1 channel as jpg; choose", "jpg", None, 1, CPU)
 
     def fails(images, quality=75):
         raise RuntimeError("encode_jpegs_cuda: torchvision not compiled with nvJPEG support\nException raised from ...")

@@ -46,7 +46,7 @@ def parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
         default = () if isinstance(part, type) else (field(default=part),)
         marked = Annotated[_words(kind), tyro.conf.Positional] if getattr(kind, "positional", False) else kind
         fields.append((f"part_{number}", Annotated[marked, inline], *default))
-    printed, helped = io.StringIO(), io.TextIOWrapper(io.BytesIO(), getattr(sys.stdout, "encoding", None) or "utf-8")
+    printed, helped = io.StringIO(), io.TextIOWrapper(io.BytesIO(), (sys.stdout.encoding or "utf-8").lower())
     try:
         asks = {"-h", "--help"} & set(argv)
         with (
