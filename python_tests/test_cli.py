@@ -76,7 +76,7 @@ def test_overview_and_import_load_neither_torch_nor_the_parser():
         assert f"  {name} " in printed
 
 
-@pytest.mark.parametrize("name", [*cli.COMMANDS, "data flora"])
+@pytest.mark.parametrize("name", [*cli.COMMANDS, "data flora", "data split"])
 def test_every_command_explains_itself(name, capsys):
     assert cli.main([*name.split(), "--help"]) == 0
     assert f"usage: sage-fast {name}" in capsys.readouterr().out
@@ -509,6 +509,27 @@ def test_the_dictionary_refuses_codes_of_other_images(run, tmp_path, capsys):
     other = write_images(tmp_path / "other", n_categories=2)
     assert cli.main(["train-dictionary", f"--data={other}", f"--out={folder}", "--resume", *TINY_DICTIONARY]) == 2
     assert "other images" in capsys.readouterr().err
+
+
+def test_inspect_says_nothing_where_there_is_nothing(tmp_path, capsys):
+    torch.save({"alien.weight": torch.zeros(3)}, tmp_path / "alien.pt")
+    assert cli.main(["inspect", str(tmp_path / "alien.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "\nloads: nothing\nconverts to: nothing\n" in said
+
+
+def test_data_split_divides_a_folder(tmp_path, capsys):
+    data = write_images(tmp_path / "data", n_categories=4)
+    words = ["data", "split", f"--data={data}", "--n-shots=2"]
+    assert cli.main([*words, f"--out={tmp_path / 'a'}", "--n-unseen=1"]) == 0
+    assert f"{tmp_path / 'a' / 'shots'}: 2 images" in capsys.readouterr().out
+    assert cli.main([*words, f"--out={tmp_path / 'b'}", f"--split={tmp_path / 'a' / 'split.json'}"]) == 0
+    names = [sorted(p.relative_to(tmp_path / out) for p in (tmp_path / out).rglob("*.png")) for out in "ab"]
+    assert names[0] == names[1] != []
+    capsys.readouterr()
+    assert cli.main([*words, f"--out={tmp_path / 'c'}", "--split=x", "--n-unseen=1"]) == 2
+    assert cli.main(["data", "splitt"]) == 2
+    assert [line.count("; ") for line in capsys.readouterr().err.splitlines()] == [1, 1]
 
 
 def test_embed_does_not_replace_the_codes_of_other_images(run, tmp_path, capsys):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from sage_fast.data.folders import ImageFolder, ImageSet
-from sage_fast.data.splits import hold_out, load_split, split_seen_unseen, take_shots
+from sage_fast.data.sources import open_source
+from sage_fast.data.splits import Split, draw_split, hold_out, load_split, split_seen_unseen, take_shots, write_split
 from sage_fast.errors import InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "splits"
@@ -152,3 +154,53 @@ def test_held_out_images_depend_on_names_and_seed_alone():
 def test_a_share_leaves_images_in_both_parts(share):
     with pytest.raises(InputError, match=rf"leave images in both parts, got {share} of 20 images"):
         hold_out(folder({"a": 20}), share)
+
+
+def written(root: Path, counts: dict[str, int]) -> Path:
+    for file in folder(counts).files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(file.encode())
+    return root
+
+
+def listed(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.png")}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_is_written_byte_for_byte(tmp_path, packed):
+    counts = {"rose": 4, "été 1": 5, "lily": 3, "桜": 6}
+    data = written(tmp_path / "data", counts)
+    before = listed(data)
+    if packed:
+        data = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "data"))
+    found = write_split(open_source(data), Split("x", ("lily", "rose"), ("été 1", "桜")), tmp_path / "out", 2, seed=1)
+    assert found == {"seen": 7, "shots": 4, "real": 7}
+    out = {name: listed(tmp_path / "out" / name) for name in found}
+    assert out["seen"] | out["shots"] | out["real"] == before
+    assert {name.split("/")[0] for name in out["seen"]} == {"lily", "rose"}
+    shots, real = take_shots(folder({"été 1": 5, "桜": 6}), 2, seed=1)
+    assert sorted(out["shots"]) == sorted(shots.files) and sorted(out["real"]) == sorted(real.files)
+    assert load_split(tmp_path / "out" / "split.json").unseen == ("été 1", "桜")
+
+
+def test_a_split_that_cannot_be_written_leaves_nothing(tmp_path):
+    data, split = open_source(written(tmp_path / "data", {"a": 3, "b": 3, "c": 3})), Split("x", ("a", "b"), ("c",))
+    for words, n_shots, to in (("take fewer shots", 3, "out"), ("fewer images", 4, "out"), ("overlap", 1, "data/out")):
+        with pytest.raises(InputError, match=words):
+            write_split(data, split, tmp_path / to, n_shots)
+        assert not (tmp_path / to).exists()
+    write_split(data, split, tmp_path / "out", 1)
+    with pytest.raises(InputError, match="not empty; give another folder"):
+        write_split(data, split, tmp_path / "out", 1)
+
+
+def test_unseen_categories_are_drawn_by_seed_and_name():
+    names = [f"c{i}" for i in range(30)]
+    drawn = draw_split(names, seed=3)
+    assert len(drawn.unseen) == 3 and sorted(drawn.seen + drawn.unseen) == sorted(names)
+    assert draw_split(names[::-1], seed=3) == drawn != draw_split(names, seed=4)
+    assert set(drawn.unseen) <= set(draw_split(names, 10, seed=3).unseen)
+    for n in (0, 29):
+        with pytest.raises(InputError, match="at least two of 30 categories seen"):
+            draw_split(names, n)

@@ -19,6 +19,6 @@ SUMMARIES = {
     "export": "the networks as ONNX files or torch.export programs, checked",
     "info": "what was built, and which kernels run where",
     "profile": "where a synthesis spends its time, layer by layer",
-    "data": "write a data set: 'data flora'",
+    "data": "write a data set: 'data flora'; divide your own: 'data split'",
     "demo": "the whole road with the model that comes with the package",
 }

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from sage_fast.commands.parsing import parse
 from sage_fast.commands.watching import bar, watched
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,22 @@ class FloraOptions:
     overwrite: bool = False  # empty the folder first; only one that sage-fast made
 
 
+@dataclass(frozen=True)
+class SplitOptions:
+    """Options of ``data split``."""
+
+    data: Path  # a folder <category>/<image>.png, a .zip or .tar of one, or WebDataset shards
+    out: Path  # gets seen/, shots/ and real/, each <category>/<image>, and split.json
+    split: Path | None = None  # JSON with lists "seen" and "unseen" of categories; None: drawn by the seed
+    n_unseen: int | None = None  # categories to draw as unseen; None: a tenth, at least one
+    n_shots: int = 3  # given images of each unseen category; its others are to compare with
+    seed: int = 0  # of what is drawn
+
+    def __post_init__(self) -> None:
+        if self.split is not None and self.n_unseen is not None:
+            raise InputError("--split names the unseen categories, so --n-unseen has no effect; give one of them.")
+
+
 def generate(argv: Sequence[str]) -> None:
     """Draw images, write a preview of them, or say what would be made."""
     from sage_fast import generation
@@ -139,20 +155,39 @@ def invert(argv: Sequence[str]) -> None:
 
 
 def data(argv: Sequence[str]) -> None:
-    """Write a data set; ``data flora`` is the one there is."""
+    """Write a data set of drawn flowers, or divide one into what is learned from, given and compared with."""
+    kinds = {"flora": _flora, "split": _split}
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: sage-fast data flora --out DIR [options]\n\n  flora   drawn flowers whose factors are known")
-        return
-    if argv[0] != "flora":
-        raise InputError(
-            f"sage-fast data knows the data set 'flora', got {argv[0]!r}; try 'sage-fast data flora --help'."
+        print(
+            "usage: sage-fast data flora --out DIR [options]\n       sage-fast data split --data DATA --out DIR [options]\n\n"
+            "  flora   drawn flowers whose factors are known\n"
+            "  split   images of your own, divided into seen categories, shots of unseen ones, and the rest of these"
         )
-    (options,) = parse("data flora", argv[1:], FloraOptions)
+        return
+    if argv[0] not in kinds:
+        raise InputError(f"sage-fast data knows flora and split, got {argv[0]!r}; see sage-fast data --help.")
+    kinds[argv[0]](argv[1:])
+
+
+def _flora(argv: Sequence[str]) -> None:
+    (options,) = parse("data flora", argv, FloraOptions)
     from sage_fast.data.flora import write_image_folder
 
     with bar("drawing") as progress:
         folder = write_image_folder(**asdict(options), progress=progress)
     print(f"The images and factors.csv are in {folder}.")
+
+
+def _split(argv: Sequence[str]) -> None:
+    (options,) = parse("data split", argv, SplitOptions)
+    from sage_fast.data.sources import open_source
+    from sage_fast.data.splits import draw_split, load_split, write_split
+
+    images = open_source(options.data, min_categories=3)
+    drawn = options.split is None
+    split = draw_split(images.categories, options.n_unseen, options.seed) if drawn else load_split(options.split)
+    written = write_split(images, split, options.out, options.n_shots, options.seed)
+    print("\n".join(f"{options.out / name}: {counted(n, 'image')}" for name, n in written.items()))
 
 
 def demo(argv: Sequence[str]) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from sage_fast.data.folders import ImageFolder, ImageSet
-from sage_fast.errors import InputError
+from sage_fast.data.writers import check_apart, prepare_output, write_json
+from sage_fast.errors import InputError, counted
 
 Images = TypeVar("Images", ImageFolder, ImageSet)
 
@@ -66,6 +67,69 @@ def split_seen_unseen(images: Images, split: Split) -> tuple[Images, Images]:
         InputError: a category of the split is not there.
     """
     return images.select(split.seen), images.select(split.unseen)
+
+
+def draw_split(categories: Sequence[str], n_unseen: int | None = None, seed: int = 0) -> Split:
+    """Choose unseen categories by the seed and the names alone.
+
+    Args:
+        categories: all names.
+        n_unseen: how many; None: a tenth, at least one.
+        seed: any integer.
+
+    Raises:
+        InputError: fewer than one unseen or two seen categories.
+    """
+    n = max(1, round(len(categories) / 10)) if n_unseen is None else n_unseen
+    if not 1 <= n <= len(categories) - 2:
+        raise InputError(
+            f"n_unseen must leave at least two of {counted(len(categories), 'category')} seen and one unseen, got {n}."
+        )
+    texts = {name: f"{seed}\0unseen\0{name}".encode("utf-8", "surrogateescape") for name in categories}
+    order = sorted(categories, key=lambda name: (hashlib.sha256(texts[name]).digest(), name))
+    return Split("drawn", tuple(sorted(order[n:])), tuple(sorted(order[:n])))
+
+
+def write_split(
+    images: ImageFolder, split: Split, out: str | os.PathLike[str], n_shots: int = 3, seed: int = 0
+) -> dict[str, int]:
+    """Copy images, byte for byte, to ``seen``, ``shots`` and ``real`` in a new folder, each ``<category>/<image>``.
+
+    ``shots`` has the given images of each unseen category (:func:`take_shots`), ``real`` its others; ``split.json`` is
+    the split.
+
+    Returns:
+        The number of images in each of the three.
+
+    Raises:
+        InputError: a category of the split is not there or has no more than ``n_shots`` images, ``out`` is not empty, or
+            an image is no file.
+    """
+    seen, unseen = split_seen_unseen(images, split)
+    shots, real = take_shots(unseen, n_shots, seed)
+    if lacking := set(unseen.categories) - {unseen.categories[label] for label in real.labels}:
+        raise InputError(
+            f"No image of {min(lacking)!r} is left beside its {counted(n_shots, 'shot')}; take fewer shots."
+        )
+    check_apart(out, {"the images": images.root})
+    folder = prepare_output(out, offers=())
+    parts = {"seen": seen, "shots": shots, "real": real}
+    for name, part in parts.items():
+        _copy(part, folder / name)
+    write_json(folder / "split.json", {"name": split.name, "seen": split.seen, "unseen": split.unseen})
+    return {name: len(part) for name, part in parts.items()}
+
+
+def _copy(images: ImageFolder, folder: Path) -> None:
+    for i, content in images.contents():
+        category, *rest = images.categories[images.labels[i]], *PurePosixPath(images.files[i]).parts[1:]
+        target = folder / category / "_".join(rest)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            content = content.read_bytes()
+        if not isinstance(content, bytes):
+            raise InputError(f"{images.files[i]!r} in {str(images.root)!r} is no image file that can be copied.")
+        target.write_bytes(content)
 
 
 def take_shots(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:
