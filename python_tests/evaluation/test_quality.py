@@ -229,8 +229,10 @@ def folder(reals, tmp_path_factory):
     return root
 
 
-def test_the_command_measures_a_model_against_a_folder(tiny_bundle, folder, network, reals, capsys):
-    words = ["quality", "--model", str(tiny_bundle), "--real", str(folder), "--features", "discriminator"]
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_command_measures_a_model_against_a_folder(tiny_bundle, folder, network, reals, capsys, tmp_path, packed):
+    real = shutil.make_archive(str(tmp_path / "real"), "zip", folder) if packed else str(folder)
+    words = ["quality", "--model", str(tiny_bundle), "--real", real, "--features", "discriminator"]
     assert main([*words, "-n", "40"]) == 0
     said = dict(line.split() for line in capsys.readouterr().out.splitlines())
     order = torch.cat([torch.arange(0, 80, 2), torch.arange(1, 80, 2)])
@@ -311,6 +313,9 @@ def test_of_one_category_the_name_does_not_matter(folder, tmp_path):
     weights, config = tmp_path / "squeeze.safetensors", QualityConfig(n_images=16)
     found = watched(images.select(images.categories[1:2]), weights, config, against=flat)
     assert found.held_out.categories == ["flat"]
+    packed = shutil.make_archive(str(tmp_path / "flat"), "zip", flat)
+    found = watched(images.select(images.categories[1:2]), weights, config, against=packed)
+    assert found.held_out.images.shape[0] == len(list(flat.iterdir()))
     with pytest.raises(InputError, match="must have the categories of the training images"):
         watched(images, weights, config, against=flat)
 

@@ -38,7 +38,7 @@ class InspectPaths:
 class QualityPaths:
     """What ``quality`` compares."""
 
-    real: Path  # images the generator was not trained on: <category>/<image>.png, ..., or one flat folder
+    real: Path  # images it was not trained on: <category>/<image>.png, one flat folder, an archive or shards of them
     features: str  # a weights file (SqueezeNet 1.1, VGG), discriminator (the model's), lpips-..., or oracle (flora's)
     model: Path | None = None  # bundle or a generator's file; None: the model that comes with the package
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
@@ -187,6 +187,6 @@ def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, dict):
             lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            shown = ", ".join(map(str, value)) or "nothing" if isinstance(value, list | tuple) else value
             lines.append(f"{indent}{key}: {shown}")
     return lines

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
+from sage_fast.data.folders import ImageSet, read_images
+from sage_fast.data.sources import open_source
 from sage_fast.data.splits import hold_out
 from sage_fast.errors import InputError
 from sage_fast.evaluation.fid import feature_statistics, frechet_distance_of_statistics, kernel_distance
@@ -181,7 +182,7 @@ def watched(
         training, held_out = _hold_out(images, share)
     else:
         channels, size = images.images.shape[1:3]
-        training, held_out = images, read_images(scan_image_folder(against, flat_ok=True), size, channels)
+        training, held_out = images, read_images(open_source(against, flat_ok=True), size, channels)
         of_one = len(held_out.categories) == len(images.categories) == 1
         if (odd := set(held_out.categories) ^ set(images.categories)) and not of_one:
             raise InputError(
@@ -223,9 +224,7 @@ def measure_folder(
         InputError: a file that cannot be used, or another number of categories than the model's classes.
     """
     generator = load_generator(model, device)
-    images = read_images(
-        scan_image_folder(real, flat_ok=True), generator.resolution, generator.n_channels, progress=progress
-    )
+    images = read_images(open_source(real, flat_ok=True), generator.resolution, generator.n_channels, progress=progress)
     if generator.c_dim and len(images.categories) != generator.c_dim:
         raise InputError(
             f"{str(real)!r} must have the {generator.c_dim} categories of the model, got {len(images.categories)}."
