@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sage_fast.data.folders import ImageFolder, ImageSet
+from sage_fast.data.images import UnreadableImage
 from sage_fast.data.sources import open_source
 from sage_fast.data.splits import Split, draw_split, hold_out, load_split, split_seen_unseen, take_shots, write_split
 from sage_fast.errors import InputError
@@ -190,6 +192,10 @@ def test_a_split_that_cannot_be_written_leaves_nothing(tmp_path):
         with pytest.raises(InputError, match=words):
             write_split(data, split, tmp_path / to, n_shots)
         assert not (tmp_path / to).exists()
+    lost = replace(data, reader=lambda files: ((i, UnreadableImage(files[i], "cut off")) for i in range(len(files))))
+    with pytest.raises(InputError, match="cannot be split at '.*': cut off; give other images"):
+        write_split(lost, split, tmp_path / "out", 1)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".sage_fast.json"]
     write_split(data, split, tmp_path / "out", 1)
     with pytest.raises(InputError, match="not empty; give another folder"):
         write_split(data, split, tmp_path / "out", 1)

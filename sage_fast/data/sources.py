@@ -96,6 +96,10 @@ def _open_archive(path: Path, inside: str, min_categories: int, flat_ok: bool) -
     members = list_members(path, TEXTS)
     if inside != ".":
         within = [member for member in members if member.name.startswith(f"{inside}/")]
+        if not within:
+            places = sorted({member.name.rsplit("/", 2)[0] for member in members if member.name.count("/") > 1})
+            advice = f"give {str(path / places[0])!r}, which has images" if places else f"give {str(path)!r} alone"
+            raise InputError(f"Archive {str(path)!r} has no folder {inside!r}; {advice}.")
         members = [member._replace(name=member.name[len(inside) + 1 :]) for member in within]
     if any(member.suffix == ".cls" for member in members) or _labelled_by_json(members):
         return _of_samples(path, samples_of(path, members), (path,), min_categories)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from sage_fast.data.folders import ImageFolder, ImageSet
+from sage_fast.data.images import UnreadableImage
 from sage_fast.data.writers import check_apart, prepare_output, write_json
 from sage_fast.errors import InputError, counted
 
@@ -114,8 +116,13 @@ def write_split(
     check_apart(out, {"the images": images.root})
     folder = prepare_output(out, offers=())
     parts = {"seen": seen, "shots": shots, "real": real}
-    for name, part in parts.items():
-        _copy(part, folder / name)
+    try:
+        for name, part in parts.items():
+            _copy(part, folder / name)
+    except BaseException:  # nothing half-written
+        for name in parts:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        raise
     write_json(folder / "split.json", {"name": split.name, "seen": split.seen, "unseen": split.unseen})
     return {name: len(part) for name, part in parts.items()}
 
@@ -125,11 +132,10 @@ def _copy(images: ImageFolder, folder: Path) -> None:
         category, *rest = images.categories[images.labels[i]], *PurePosixPath(images.files[i]).parts[1:]
         target = folder / category / "_".join(rest)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Path):
-            content = content.read_bytes()
-        if not isinstance(content, bytes):
-            raise InputError(f"{images.files[i]!r} in {str(images.root)!r} is no image file that can be copied.")
-        target.write_bytes(content)
+        if not isinstance(content, Path | bytes):
+            why = content.reason if isinstance(content, UnreadableImage) else "pixels, and no file to copy"
+            raise InputError(f"{str(images.root)!r} cannot be split at {images.files[i]!r}: {why}; give other images.")
+        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
 
 def take_shots(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:
