@@ -186,7 +186,7 @@ def test_no_folder(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match=r"cannot be listed \(Permission denied\)"):
+    with pytest.raises(InputError, match=r"cannot be listed \(Permission denied\); check its permissions"):
         scan_image_folder(tmp_path)
 
 

@@ -502,5 +502,5 @@ def test_prepare_output_where_none_can_be(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file; give a folder"):
         prepare_output(tmp_path / "file")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be made .*; give another folder"):
         prepare_output(tmp_path / "file" / "below")

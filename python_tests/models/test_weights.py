@@ -4,6 +4,7 @@ damaged or foreign gets in."""
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -449,6 +450,18 @@ def test_what_a_folder_lacks_has_a_remedy(tiny_bundle, tmp_path):
     (bare / "bundle.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="keep with --bundle.discriminator"):
         load_discriminator(bare)
+
+
+def test_a_file_without_permission_is_not_to_be_copied_again(tiny_bundle, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    index = (tiny_bundle / "bundle.json").read_bytes()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: index if path.suffix == ".json" else denied(path))
+    with pytest.raises(
+        InputError, match=r"generator.safetensors' cannot be read \(Permission denied\); check its perm"
+    ):
+        load_generator(tiny_bundle)
 
 
 def test_an_unusable_device_is_refused(tiny_bundle):

@@ -314,7 +314,9 @@ def _children(folder: Path) -> tuple[list[str], list[str]]:
     except NotADirectoryError as error:
         raise InputError(f"{str(folder)!r} is a file; give the folder that holds the images.") from error
     except OSError as error:
-        raise InputError(f"Image folder {str(folder)!r} cannot be listed ({error.strerror}).") from error
+        raise InputError(
+            f"Image folder {str(folder)!r} cannot be listed ({error.strerror}); check its permissions."
+        ) from error
     names = {entry.name for entry in shown if entry.name.lower().endswith(IMAGE_SUFFIXES)}
     return folders, sorted(names - set(folders))
 

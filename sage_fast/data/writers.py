@@ -329,7 +329,9 @@ def prepare_output(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"Output folder {str(folder)!r} cannot be made ({error.strerror}).") from error
+        raise InputError(
+            f"Output folder {str(folder)!r} cannot be made ({error.strerror}); give another folder."
+        ) from error
     if visible and overwrite:
         _empty(folder)
     if not (visible and resume) and not (folder / MARKER).exists():
@@ -354,7 +356,9 @@ def check_output(
     except OSError as error:
         if folder.is_file():
             raise InputError(f"Output {str(folder)!r} is a file; give a folder.") from error
-        raise InputError(f"Output folder {str(folder)!r} cannot be made ({error.strerror}).") from error
+        raise InputError(
+            f"Output folder {str(folder)!r} cannot be made ({error.strerror}); give another folder."
+        ) from error
     if visible and overwrite:
         _check_own(folder)
     elif visible and not resume:

@@ -152,7 +152,9 @@ def _parse(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Plan {str(path)!r} cannot be read ({getattr(error, 'strerror', 'not UTF-8')}).") from error
+        raise InputError(
+            f"Plan {str(path)!r} cannot be read ({getattr(error, 'strerror', 'not UTF-8')}); give another file."
+        ) from error
     try:
         if path.suffix.lower() == ".csv":
             rows = list(csv.DictReader(io.StringIO(text), restkey="(more columns than the header)"))

@@ -138,9 +138,8 @@ def read_bundle_file(folder: StrPath | None, name: str) -> bytes:
     try:
         data = (folder / name).read_bytes()
     except OSError as error:
-        raise InputError(
-            f"Model file {str(folder / name)!r} cannot be read ({error.strerror}); copy the whole bundle again."
-        ) from error
+        remedy = "check its permissions" if isinstance(error, PermissionError) else "copy the whole bundle again"
+        raise InputError(f"Model file {str(folder / name)!r} cannot be read ({error.strerror}); {remedy}.") from error
     if hashlib.sha256(data).hexdigest() != expected:
         raise InputError(
             f"Model file {str(folder / name)!r} is truncated or changed: its sha256 is not the one in {_INDEX}; "
