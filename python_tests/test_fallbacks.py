@@ -92,3 +92,20 @@ def test_a_cuda_torch_with_a_package_for_the_cpu_alone(cuda_without_kernels):
     assert torch.equal(blurred, ops.gaussian_low_pass_reference(x))
     assert torch.equal(fused[0], ops.fuse_pixels_reference(x, x / 2, x + 1))
     assert torch.equal(fused[1], ops.fuse_frequencies_reference(x, x / 2, x + 1))
+
+
+def test_objects_of_other_sources_are_not_used(monkeypatch):
+    """As after new sources without a new build: an op that the objects do not have."""
+
+    def register():
+        torch.ops.sage_fast.an_op_of_tomorrow.default  # noqa: B018
+
+    monkeypatch.setattr(_native, "_native", None)
+    monkeypatch.setattr(_native, "_warned", set())
+    monkeypatch.setattr(_native, "_callbacks", [register])
+    if _build.find(Path(_native.__file__).parent, "_ops_cpu") is None:
+        pytest.skip("no compiled objects beside the package")
+    x, f = torch.randn(1, 1, 5, 5), torch.ones(2) / 2
+    with pytest.warns(SageFastWarning, match=r"objects are of other sources .*an_op_of_tomorrow.* reinstall"):
+        y = ops.upfirdn2d(x, f)
+    torch.testing.assert_close(y, ops.upfirdn2d_reference(x, f))

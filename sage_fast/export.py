@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sage_fast._native import without_kernels
 from sage_fast.data.writers import prepare_output, write_json
 from sage_fast.errors import InputError
+from sage_fast.models.checkpoints import source_of
 from sage_fast.models.hyperstyle import HyperStyle
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Generator
@@ -243,7 +244,8 @@ class _Encoder(nn.Module):
 
 def _load(source: StrPath | None, config: ExportConfig) -> tuple[Generator, ImageEncoder | None, str]:
     """Generator, the encoder where it is asked for and there is one, and the noise."""
-    if source is None or Path(source).is_dir():
+    source = None if source is None else source_of(source)
+    if source is None or source.is_dir():
         bundle = load_bundle(source)
         encoder: ImageEncoder | None = bundle.encoder if config.parts != "generator" else None
         return bundle.generator, encoder, config.noise or bundle.noise

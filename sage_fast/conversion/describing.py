@@ -16,7 +16,7 @@ from sage_fast.editing.mapping import usual_components
 from sage_fast.errors import InputError, SageFastWarning, counted
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.factorization.held_shares import mean_held_share
-from sage_fast.models.checkpoints import path_of, read_checkpoint
+from sage_fast.models.checkpoints import read_checkpoint, source_of
 from sage_fast.models.inspection import describe as describe_tensors
 from sage_fast.models.published import build_encoder_part, read_published
 from sage_fast.models.published_parts import PublishedFile
@@ -31,7 +31,8 @@ def describe(path: StrPath) -> dict[str, Any]:
     Raises:
         InputError: it is missing, damaged or of no known format.
     """
-    if path_of(path).is_dir():
+    path = source_of(path)
+    if path.is_dir():
         return _describe_bundle(path)
     try:
         found = read_published(path)

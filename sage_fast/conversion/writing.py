@@ -24,7 +24,7 @@ from sage_fast.conversion.carrying import (
 )
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError, SageFastWarning
-from sage_fast.models.checkpoints import path_of
+from sage_fast.models.checkpoints import path_of, source_of
 from sage_fast.models.published import build_encoder_part, read_published
 from sage_fast.models.published_nvlabs import to_nvlabs
 from sage_fast.models.published_rosinality import FACTS, facts_of
@@ -50,7 +50,7 @@ def convert(path: StrPath, out: StrPath, to: str | None = None, overwrite: bool 
         InputError: ``path`` cannot be read, ``out`` is that file or in that folder, is there already or cannot be written,
             or the target cannot hold a network.
     """
-    path, out = path_of(path), path_of(out)
+    path, out = source_of(path), path_of(out)
     target = _target(out, to)
     _check_apart(path, out)
     if out.is_file() and not overwrite:

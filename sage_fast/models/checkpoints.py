@@ -24,6 +24,7 @@ __all__ = [
     "is_module",
     "is_tensorflow_network",
     "read_checkpoint",
+    "source_of",
     "state_dict_of",
     "tensorflow_arrays_of",
 ]
@@ -84,6 +85,14 @@ def path_of(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path must be the name of a file or folder, got {path!r:.40} ({type(path).__name__}).")
     return Path(path)
+
+
+def source_of(path: Any) -> Path:
+    """The file or folder of networks that is meant: of a run that has trained a GAN alone its newest checkpoint, else ``path``."""
+    path = path_of(path)
+    later = ("bundle.json", "checkpoints/encoder.pt")
+    checkpoint = path / "checkpoints" / "gan.pt"
+    return checkpoint if checkpoint.is_file() and not any((path / name).exists() for name in later) else path
 
 
 def state_dict_of(module: Stub) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from sage_fast.models.published_nvlabs import read_nvlabs
 from sage_fast.models.published_parts import EncoderPart, PublishedFile, fill_network, reason_of
 from sage_fast.models.published_psp import OLD_STYLES, declared_size, read_encoders, read_statistics
 from sage_fast.models.published_rosinality import mean_row, read_rosinality
+from sage_fast.models.published_runs import read_run
 from sage_fast.models.published_safetensors import read_safetensors
 from sage_fast.models.published_tensorflow import read_tensorflow
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
@@ -32,9 +33,12 @@ __all__ = [
 ]  # fmt: skip
 
 StrPath = str | os.PathLike[str]
-_ENTRIES = {"generator": ("G_ema", "G", "g_ema", "g"), "discriminator": ("D", "d")}  # the preferred one first
-_LARGE = {"G_ema", "G", "D", "g_ema", "g", "d", "g_optim", "d_optim"}
-_READERS = (read_nvlabs, read_tensorflow, read_encoders, read_rosinality, read_statistics)
+_ENTRIES = {
+    "generator": ("average", "G_ema", "G", "g_ema", "g"),
+    "discriminator": ("D", "d"),
+}  # the preferred one first
+_LARGE = {"average", "G_ema", "G", "D", "g_ema", "g", "d", "g_optim", "d_optim"}
+_READERS = (read_run, read_nvlabs, read_tensorflow, read_encoders, read_rosinality, read_statistics)
 
 
 def read_published(path: StrPath, part: str | None = None) -> PublishedFile:

@@ -27,7 +27,7 @@ from sage_fast.models.bundles import (
     read_index,
     save_bundle,
 )
-from sage_fast.models.checkpoints import path_of
+from sage_fast.models.checkpoints import path_of, source_of
 from sage_fast.models.encoder_kinds import build_encoder
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.published import (
@@ -166,7 +166,8 @@ def _load(
 ) -> Network:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise InputError(f"dtype must be torch.float32, float64, float16 or bfloat16, got {dtype!r}.")
-    if path is not None and path_of(path).is_file():
+    path = None if path is None else source_of(path)
+    if path is not None and path.is_file():
         network = published(path)
     else:
         folder = bundle_folder(path)
