@@ -252,7 +252,7 @@ def _load_from(folder: Path) -> Native:
         for register in _callbacks:
             register()
         with _disable_current_modes():  # a graph may be captured meanwhile
-            native.bf16_products = torch.ops.sage_fast.has_bf16_products(torch.empty(0))
+            native.bf16_products = torch.ops.sage_fast.has_bf16_products(torch.empty(0, device="cpu"))
     except (AttributeError, RuntimeError) as error:
         reason = f"the compiled objects are of other sources than this package ({_first_line(error)})"
         return Native(reasons=dict.fromkeys(("cpu", "cuda"), reason))

@@ -14,7 +14,7 @@ import torch
 
 from sage_fast import _native
 from sage_fast.models.stylegan2 import Discriminator, Generator, truncate
-from sage_fast.models.stylegan2_layers import sparing
+from sage_fast.models.stylegan2_layers import Linear, sparing
 from sage_fast.models.weights import load_generator
 
 BF16 = torch.bfloat16
@@ -158,3 +158,19 @@ def test_gradients_flow_through_16_bit_weights():
         and G.convs[0].conv.weight.grad.dtype == BF16
         and G.to_rgb1.bias.grad.dtype == torch.float32
     )
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_linear_keeps_its_digits_for_small_inputs_and_large_gradients(dtype, autocast):
+    """The mapping network's scale of 1/2263: in float16 neither x nor the gradient alone can bear it."""
+    torch.manual_seed(0)
+    layer = Linear(512, 64, lr_mul=0.01)
+    x, grad = 1e-3 * torch.randn(16, 512), 100 * torch.randn(16, 64)
+    x, exact_x = (x if autocast else x.to(dtype)).requires_grad_(), x.double().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = layer(x)
+    exact = copy.deepcopy(layer).double()(exact_x)
+    (gx,), (exact_gx,) = torch.autograd.grad(y, x, grad.to(y.dtype)), torch.autograd.grad(exact, exact_x, grad.double())
+    for got, want in ((y, exact), (gx, exact_gx)):
+        assert (got.double() - want).norm() < 2 * torch.finfo(dtype).eps * want.norm()

@@ -83,6 +83,13 @@ def test_mixing_channels_keeps_the_layout(device, layout, n):
     assert modulated_conv2d(inputs[0][:0], weight, style[:0], demodulate=False).shape == (0, 3, 9, 7)
 
 
+def test_mixing_channels_under_vmap(device):
+    x, weight, style = arguments(6, 8, 3, k=1, dtype=torch.float64, device=device)
+    each = torch.func.vmap(lambda x, style: modulated_conv2d(x, weight, style, demodulate=False))
+    result = each(x.unflatten(0, (3, 2)), style.unflatten(0, (3, 2))).flatten(0, 1)
+    torch.testing.assert_close(result, modulated_conv2d(x, weight, style, demodulate=False))
+
+
 @pytest.mark.parametrize("demodulate", [True, False])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("way", WAYS)

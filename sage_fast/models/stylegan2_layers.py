@@ -165,12 +165,22 @@ class Linear(nn.Module):
         self.scale, self.lr_mul, self.act = lr_mul / math.sqrt(d_in), lr_mul, act
 
     def forward(self, x: Tensor) -> Tensor:
-        # x is scaled, which the weight would be for: it is the smaller one
-        x, weight, bias = x * self.scale, self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if _in_float16(x):  # too narrow for x times the scale, and for its gradient before the scale
+            weight = weight * self.scale
+        else:
+            x = x * self.scale  # most often the smaller of the two
         bias = bias * self.lr_mul if self.lr_mul != 1 else bias
         if self.act == "linear":
             return F.linear(x, weight, bias)
         return bias_act(F.linear(x, weight), bias, act=self.act)
+
+
+def _in_float16(x: Tensor) -> bool:
+    """Whether PyTorch makes products with ``x`` in float16."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type) == torch.float16
+    return x.dtype == torch.float16
 
 
 class Conv(nn.Module):
@@ -255,8 +265,9 @@ class _ModulatedConv(nn.Module):
             weight = weight.squeeze(0)  # a view, and so is its gradient
         elif weight.shape[0] != x.shape[0]:
             weight = weight[0]
-        settings = dict(demodulate=self.demodulate, up=self.up, resample_filter=fir)
-        return unscaled_conv2d(x, weight, style, scale=self.scale, **settings)  # type: ignore[arg-type]
+        return unscaled_conv2d(
+            x, weight, style, demodulate=self.demodulate, up=self.up, resample_filter=fir, scale=self.scale
+        )
 
 
 class _NoiseStrength(nn.Module):

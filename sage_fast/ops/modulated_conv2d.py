@@ -80,7 +80,7 @@ def unscaled_conv2d(
 
 def _mix_channels(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, C, H, W], weight [N, K, C] -> [N, K, H, W], which lies in memory as x does; and so do its gradients."""
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if x.stride(1) == 1:  # channels last
         n, _, h, w = x.shape
         pixels = torch.bmm(x.permute(0, 2, 3, 1).flatten(1, 2), weight.transpose(1, 2))
         return pixels.view(n, h, w, weight.shape[1]).permute(0, 3, 1, 2)
@@ -134,7 +134,7 @@ def _convolve(
     native = k == 3 and weight.ndim == 4 and not plain
     resample = upfirdn2d_reference if plain else upfirdn2d
     if not native:
-        weight = (weight * scale).to(x.dtype)
+        weight = (weight if scale == 1 else weight * scale).to(x.dtype)
     if up == 2 and f is not None:
         # Stride 2 and a k x k kernel give 2 H + k - 2 rows; the filter needs kh - 1 rows around 2 H.
         x = conv3x3_transposed(x, weight.transpose(0, 1), scale) if native else _transposed(x, weight, plain)
