@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sage_fast.errors import InputError, SageFastWarning
@@ -137,7 +138,7 @@ def call(op: Any, tensors: tuple[torch.Tensor | None, ...], *settings: Any) -> t
 
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``op`` runs natively on ``device_type`` ("cpu", "cuda"); warns once a device when it should but cannot."""
-    if _plain.get():
+    if _plain.get() or forward_ad._current_level >= 0:  # kernels would lose the tangent of forward-mode derivatives
         return False
     native = _native or load()
     if device_type in native.devices:
