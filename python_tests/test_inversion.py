@@ -347,7 +347,7 @@ def test_a_grey_generator_and_a_network_for_colours(own):
         (lambda x: dict(encoder=encoder_of(style_dim=1)), r"gives latents \[4, 1\]"),
         (lambda x: dict(encoder=encoder_of(n_latent=6)), r"gives latents \[6, 16\]"),
         (lambda x: dict(encoder=encoder_of(n_latent=6, n_iterations=2)), r"gives latents \[6, 16\]"),
-        (lambda x: dict(encoder=encoder_of(n_channels=1)), "with 1 channels, .* draws 3 channels"),
+        (lambda x: dict(encoder=encoder_of(n_channels=1)), "with 1 channel, .* draws 3 channels"),
         (lambda x: dict(encoder="encoder.pt"), "encoder must be a network, got str"),
         (lambda x: dict(perceptual="lpips-vgg"), "perceptual must be a network, got str"),
         (lambda x: dict(generator="generator.pt"), "generator must be a Generator, got str"),
