@@ -1,8 +1,8 @@
 """3 x 3 convolutions of training, stride 1 and 2, and both their gradients, on the layers of a 32 and a 64 px network.
 
 The rival is PyTorch's convolution (oneDNN), channels last, with weights already in the dtype of the images; ours takes float32
-weights and rounds or transforms them itself. FLOPs are the
-direct algorithm's. A transposed convolution is the gradient by images, and the other way round.
+weights and rounds or transforms them itself. FLOPs are the direct algorithm's. A transposed convolution is the gradient by images, and
+the other way round.
 """
 
 from __future__ import annotations

@@ -59,18 +59,18 @@ inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t de
 }
 
 #ifdef SAGE_BF16
+// Words of one number of each
+inline Words side_by_side(Halves low, Halves high) {
+  return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+}
+
 // Two bfloat16 a lane: the panel holds pairs of neighbouring depths side by side.
 struct Bf16Products {
   using type = uint16_t;
   static constexpr int64_t pair = 2;
-  static void put(Vector<float>::type v, uint16_t* to) {
-    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(to, &half, sizeof(half));
-  }
+  static void put(Vector<float>::type v, uint16_t* to) { store_as<float>(v, reinterpret_cast<BFloat16*>(to)); }
   static void put_weights(const V* v, uint16_t* to) {  // those of two neighbouring depths, side by side
-    const Words low = (Words)v[0], high = (Words)v[1];
-    const Words pairs = (low + 0x7fff + ((low >> 16) & 1)) >> 16 | ((high + 0x7fff + ((high >> 16) & 1)) & 0xffff0000);
-    std::memcpy(to, &pairs, sizeof(pairs));
+    store<uint32_t>(side_by_side(narrow(v[0], BFloat16()), narrow(v[1], BFloat16())), reinterpret_cast<uint32_t*>(to));
   }
 };
 

@@ -26,11 +26,6 @@ constexpr TapRun kAllTaps{0, 9, {0, 1, 2, 3, 4, 5, 6, 7, 8}, 0, 0};
 constexpr TapRun kPhases[4] = {
     {0, 4, {2, 0, 6, 8}, 0, 0}, {1, 2, {1, 7}, 0, 1}, {0, 2, {5, 3}, 1, 0}, {1, 1, {4}, 1, 1}};
 
-// Words of one number of each
-inline Words side_by_side(Halves low, Halves high) {
-  return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
-}
-
 // Weights of each run times the scale, two neighbouring depths a word -> [panels][count, depth / 2][kPanel], one run
 // after another
 void pack_runs(const float* weight, int64_t column_stride, int64_t columns, int64_t depth_stride, int64_t depth,

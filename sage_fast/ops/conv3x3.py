@@ -36,7 +36,8 @@ def conv3x3(x: Tensor, weight: Tensor, stride: int = 1, scale: float = 1.0) -> T
     Returns:
         [N, C_out, H, W], or with stride 2 [N, C_out, (H - 1) // 2, (W - 1) // 2].
     Raises:
-        InputError: shapes, dtypes or devices that do not belong together, images too small for a result, or another stride.
+        InputError: shapes, dtypes or devices that do not belong together, images too small for a result, another stride, or a scale
+            that is no number.
     """
     _check(x, weight, 1, stride)
     x, scale = _autocast(x), number("scale", scale)
