@@ -301,7 +301,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "a tuple of three million values": (pickled(b"(" + b"N" * 3_000_000 + b"t"), "open at once"),
     "a flood of instructions": (pickled(b"N0" * 2_000_000), "than weights"),
     "a flood of values": (pickled(b"]" * 3_000_000), "open at once"),
-    "a flood of sets in the memo": (pickled((b"\x8f" + pickle.MEMOIZE + b"0") * 1_000_000), "than weights"),
+    "a flood of sets in the memo": (pickled((b"\x8f" + pickle.MEMOIZE + b"0") * 1_000_000), "claims more data"),
     "a set copied a million times": (
         pickled(
             word([*range(2000)]) + pickle.MEMOIZE + b"0",

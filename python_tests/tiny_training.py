@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sage_fast.training.classifier import ClassifierConfig, train_classifier
 from sage_fast.training.dictionary import DictionaryConfig, train_dictionary
 from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
+from sage_fast.training.logs import TrainingLog
 
 SIZES = {"channel_base": 64, "channel_max": 8}
 EACH = {"log_every": 1, "save_every": 3, "grid_every": 1000}
@@ -79,6 +81,20 @@ def die_while_saving(name: str, folder: Path, call: str, number: int) -> None:
         return real(*args, **named)
 
     setattr(os, call, fatal)
+    train(name, folder)
+
+
+def die_after_step(name: str, folder: Path, step: int, seconds: float) -> None:
+    """Train, and be killed ``seconds`` after ``step`` was logged, wherever the run is then."""
+    real = TrainingLog.write
+
+    def write(log: TrainingLog, now: int, values: Any) -> dict[str, float]:
+        written = real(log, now, values)
+        if now == step:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return written
+
+    TrainingLog.write = write  # type: ignore[method-assign]
     train(name, folder)
 
 

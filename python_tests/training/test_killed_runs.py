@@ -14,7 +14,7 @@ from rank_processes import start
 from sage_fast.training.logs import read_log
 
 STAGES = ("gan", "encoder", "dictionary")
-N_KILLS = 8  # of each stage
+N_KILLS = 8  # of each stage, by the clock and by steps
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def _check_same(folder, other, name):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not(whole, tmp_path, name):
     expected, seconds = whole[name]
-    rng, kills, number, reached = random.Random(name), 0, 0, []
+    rng, kills, number = random.Random(name), 0, 0
     while kills < N_KILLS:
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -66,11 +66,23 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not(whole, tmp_path, nam
                 break
             assert code == -signal.SIGKILL, child.text()
             kills += 1
-            path = folder / f"logs/{name}.jsonl"
-            reached.append(max((line["step"] for line in read_log(path)), default=0) if path.exists() else 0)
         _finish(name, folder)
         _check_same(folder, expected, name)
-    assert len(set(reached)) > 2, f"kills came at steps {reached} only"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_killed_after_drawn_steps_ends_as_if_it_had_not(whole, tmp_path, name):
+    expected, rng = whole[name][0], random.Random(name)
+    last = max(line["step"] for line in read_log(expected / f"logs/{name}.jsonl"))
+    for step in sorted(rng.sample(range(1, last - 8), N_KILLS)):  # a step takes more than 1 ms
+        child = start(
+            tiny_training.die_after_step, name, tmp_path, step, rng.uniform(0, 0.005), log=tmp_path / "log.txt"
+        )
+        assert child.wait() == -signal.SIGKILL, child.text()
+        reached = max(line["step"] for line in read_log(tmp_path / f"logs/{name}.jsonl"))
+        assert reached >= step, f"killed at step {reached}, before {step}"
+    _finish(name, tmp_path)
+    _check_same(tmp_path, expected, name)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,10 @@ class PickleReader:
         for key, value in zip(values[::2], values[1::2]):
             target[checked_key(key)] = value
 
+    def empty_set(self) -> None:
+        self.budget.allocate(sys.getsizeof(set()))  # three to four times a list or dict, for one byte of a file
+        self.push(set())
+
     def add_items(self) -> None:
         values = self.since_mark()
         target = self.top()
@@ -316,7 +320,7 @@ _STEPS: dict[bytes, Callable[[PickleReader], Any]] = {
     pickle.BYTEARRAY8: lambda r: r.binary("<Q"),
     pickle.EMPTY_LIST: lambda r: r.push([]),
     pickle.EMPTY_DICT: lambda r: r.push({}),
-    pickle.EMPTY_SET: lambda r: r.push(set()),
+    pickle.EMPTY_SET: PickleReader.empty_set,
     pickle.EMPTY_TUPLE: lambda r: r.push(()),
     pickle.TUPLE1: lambda r: r.make_tuple(1),
     pickle.TUPLE2: lambda r: r.make_tuple(2),
