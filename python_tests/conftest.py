@@ -13,6 +13,7 @@ from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import save_png
 from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.weights import save_bundle
+from sage_fast.training import precision
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,6 +23,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def multiplied_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is bfloat16 on every processor: where it is not multiplied, PyTorch rounds to it."""
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device_type: True)
 
 
 @pytest.fixture(scope="session")

@@ -43,10 +43,12 @@ def _roads(device: str) -> dict[str, str]:
 
     from sage_fast.models.inference import choose_road, wanted_dtype
     from sage_fast.models.stylegan2 import Generator
+    from sage_fast.training.precision import substitution
 
     generator = Generator(4, style_dim=1, n_mapping=1, channels=[1]).to(device)
     w_plus = torch.zeros(1, generator.n_latent, 1, device=device)
     roads = {"with gradients": "{} ({})".format(*choose_road(generator, w_plus))}
+    roads["training in bfloat16"] = substitution("bfloat16", device) or "bfloat16"
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         road, reason = choose_road(generator, w_plus)
         roads["inference"] = f"{road} ({reason})"

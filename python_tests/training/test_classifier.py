@@ -32,6 +32,7 @@ def data() -> tuple[Tensor, Tensor]:
     return striped(300, 0)
 
 
+@pytest.mark.usefixtures("multiplied_bfloat16")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_it_tells_new_images_apart(data: tuple[Tensor, Tensor], tmp_path: Path, precision: str) -> None:
     """Mirrored or not, the orientation of stripes is what it is."""

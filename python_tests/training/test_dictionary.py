@@ -222,6 +222,7 @@ def test_another_data_set_is_refused(tmp_path, images):
         train_dictionary(TINY, w_plus[1:], labels[1:], images[1:], *_networks(), tmp_path, resume=True)
 
 
+@pytest.mark.usefixtures("multiplied_bfloat16")
 def test_bfloat16_and_features_at_every_step_change_little(tmp_path, images):
     logs = {}
     for name, change in {"whole": {}, "half": {"precision": "bfloat16"}, "anew": {"feature_cache_gb": 0.0}}.items():

@@ -244,6 +244,7 @@ def test_refuses_what_does_not_fit(tmp_path, images):
         train_encoder(dataclasses.replace(TINY, warmup=1), images, G, D, tmp_path / "run", resume=True)
 
 
+@pytest.mark.usefixtures("multiplied_bfloat16")
 def test_bfloat16_steps_follow_float32(tmp_path, images):
     losses = {}
     for precision in ("float32", "bfloat16"):

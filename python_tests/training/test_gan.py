@@ -144,6 +144,7 @@ def test_bad_images(tmp_path, images):
         train_gan(TINY, images[:2], tmp_path)
 
 
+@pytest.mark.usefixtures("multiplied_bfloat16")
 def test_bfloat16_steps_follow_float32(tmp_path, images):
     """The same first losses to bfloat16's three digits, weights in float32 all along."""
     losses = {}

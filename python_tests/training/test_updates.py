@@ -110,6 +110,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
     assert json.loads(guard.path.read_text())["norms"]["line"]["layers.0"]["weights"] == "Infinity"
 
 
+@pytest.mark.usefixtures("multiplied_bfloat16")
 def test_what_is_suggested_is_not_so_already(tmp_path):
     run = Run(tmp_path, "gan", tiny_training.GAN)
     assert run.remedy() == "try a lower lr, and begin anew: there is no checkpoint yet"
@@ -224,6 +225,7 @@ def test_another_learning_rate_takes_effect_where_a_run_goes_on(tmp_path, case, 
         assert rates[9] == config.lr and rates[-1] < 0.02 * config.lr
 
 
+@pytest.mark.usefixtures("multiplied_bfloat16")
 @pytest.mark.parametrize("change", [{"r1_gamma": 100.0}, {"precision": "bfloat16"}])
 def test_other_settings_that_a_run_may_go_on_with(tmp_path, change, capsys):
     """The same weights before, others after."""

@@ -18,6 +18,7 @@ from sage_fast.errors import InputError
 from sage_fast.models.classifiers import SmallResNet
 from sage_fast.settings import check_numbers
 from sage_fast.training.batches import deal, to_pixels
+from sage_fast.training.precision import PRECISIONS, autocast
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run
 from sage_fast.training.updates import Guard, Update, load_optimizer
@@ -56,7 +57,7 @@ class OptimizerConfig:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.batch < 2:
             raise InputError(f"batch must be at least 2 for batch normalisation, got {self.batch}.")
-        if self.precision not in ("float32", "bfloat16"):
+        if self.precision not in PRECISIONS:
             raise InputError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}.")
 
 
@@ -155,7 +156,7 @@ def train_network(
         for group in optim.param_groups:
             group["lr"] = rate
         guard.begin(step)
-        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with autocast(config.precision, device):
             loss, scalars = batch_loss(rng)
         update.add(loss)
         loss = update.apply(*statistics)

@@ -35,8 +35,9 @@ from sage_fast.settings import check_numbers
 from sage_fast.training.batches import to_pixels
 from sage_fast.training.feature_cache import cached_features
 from sage_fast.training.losses import pixel_mse
+from sage_fast.training.precision import PRECISIONS, autocast
 from sage_fast.training.ranks import join_ranks
-from sage_fast.training.runtime import PRECISIONS, Run, autocast
+from sage_fast.training.runtime import Run
 from sage_fast.training.updates import Guard, Update, load_optimizer
 
 __all__ = ["DictionaryConfig", "check_width", "train_dictionary"]
@@ -66,7 +67,7 @@ class DictionaryConfig:
     feature_cache_gb: float = 2.0  # memory for the features of all images, computed once; more than fit: at every step
     latent_weight: float = 1.0  # MSE(A n, delta_w), as SAGE-Diffusion adds it; not in [SAGE]
     init: str = "pca"
-    precision: str = "float32"  # of the image term, or "bfloat16": see sage_fast.training.runtime.autocast
+    precision: str = "float32"  # of the image term, or "bfloat16": see sage_fast.training.precision.autocast
     noise: str = "none"
     seed: int = 0
     log_every: int = 50

@@ -31,9 +31,10 @@ from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.encoder_steps import HyperStyleSteps, OnePassSteps, ReStyleSteps, new_encoder
 from sage_fast.training.latent_critic import E4EConfig
 from sage_fast.training.losses import pixel_mse
+from sage_fast.training.precision import PRECISIONS
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reconstruction import Reconstruction
-from sage_fast.training.runtime import PRECISIONS, Run, ema_update
+from sage_fast.training.runtime import Run, ema_update
 from sage_fast.training.tuning import GeneratorTuning
 from sage_fast.training.updates import Guard, Update, load_optimizer
 
@@ -99,7 +100,7 @@ class EncoderConfig:
     hyperstyle: HyperStyleConfig = field(default_factory=HyperStyleConfig)
     noise: str = "none"
     flip: bool = True
-    precision: str = "float32"  # or "bfloat16": see sage_fast.training.runtime.autocast
+    precision: str = "float32"  # or "bfloat16": see sage_fast.training.precision.autocast
     ema_kimg: float = 5.0
     n_validation: int = 128  # images held out to measure val_mse; at most a twentieth of all
     seed: int = 0

@@ -20,8 +20,8 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import synthesize, weight_shapes
 from sage_fast.models.weights import load_encoder
 from sage_fast.training.latent_critic import LatentCritic, delta_norm, stage_of
+from sage_fast.training.precision import autocast
 from sage_fast.training.reconstruction import Reconstruction
-from sage_fast.training.runtime import autocast
 from sage_fast.training.tuning import GeneratorTuning
 from sage_fast.training.updates import Guard, Update
 

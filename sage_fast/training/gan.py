@@ -30,10 +30,11 @@ from sage_fast.training.checkpoints import Checkpoints
 from sage_fast.training.graphed import Networks
 from sage_fast.training.grids import grid_latents
 from sage_fast.training.losses import hinge_d, hinge_g, logistic_d, nonsaturating_g, path_length_penalty, r1_penalty
+from sage_fast.training.precision import PRECISIONS, autocast
 from sage_fast.training.prior import draw_pixels, draw_prior, mixed_w_plus
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reals import Reals, as_reals
-from sage_fast.training.runtime import PRECISIONS, Run, autocast, ema_update
+from sage_fast.training.runtime import Run, ema_update
 from sage_fast.training.shares import path_share, share_out
 from sage_fast.training.transfer import transfer
 from sage_fast.training.updates import Guard, Update, load_optimizer
@@ -75,7 +76,7 @@ class GANConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # of what the discriminator sees
     transfer_from: str | None = None  # bundle or published file to start from; see sage_fast.training.transfer
     freeze_d: int = 0  # highest-resolution layers of the discriminator that stay as they are (FreezeD)
-    precision: str = "float32"  # or "bfloat16": see sage_fast.training.runtime.autocast; or "float64"
+    precision: str = "float32"  # or "bfloat16": see sage_fast.training.precision.autocast; or "float64"
     graphs: bool = False  # on a GPU: replay both networks as CUDA graphs; see sage_fast.training.graphed
     seed: int = 0
     log_every: int = 50

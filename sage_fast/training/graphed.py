@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sage_fast.models.inference import layer_by_layer
 from sage_fast.models.stylegan2 import Discriminator, Generator
+from sage_fast.training.precision import autocast
 from sage_fast.training.shares import logits_of_both
 
 __all__ = ["Networks"]
@@ -26,12 +27,12 @@ class Networks:
     activations, so memory is the sum of both updates' instead of the larger one.
 
     Args:
-        precision: ``"bfloat16"`` for autocast, as :func:`sage_fast.training.runtime.autocast`.
+        precision: ``"bfloat16"`` for autocast, as :func:`sage_fast.training.precision.autocast`.
         graphs: needs a GPU; the parameters must stay where they are from the first call on.
     """
 
     def __init__(self, G: Generator, D: Discriminator, precision: str = "float32", graphs: bool = False) -> None:
-        self.device, self.low, self.graphs = G.latent_avg.device, precision == "bfloat16", graphs
+        self.device, self.precision, self.graphs = G.latent_avg.device, precision, graphs
         self._fakes, self._judge, self._judge_both = _Fakes(G), _Judge(D), _JudgeBoth(D)
         self._captured: set[nn.Module] = set()
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
@@ -53,8 +54,7 @@ class Networks:
         if network in self._captured:
             return network(*arguments)
         # a graph must not hold the copy of a weight in 16 bits that autocast keeps for the next call
-        settings: dict[str, Any] = dict(dtype=torch.bfloat16, enabled=self.low, cache_enabled=not self.graphs)
-        with torch.autocast(self.device.type, **settings):
+        with autocast(self.precision, self.device, keep_copies=not self.graphs):
             if not self.graphs:
                 return network(*arguments)
             samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in arguments)

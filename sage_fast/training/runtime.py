@@ -35,14 +35,12 @@ from sage_fast.data.writers import (
 from sage_fast.errors import InputError, SageFastWarning, Stopped
 from sage_fast.training.checkpoints import Checkpoints, random_state, set_random_state, versions
 from sage_fast.training.logs import TrainingLog, check_tensorboard
+from sage_fast.training.precision import substitution
 from sage_fast.training.progress import StageProgress
 from sage_fast.training.ranks import Ranks, restarted
 from sage_fast.training.signals import StopWish
 
-__all__ = ["PRECISIONS", "Run", "autocast", "check_run_folder", "ema_update", "open_run_folder", "total_steps"]
-
-#: arithmetic of the convolutions and products in a training step; weights, optimizers and averages are always float32
-PRECISIONS = ("float32", "bfloat16")
+__all__ = ["Run", "check_run_folder", "ema_update", "open_run_folder", "total_steps"]
 
 
 class Run:
@@ -105,6 +103,10 @@ class Run:
         self.checkpoints.remove_remains()
 
     @property
+    def _precision(self) -> str:
+        return getattr(self.config, "precision", "float32")
+
+    @property
     def _config_path(self) -> Path:
         return self.folder / "configs" / f"{self.stage}.json"
 
@@ -144,7 +146,7 @@ class Run:
         Args:
             changes: of the settings, such as "a lower lr", which is the default.
         """
-        low = getattr(self.config, "precision", "") == "bfloat16"
+        low = self._precision == "bfloat16" and not substitution(self._precision, self.ranks.device)
         tries = " or ".join([*(changes or ("a lower lr",)), *(["precision float32"] if low else [])])
         latest = self.checkpoints.latest()
         if latest is None:
@@ -191,6 +193,9 @@ class Run:
             self._check_facts(state.get("facts", {}))
             self._say_adjusted(state)
             self._put_back(state)
+        said = substitution(self._precision, self.ranks.device)
+        if said and self.ranks.is_first:
+            print(f"Stage '{self.stage}': {said}.")
         self.ranks.once(lambda: self._begin(step))
         self._saved_step = step
         return state
@@ -335,11 +340,6 @@ def _defaults(config: Any) -> dict[str, Any]:
             value = entry.default_factory()
             values[entry.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
     return values
-
-
-def autocast(precision: str, device: str | torch.device) -> torch.autocast:
-    """``torch.autocast`` for a training step: off for ``"float32"``; ``"bfloat16"`` halves the time of the convolutions."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @torch.no_grad()
