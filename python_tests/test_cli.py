@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import typing
 from pathlib import Path
 
 import pytest
@@ -692,6 +696,34 @@ def test_flora_is_written(tmp_path):
     images = list((tmp_path / "flora").glob("*/*.png"))
     assert len(images) == 80 and Image.open(images[0]).size == (8, 8)
     assert (tmp_path / "flora" / "factors.csv").read_text().count("\n") == 81
+
+
+@pytest.mark.parametrize("command", [*(c for c in cli.COMMANDS if c != "data"), "data flora", "data split"])
+def test_help_has_words_for_every_option(command, monkeypatch):
+    import tyro
+
+    def collect(options, **_):
+        found.extend(typing.get_args(hint)[0] for hint in typing.get_type_hints(options, include_extras=True).values())
+        raise SystemExit(0)
+
+    found: list[type] = []
+    monkeypatch.setattr(tyro, "cli", collect)
+    with contextlib.suppress(SystemExit):
+        cli.main([*command.split(), "--help"])
+    assert found
+    wordless = []
+    for part in found:
+        written = [c for c in part.__mro__ if dataclasses.is_dataclass(c) and c.__module__.startswith("sage_fast.")]
+        text = "".join(map(inspect.getsource, written))
+        hints = typing.get_type_hints(part)
+        for option in dataclasses.fields(part):
+            if dataclasses.is_dataclass(hints[option.name]):
+                found.append(hints[option.name])
+            elif option.name != "positional" and not re.search(
+                rf"``{option.name}``|^    {option.name}: .*  # \S", text, re.MULTILINE
+            ):
+                wordless.append(f"{part.__name__}.{option.name}")
+    assert not wordless
 
 
 def test_info_is_for_people_or_for_programs(capsys):

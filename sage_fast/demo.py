@@ -55,7 +55,7 @@ class DemoConfig:
     n: int = 64  # generated images of each, of every kind
     n_real: int = 64  # real images of each to compare with
     alpha: float | None = None  # strength of the edit; None: the preset's
-    seed: int = 0
+    seed: int = 0  # of the drawings and of the edits
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_categories <= flora.N_UNSEEN:

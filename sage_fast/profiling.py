@@ -35,9 +35,9 @@ class ProfileConfig:
     """
 
     n: int = 4  # images a call
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; bfloat16 by autocast
     gradients: bool = False
-    rounds: int = 7
+    rounds: int = 7  # calls, of which medians are taken
     resolution: int | None = None
     channel_base: int | None = None
     channel_max: int | None = None

@@ -76,8 +76,8 @@ class FloraOptions:
 
     out: Path  # gets <category>/<category>_000000.png and factors.csv
     resolution: int = 32  # pixels
-    n_per_category: int = 50
-    which: Literal["seen", "unseen", "all"] = "seen"
+    n_per_category: int = 50  # drawings of each category
+    which: Literal["seen", "unseen", "all"] = "seen"  # 200 seen categories, 40 unseen ones, or all
     first_index: int = 0  # number of the first drawing; another range gives other drawings
     overwrite: bool = False  # empty the folder first; only one that sage-fast made
 

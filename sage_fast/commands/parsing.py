@@ -107,10 +107,14 @@ def _plain(text: str) -> str:
 
 def _unmarked(line: str) -> str:
     """A line of the help without a docstring's marks; a switch that turns something off shows that it is not given."""
-    plain = re.sub(r"(--(?:[\w-]+\.)*no-[\w-]+ .*\(default: )True\)", r"\1False)", _plain(line))
+    plain, width = _plain(line), len(line.rstrip()) - 1
+    if re.search(r"--(?:[\w-]+\.)*no-[\w-]+ .*\(default: True\)", plain):
+        plain = plain.replace("(default: True)", "(default: False)")
+        negated = re.sub(r"(--(?:[\w-]+\.)*no-[\w-]+ +)(?=[a-z])", r"\1do not ", plain)
+        plain = negated if len(negated.rstrip().removesuffix("│").rstrip()) <= width else plain
     if not line.startswith("│"):
         return plain
-    return f"{plain.rstrip().removesuffix('│').rstrip():<{len(line.rstrip()) - 1}}│\n"
+    return f"{plain.rstrip().removesuffix('│').rstrip():<{width}}│\n"
 
 
 def _sentence_of_box(printed: str, command: str) -> str | None:

@@ -78,7 +78,7 @@ class EmbedOptions:
 class Preset:
     """Which reading of the method the settings below start from."""
 
-    preset: Literal["paper", "released", "default"] = "default"
+    preset: Literal["paper", "released", "default"] = "default"  # as printed, as released, or what works here
 
 
 @dataclass(frozen=True)

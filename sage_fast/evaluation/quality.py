@@ -49,7 +49,7 @@ class QualityConfig:
 
     n_images: int = 2048
     batch: int = 64
-    seed: int = 0
+    seed: int = 0  # of the latents and of random noise
     noise: Literal["random", "const", "none"] = "random"
     neighbours: int = 3
     subset_size: int | None = None

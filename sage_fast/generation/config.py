@@ -35,7 +35,7 @@ class GenerateConfig:
     alpha: float | None = None  # strength of the edit, Eq. 20; None: the preset's, 1 (paper: 2)
     method: str = "sage"
     fusion: str = "none"
-    seed: int = 0
+    seed: int = 0  # the same one gives the same images
     preset: str = "default"
     n_shots: int | None = None  # images of each category to use, chosen by the seed; None: all
     n_components: int | None = None  # t_B, of sage and sage-q; None: the preset's, or all that the model has

@@ -55,24 +55,24 @@ class DictionaryConfig:
 
     n_directions: int | None = None
     reading: str = "default"
-    total_steps: int = 15_000
-    batch: int = 32
-    lr: float = 0.0001
+    total_steps: int = 15_000  # length of the training
+    batch: int = 32  # images a step
+    lr: float = 0.0001  # Adam, constant
     lambda1: float = 0.0005  # of the orthogonality, Eq. 14
     lambda2: float = 0.005  # of the sparsity
-    theta0: float = 0.5  # Eq. 10
-    theta1: float = -1.0
+    theta0: float = 0.5  # slope of the sigmoid of Eq. 10
+    theta1: float = -1.0  # its offset
     rec_weight: float = 1.0  # Eq. 11; 0: no image is generated
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = 1.0  # of the perceptual distance in the image term
     feature_cache_gb: float = 2.0  # memory for the features of all images, computed once; more than fit: at every step
     latent_weight: float = 1.0  # MSE(A n, delta_w), as SAGE-Diffusion adds it; not in [SAGE]
-    init: str = "pca"
-    precision: str = "float32"  # of the image term, or "bfloat16": see sage_fast.training.precision.autocast
-    noise: str = "none"
-    seed: int = 0
-    log_every: int = 50
-    save_every: int = 1000
-    grid_every: int = 1000
+    init: str = "pca"  # directions begin as principal components of the residuals ("pca") or random ("normal")
+    precision: str = "float32"  # of the image term, or "bfloat16", where the device multiplies it
+    noise: str = "none"  # of the generator in the image term, none or const: the encoder's setting
+    seed: int = 0  # of everything drawn
+    log_every: int = 50  # steps from one line of the log to the next
+    save_every: int = 1000  # steps from one checkpoint to the next
+    grid_every: int = 1000  # steps from one grid of images to the next
     keep: int = 2  # checkpoints that stay
     tensorboard: bool = False  # event files beside the log: needs the extra "logs"
 

@@ -79,42 +79,42 @@ class EncoderConfig:
     ``noise``: the generator's noise during training and, for the same images, afterwards: ``"none"`` or ``"const"``.
     """
 
-    kind: Literal["psp", "e4e", "restyle", "hyperstyle"] = "psp"
+    kind: Literal["psp", "e4e", "restyle", "hyperstyle"] = "psp"  # docs/encoders.md
     total_steps: int = 20_000  # length of the training
     batch: int = 16  # images a step
-    channel_base: int = 1024
-    channel_max: int = 128
-    head_width: int = 32
-    lr: float = 0.001
+    channel_base: int = 1024  # min(3/4 channel_base / r, channel_max) feature maps at r px
+    channel_max: int = 128  # most feature maps of a layer
+    head_width: int = 32  # channels per style before the last linear map
+    lr: float = 0.001  # of the encoder, after the warmup; Adam
     warmup: int = 200  # steps of linear increase; a cosine to lr_end follows
     lr_end: float = 0.01  # share of lr left at the last step
-    mse_weight: float = 1.0
-    perceptual_weight: float = 0.1
+    mse_weight: float = 1.0  # of the squared error of pixels
+    perceptual_weight: float = 0.1  # of the perceptual distance
     perceptual: str = "discriminator"
     perceptual_share: float = 1.0  # of the batch that the perceptual term looks at: it costs as much as all the rest
     identity: str = "none"
-    identity_weight: float = 0.1
-    norm_weight: float = 0.0005
+    identity_weight: float = 0.1  # of the identity term
+    norm_weight: float = 0.0005  # of the norm of the offsets from latent_avg
     n_iterations: int | None = None
     e4e: E4EConfig = field(default_factory=E4EConfig)
     hyperstyle: HyperStyleConfig = field(default_factory=HyperStyleConfig)
     noise: str = "none"
-    flip: bool = True
-    precision: str = "float32"  # or "bfloat16": see sage_fast.training.precision.autocast
-    ema_kimg: float = 5.0
+    flip: bool = True  # mirror half of the images
+    precision: str = "float32"  # or "bfloat16", where the device multiplies it
+    ema_kimg: float = 5.0  # half-life of the running average that becomes the encoder
     n_validation: int = 128  # images held out to measure val_mse; at most a twentieth of all
-    seed: int = 0
-    log_every: int = 50
-    save_every: int = 1000
-    grid_every: int = 1000
+    seed: int = 0  # of the weights and of everything drawn
+    log_every: int = 50  # steps from one line of the log to the next
+    save_every: int = 1000  # steps from one checkpoint to the next
+    grid_every: int = 1000  # steps from one grid of images to the next
     keep: int = 2  # checkpoints that stay; the one with the lowest val_mse besides
     tensorboard: bool = False  # event files beside the log: needs the extra "logs"
     tune_generator: bool = False  # train the generator further beside the encoder
-    adversarial_weight: float = 0.02  # this and what follows need tune_generator
-    tune_lr: float = 0.001
-    tune_mapping: bool = False
+    adversarial_weight: float = 0.02  # of the discriminator's verdict; this and what follows need tune_generator
+    tune_lr: float = 0.001  # of the generator and its discriminator
+    tune_mapping: bool = False  # tune the mapping network too
     r1_gamma: float | None = None  # None: 0.0002 resolution^2 / batch, the rule of StyleGAN2-ADA
-    r1_every: int = 16
+    r1_every: int = 16  # steps from one R1 penalty to the next
 
     def __post_init__(self) -> None:
         check_numbers(self)

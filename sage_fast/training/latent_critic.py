@@ -29,10 +29,10 @@ class E4EConfig:
     deltas_by: float = 0.3
     delta_weight: float = 0.0002  # of the norm of the deltas
     adversarial_weight: float = 0.1  # of the latent discriminator's verdict
-    discriminator_lr: float = 0.0002
+    discriminator_lr: float = 0.0002  # of the latent discriminator; Adam
     n_layers: int = 4  # of the latent discriminator
-    r1_gamma: float = 10.0
-    r1_every: int = 16
+    r1_gamma: float = 10.0  # of the latent discriminator
+    r1_every: int = 16  # steps from one R1 penalty of the latent discriminator to the next
 
     def __post_init__(self) -> None:
         check_numbers(self)
