@@ -138,8 +138,8 @@ def call(op: Any, tensors: tuple[torch.Tensor | None, ...], *settings: Any) -> t
 
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``op`` runs natively on ``device_type`` ("cpu", "cuda"); warns once a device when it should but cannot."""
-    if _plain.get() or forward_ad._current_level >= 0:  # kernels would lose the tangent of forward-mode derivatives
-        return False
+    if _plain.get() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False  # kernels would lose the tangent of forward-mode derivatives, and know nothing of torch.func's batches
     native = _native or load()
     if device_type in native.devices:
         return op in NATIVE_OPS or (device_type == "cuda" and op in CUDA_OPS)

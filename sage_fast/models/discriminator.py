@@ -19,6 +19,7 @@ from sage_fast.models.stylegan2_layers import (
     MappingNetwork,
     Resample,
     channel_list,
+    channels_last,
     check_channels,
     check_choice,
     check_label,
@@ -116,7 +117,7 @@ class Discriminator(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature maps [N, C_r, r, r] for r = resolution, resolution / 2, ..., 4."""
         self._check_images(images)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = channels_last(images)
         maps = [self.convs[0](images)]
         for i in range(len(self.convs) - 1):
             x, images = self._halve(i, maps[-1], images)
@@ -132,7 +133,7 @@ class Discriminator(nn.Module):
         return logits if torch.is_grad_enabled() else logits.to(images.dtype)
 
     def _logits(self, images: Tensor, c: Tensor | None) -> Tensor:
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = channels_last(images)
         x = self.convs[0](images)
         for i in range(len(self.convs) - 1):
             x, images = self._halve(i, x, images)

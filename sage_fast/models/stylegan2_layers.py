@@ -23,7 +23,7 @@ from sage_fast.ops.scaled_bias_act import scaled_bias_act
 
 __all__ = [
     "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
-    "StyledConv", "ToRGB", "UpSkip", "channel_list", "check_channels", "check_choice", "check_label", "check_positive",
+    "StyledConv", "ToRGB", "UpSkip", "channel_list", "channels_last", "check_channels", "check_choice", "check_label", "check_positive",
     "check_resolution", "exact", "normal", "sparing", "wide",
 ]  # fmt: skip
 
@@ -289,6 +289,11 @@ def normal(*shape: int, divisor: float = 1.0) -> Tensor:
     """Standard normal numbers over ``divisor``; on the meta device, where drawing imports torch's compiler, just the shape."""
     x = torch.empty(*shape)
     return x if x.is_meta else x.normal_().div_(divisor)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images in that memory format; as they lie under ``torch.func``, whose ``vmap`` knows no formats."""
+    return x if torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=torch.channels_last)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Forward-mode derivatives: kernels do not carry them, so the reference runs; a tangent is never lost."""
+"""Derivatives forward and the transforms of ``torch.func``: kernels know neither, so the reference runs; a tangent is never
+lost.
+"""
 
 from __future__ import annotations
 
@@ -49,3 +51,39 @@ def test_networks():
         got = torch.func.jvp(f, (w,), (tangent,))[1]
         expected = along(f, w, tangent)
         assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_by_torch_func(op):
+    x = torch.randn(4, 16, 8, 8, generator=RNG)
+
+    def total(x):
+        return OPS[op](x).square().sum()
+
+    whole = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(whole), whole)
+    torch.testing.assert_close(torch.func.grad(total)(x), expected, atol=1e-2, rtol=1e-4)
+    y, back = torch.func.vjp(OPS[op], x)
+    torch.testing.assert_close(back(2 * y)[0], expected, atol=1e-2, rtol=1e-4)
+
+
+def test_networks_by_torch_func():
+    """A gradient of each image by itself, and a Jacobian, as influence functions and analyses of latents ask."""
+    torch.manual_seed(3)
+    G = Generator(16, 8, 2, channel_base=64, channel_max=16).eval().requires_grad_(False)
+    D = Discriminator(16, channel_base=64, channel_max=16).eval().requires_grad_(False)
+    w = torch.randn(3, G.n_latent, 8)
+
+    def means(w):
+        return G.synthesis(w, noise="const").mean((2, 3))
+
+    expected = torch.autograd.functional.jacobian(means, w)
+    torch.testing.assert_close(torch.func.jacrev(means)(w), expected, atol=1e-5, rtol=1e-3)
+    drawn = torch.func.vmap(lambda one: G.synthesis(one[None], noise="const")[0])(w)
+    images = G.synthesis(w, noise="const")
+    torch.testing.assert_close(drawn, images, atol=1e-4, rtol=1e-4)
+    each = torch.func.vmap(torch.func.grad(lambda image: D(image[None]).sum()))(images)
+    for image, gradient in zip(images, each):
+        alone = image[None].clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(D(alone).sum(), alone)
+        assert (gradient - wanted[0]).abs().max() < 1e-4 * wanted.abs().max()
