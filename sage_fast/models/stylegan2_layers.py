@@ -23,8 +23,8 @@ from sage_fast.ops.scaled_bias_act import scaled_bias_act
 
 __all__ = [
     "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
-    "StyledConv", "ToRGB", "UpSkip", "channel_list", "channels_last", "check_channels", "check_choice", "check_label", "check_positive",
-    "check_resolution", "exact", "normal", "sparing", "wide",
+    "StyledConv", "ToRGB", "UpSkip", "channel_list", "channels_last", "check_channels", "check_choice", "check_label",
+    "check_positive", "check_resolution", "exact", "normal", "sparing", "wide",
 ]  # fmt: skip
 
 CONNECTIONS = ("skip", "resnet", "orig")  # [StyleGAN2], Fig. 7: what joins the resolutions
