@@ -140,18 +140,13 @@ struct Products {
     }
   }
 
-  // Pieces of up to `columns`, as equal as can be: a tile of one column would wait for its loads.
-  template <int64_t S>
-  static void dots_of_all_columns(const T* const* w, const T* const* tails, int64_t dim, const Columns& m, V* sums) {
-    int64_t pieces = (m.cols + columns - 1) / columns;
-    for (int64_t c = 0, held; c < m.cols; c += held, --pieces) {
-      held = (m.cols - c) / pieces;
-      if (held == 5) dots<S, 5>(w, tails, dim, m, c, sums);
-      if (held == 4) dots<S, 4>(w, tails, dim, m, c, sums);
-      if (held == 3) dots<S, 3>(w, tails, dim, m, c, sums);
-      if (held == 2) dots<S, 2>(w, tails, dim, m, c, sums);
-      if (held == 1) dots<S, 1>(w, tails, dim, m, c, sums);
-    }
+  // C columns for all samples, so that they come from the L2 cache once.
+  template <int64_t C>
+  static void dots_of_all_samples(const T* const* w, const T* const* tails, int64_t n, int64_t dim, const Columns& m,
+                                  int64_t first, V* sums) {
+    int64_t s = 0;
+    for (; s + tile <= n; s += tile) dots<tile, C>(w + s, tails + s, dim, m, first, sums + s * m.cols);
+    for (; s < n; ++s) dots<1, C>(w + s, tails + s, dim, m, first, sums + s * m.cols);
   }
 
   // codes [n, cols] = w [n, dim] times the matrix, n up to `group`. codes has room for `lanes` more.
@@ -164,9 +159,16 @@ struct Products {
       tails[s] = padded[s];
     }
     V* partial = reinterpret_cast<V*>(sums.data());
-    int64_t s = 0;
-    for (; s + tile <= n; s += tile) dots_of_all_columns<tile>(w + s, tails + s, dim, m, partial + s * m.cols);
-    for (; s < n; ++s) dots_of_all_columns<1>(w + s, tails + s, dim, m, partial + s * m.cols);
+    // pieces of up to `columns`, as equal as can be: a tile of one column would wait for its loads
+    int64_t pieces = (m.cols + columns - 1) / columns;
+    for (int64_t c = 0, held; c < m.cols; c += held, --pieces) {
+      held = (m.cols - c) / pieces;
+      if (held == 5) dots_of_all_samples<5>(w, tails, n, dim, m, c, partial);
+      if (held == 4) dots_of_all_samples<4>(w, tails, n, dim, m, c, partial);
+      if (held == 3) dots_of_all_samples<3>(w, tails, n, dim, m, c, partial);
+      if (held == 2) dots_of_all_samples<2>(w, tails, n, dim, m, c, partial);
+      if (held == 1) dots_of_all_samples<1>(w, tails, n, dim, m, c, partial);
+    }
     for (int64_t i = 0; i < n * m.cols; i += lanes) store<T>(sum_of_each(partial + i), codes + i);
   }
   static int64_t sums_size(int64_t cols) { return (group * cols + lanes) * lanes; }

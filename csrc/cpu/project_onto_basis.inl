@@ -27,35 +27,43 @@ void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* o
     });
     return;
   }
-  const int64_t size = P::panels_size(p.dim, p.rank), runs = (p.n + P::group - 1) / P::group;
+  const int64_t size = P::panels_size(p.dim, p.rank);
   Scratch<T> all_panels(p.layers * size);
   T* panels = all_panels.data();
   parallel(p.layers, 1 + 20000 / work, [=](int64_t begin, int64_t end_layer) {
     for (int64_t layer = begin; layer < end_layer; ++layer) P::pack(layer_basis(layer), panels + layer * size);
   });
   const bool past = P::streams(out, p.dim, p.n * p.layers * p.dim * sizeof(T));
-  parallel(p.layers * runs, 1 + 20000 / (work * P::group), [=](int64_t begin, int64_t end_task) {
+  // Samples of a run go through one layer after the other. Where the L2 cache cannot hold the panels of all layers, a
+  // run is long enough to be worth fetching them.
+  const int64_t run = p.layers * size * sizeof(T) > (int64_t(512) << 10) ? 8 * P::group : P::group;
+  const int64_t tasks = p.layers * ((p.n + run - 1) / run);
+  parallel(tasks, 1 + 20000 / (work * std::clamp<int64_t>(p.n, 1, run)), [=](int64_t begin, int64_t end_task) {
     Scratch<T> sums(P::sums_size(p.rank)), codes(P::codes_size(p.rank));
     Buffer<int64_t> kept(p.rank);
     for (int64_t r = 0; r < p.rank; ++r) kept[r] = r;
     for (int64_t task = begin; task < end_task; ++task) {
-      const int64_t first = task / p.layers * P::group, layer = task % p.layers, n = std::min(P::group, p.n - first);
-      const int64_t next = std::min(task + 1, end_task - 1);
-      const T *in[P::group], *ahead[P::group];
-      T* to[P::group];
-      for (int64_t s = 0; s < n; ++s) {
-        in[s] = w + (first + s) * p.w_row + layer * p.w_layer;
-        const int64_t sample = std::min(next / p.layers * P::group + s, p.n - 1);
-        ahead[s] = w + sample * p.w_row + next % p.layers * p.w_layer;
-        to[s] = out + ((first + s) * p.layers + layer) * p.dim;
-      }
+      const int64_t layer = task % p.layers, last = std::min((task / p.layers + 1) * run, p.n);
       const T* panel = panels + layer * size;
-      P::reduce(in, n, p.dim, P::packed(panel, p.rank), sums, codes.data());
-      const auto expand = [&](auto far) {
-        P::template expand<far.value>(codes.data(), n, p.rank, kept.data(), panel, p.rank, p.dim, nullptr, T(1), to,
-                                      ahead, n);
-      };
-      past ? expand(std::true_type()) : expand(std::false_type());
+      for (int64_t first = task / p.layers * run; first < last; first += P::group) {
+        const int64_t n = std::min(P::group, last - first), next = std::min(task + 1, end_task - 1);
+        const bool more = first + P::group < last;  // in this run: else the next one's samples are fetched
+        const int64_t next_first = more ? first + P::group : next / p.layers * run,
+                      next_layer = more ? layer : next % p.layers;
+        const T *in[P::group], *ahead[P::group];
+        T* to[P::group];
+        for (int64_t s = 0; s < n; ++s) {
+          in[s] = w + (first + s) * p.w_row + layer * p.w_layer;
+          ahead[s] = w + std::min(next_first + s, p.n - 1) * p.w_row + next_layer * p.w_layer;
+          to[s] = out + ((first + s) * p.layers + layer) * p.dim;
+        }
+        P::reduce(in, n, p.dim, P::packed(panel, p.rank), sums, codes.data());
+        const auto expand = [&](auto far) {
+          P::template expand<far.value>(codes.data(), n, p.rank, kept.data(), panel, p.rank, p.dim, nullptr, T(1), to,
+                                        ahead, n);
+        };
+        past ? expand(std::true_type()) : expand(std::false_type());
+      }
     }
     if (past) finish_stores();
   });

@@ -130,6 +130,17 @@ def test_threads(same_bits_for_all_thread_counts):
     same_bits_for_all_thread_counts(lambda: project_onto_basis(w_plus, basis))
 
 
+def test_bases_that_a_cache_does_not_hold(same_bits_for_all_thread_counts):
+    """Samples go through them in longer runs, with the same bits."""
+    w_plus, basis = arguments(137, 16, 256, 40)
+    assert basis.nbytes > 512 << 10
+    y = project_onto_basis(w_plus, basis)
+    assert (y - project_onto_basis_reference(w_plus.double(), basis.double())).abs().max() < 2e-6
+    for a, b in ((0, 5), (60, 70), (128, 137)):
+        assert torch.equal(project_onto_basis(w_plus[a:b], basis), y[a:b])
+    same_bits_for_all_thread_counts(lambda: project_onto_basis(w_plus, basis))
+
+
 @pytest.mark.parametrize("op", [project_onto_basis, project_onto_basis_reference])
 @pytest.mark.parametrize(
     "w_plus, basis, message",
