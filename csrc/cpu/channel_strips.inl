@@ -14,11 +14,11 @@ class ChannelStrips {
 
  public:
   static constexpr int64_t lanes = Vector<A>::lanes, taps = 4;
-  // Rows of a band. In an image 256 pixels wide of 64 channels the rows of a strip share the sets of the caches: with more
-  // of them than a set has ways, the next strip's pixels would be gone before their turn.
+  // Rows of a band. In an image 256 pixels wide of 64 channels the rows of a strip share the sets of the caches: with
+  // more of them than a set has ways, the next strip's pixels would be gone before their turn.
   static constexpr int64_t band = 64 / sizeof(T) / Down;
-  static constexpr int64_t width = 4;                                      // outputs whose sums fit the registers
-  static constexpr int64_t pixels = (width - 1) * Down + taps;             // that meet them in a row
+  static constexpr int64_t width = 4;                           // outputs whose sums fit the registers
+  static constexpr int64_t pixels = (width - 1) * Down + taps;  // that meet them in a row
 
   ChannelStrips(const UpfirdnParams& params, const A* column_taps, const A* row_taps)
       : p_(params), out_h_(p_.out_h()), out_w_(p_.out_w()) {
