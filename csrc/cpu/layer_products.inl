@@ -130,7 +130,7 @@ struct Products {
         for (int64_t c = 0; c < C; ++c) {
           const T* at_column = panel + c * m.apart + v;
           if constexpr (S == 1) __builtin_prefetch(at_column + C * m.apart);  // one sample: the matrix from afar, once
-          const V column = load(at_column);
+          const V column = S > 1 ? in_register(load(at_column)) : load(at_column);  // else loaded for each sample
           for (int64_t s = 0; s < S; ++s) sum[s][c] += in[s] * column;
         }
       }
@@ -295,39 +295,81 @@ struct Products {
     }
   }
 
+  // How many rows, a multiple of `lanes`, may be loaded from where they lie; the others need a copy.
+  static int64_t whole_rows(const Matrix<T>& m) {
+    const int64_t inside = m.end - m.data - round_up(m.cols, lanes);  // of the memory, before a row's last vector ends
+    if (inside < 0) return 0;
+    const int64_t rows = m.stride > 0 ? std::min(m.rows, inside / m.stride + 1) : m.rows;
+    return rows / lanes * lanes;
+  }
+
+  // C vectors of reduce_once, read together so that rows pass by once.
+  template <int64_t C>
+  static void reduce_vectors(const T* w, const Matrix<T>& m, int64_t whole, int64_t c, Buffer<T>& copy, T* codes) {
+    constexpr int64_t sums = C > 2 ? 2 : 4 / C;  // of a vector: the additions of one would wait for each other
+    V sum[sums][C] = {};
+    const T* at = m.data + c;
+    for (int64_t d = 0; d < whole; d += lanes) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i, at += m.stride) {
+        for (int64_t v = 0; v < C; ++v) sum[i % sums][v] += w[d + i] * load(at + v * lanes);
+      }
+    }
+    for (int64_t d = whole; d < m.rows; d += lanes) {
+      const Matrix<T> rows = rows_from(m, d, copy);
+      for (int64_t i = 0; i < std::min(lanes, m.rows - d); ++i) {
+        for (int64_t v = 0; v < C; ++v) sum[0][v] += w[d + i] * load(rows.data + i * rows.stride + c + v * lanes);
+      }
+    }
+    for (int64_t v = 0; v < C; ++v) {
+      V all = sum[0][v];
+      for (int64_t i = 1; i < sums; ++i) all += sum[i][v];
+      store<T>(all, codes + c + v * lanes);
+    }
+  }
+
   // codes [cols, rounded up to whole vectors] = w [rows] times a matrix as it lies.
   static void reduce_once(const T* w, const Matrix<T>& m, Buffer<T>& copy, T* codes) {
-    for (int64_t c = 0; c < m.cols; c += lanes) {
-      V sum[4] = {};  // the additions of one sum would wait for each other
-      for (int64_t d = 0; d < m.rows; d += lanes) {
-        const Matrix<T> rows = rows_from(m, d, copy);
-        const int64_t held = std::min(lanes, m.rows - d);
-        if (held == lanes) {
-          for (int64_t i = 0; i < lanes; ++i) sum[i % 4] += w[d + i] * load(rows.data + i * rows.stride + c);
-        } else {
-          for (int64_t i = 0; i < held; ++i) sum[0] += w[d + i] * load(rows.data + i * rows.stride + c);
-        }
+    const int64_t whole = whole_rows(m), end = round_up(m.cols, lanes);
+    int64_t c = 0;
+    for (; c + 3 * lanes <= end; c += 3 * lanes) reduce_vectors<3>(w, m, whole, c, copy, codes);
+    if (c + 2 * lanes <= end) reduce_vectors<2>(w, m, whole, c, copy, codes);
+    if (c + 2 * lanes > end && c < end) reduce_vectors<1>(w, m, whole, c, copy, codes);
+  }
+
+  // Lane i: row i at m times codes [cols], the lanes in `used` only.
+  static V expand_rows(const T* codes, const Lane* used, const T* m, int64_t stride, int64_t cols) {
+    if (cols <= 0) return V{};
+    V sum[lanes];
+    const auto vectors_at = [&](int64_t c, auto first) {
+      const V code = load(codes + c);
+      Bits bits;
+      std::memcpy(&bits, used + c, sizeof(bits));
+      const T* at = m + c;
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i, at += stride) {
+        const V product = code * only(load(at), bits);
+        sum[i] = first.value ? product : sum[i] + product;
       }
-      store<T>((sum[0] + sum[1]) + (sum[2] + sum[3]), codes + c);
-    }
+    };
+    vectors_at(0, std::true_type());  // sums that began with zeros would not stay in registers
+    for (int64_t c = lanes; c < cols; c += lanes) vectors_at(c, std::false_type());
+    return sum_of_each(sum);
   }
 
   // out [rows] = base + alpha * m codes, the lanes in `used` only; codes and used are rounded up to whole vectors.
   static void expand_once(const T* codes, const Lane* used, const Matrix<T>& m, Buffer<T>& copy, const T* base, T alpha,
                           T* out) {
-    for (int64_t d = 0; d < m.rows; d += lanes) {
+    const int64_t whole = whole_rows(m);
+    for (int64_t d = 0; d < whole; d += lanes) {
+      const V sums = expand_rows(codes, used, m.data + d * m.stride, m.stride, m.cols);
+      store<T>(base ? load(base + d) + alpha * sums : sums, out + d);
+    }
+    for (int64_t d = whole; d < m.rows; d += lanes) {
       const Matrix<T> rows = rows_from(m, d, copy);
-      V sum[lanes] = {};
-      for (int64_t c = 0; c < m.cols; c += lanes) {
-        const V code = load(codes + c);
-        Bits bits;
-        std::memcpy(&bits, used + c, sizeof(bits));
-        for (int64_t i = 0; i < lanes; ++i) sum[i] += code * only(load(rows.data + i * rows.stride + c), bits);
-      }
-      T values[lanes];
-      store<T>(sum_of_each(sum), values);
+      const V sums = expand_rows(codes, used, rows.data, rows.stride, m.cols);
       const int64_t held = std::min(lanes, m.rows - d);
-      for (int64_t i = 0; i < held; ++i) out[d + i] = base ? base[d + i] + alpha * values[i] : values[i];
+      store_first<T>(base ? load_first<T>(base + d, held) + alpha * sums : sums, out + d, held);
     }
   }
 };
