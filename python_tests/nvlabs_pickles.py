@@ -106,13 +106,21 @@ def write_nvlabs(path: Path, G: Generator | None, D: Discriminator | None = None
         content |= {"G": persistent(G), "G_ema": persistent(G, **changes)}
     if D is not None:
         content["D"] = persistent(D, **changes)
+    return write_object(path, content)
+
+
+def write_object(path: Path, content: Any) -> Path:
+    """Anything as their code would pickle it, a network by itself among others."""
     with _their_modules():
         path.write_bytes(pickle.dumps(content))
     return path
 
 
 def write_tensorflow(path: Path, G: Generator, D: Discriminator, **settings: Any) -> Path:
-    """A snapshot ``.pkl`` of NVLabs' TensorFlow code: G, D, Gs."""
+    """A snapshot ``.pkl`` of NVLabs' TensorFlow code: G, D, Gs.
+
+    ``settings`` of both, or ``variables``, ``components`` and ``static_kwargs`` in place of what they have.
+    """
     with _their_modules():
         Gs = _tensorflow_generator(G, settings)
         path.write_bytes(pickle.dumps((Gs, _tensorflow_discriminator(D, settings), Gs)))
@@ -143,7 +151,7 @@ def _tensorflow_generator(G: Generator, settings: dict[str, Any]) -> _Network:
             synthesis.append(("4x4/Const/const", value.numpy()[None]))
         else:
             synthesis.append(_tensorflow_layer(int(parts[1][1:]), parts[2], ".".join(parts[3:]), value))
-    static = dict(label_size=G.c_dim, conv_clamp=G.clamp, mapping_lrmul=G.mapping_lr_mul, **settings)
+    static = dict(label_size=G.c_dim, conv_clamp=G.clamp, mapping_lrmul=G.mapping_lr_mul) | settings
     inner = {
         name: _Network(dict(version=5, name=name, static_kwargs=static, components={}, variables=variables))
         for name, variables in (("mapping", mapping), ("synthesis", synthesis))
@@ -157,6 +165,7 @@ def _tensorflow_generator(G: Generator, settings: dict[str, Any]) -> _Network:
             variables=top,
             build_module_src="raise SystemExit",
         )
+        | _parts_of(settings)
     )
 
 
@@ -195,6 +204,10 @@ def _tensorflow_discriminator(D: Discriminator, settings: dict[str, Any]) -> _Ne
         conv_clamp=D.clamp,
         mapping_lrmul=D.mapping_lr_mul,
         mbstd_group_size=D.mbstd_group,
-        **settings,
     )
-    return _Network(dict(version=5, name="D", static_kwargs=static, components={}, variables=variables))
+    state = dict(version=5, name="D", static_kwargs=static | settings, components={}, variables=variables)
+    return _Network(state | _parts_of(settings))
+
+
+def _parts_of(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in ("variables", "components", "static_kwargs") if name in settings}

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nvlabs_pickles import write_nvlabs, write_tensorflow
-from safetensors.torch import save_file
+from nvlabs_pickles import persistent, write_nvlabs, write_object, write_tensorflow
+from safetensors.torch import load_file, save_file
 
+from sage_fast.conversion import convert
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.models.published import read_published
 from sage_fast.models.published_nvlabs import to_nvlabs
@@ -178,6 +179,85 @@ def test_tensorflow_networks_of_other_kinds_are_refused(tmp_path, settings, word
     with pytest.raises(InputError, match=words) as error:
         load_generator(path)
     assert one_sentence(error)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_state_dicts_are_read_as_well_as_networks(tmp_path, nested, prefix):
+    G, D = generator(GENERATORS["skip"]), Discriminator(**DISCRIMINATORS["resnet"])
+    states = [{prefix + name: value for name, value in to_nvlabs(network).items()} for network in (G, D)]
+    if nested:
+        torch.save({"G": states[0], "D": states[1], "G_ema": states[0], "step": 3}, tmp_path / "a")
+        assert same(load_generator(tmp_path / "a"), G) and same(load_discriminator(tmp_path / "a"), D)
+        assert read_published(tmp_path / "a").ignored == ("G", "step")
+        return
+    for network, state, load in zip((G, D), states, (load_generator, load_discriminator)):
+        torch.save(state, tmp_path / "a.pt")
+        save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "b.safetensors")
+        assert same(load(tmp_path / "a.pt"), network) and same(load(tmp_path / "b.safetensors"), network)
+
+
+def test_a_network_pickled_by_itself_is_read(tmp_path):
+    G, D = generator(GENERATORS["skip"]), Discriminator(**DISCRIMINATORS["resnet"])
+    for network, load in ((G, load_generator), (D, load_discriminator)):
+        found = load(write_object(tmp_path / "a.pkl", persistent(network)))
+        assert same(found, network) and found.clamp == network.clamp
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conv_clamp": [1]}, r"conv_clamp=\[1\], expected one finite number"),
+        ({"conv_clamp": "x"}, "conv_clamp='x', expected one finite number"),
+        ({"bias_gain": "x"}, "bias_gain='x', expected one finite number"),
+        ({"group_size": 2.5}, "group_size=2.5, expected a whole number"),
+        ({"_modules": b"x"}, "lacks the parameters, buffers or modules of one"),
+    ],
+    ids=str,
+)
+def test_damaged_attributes_are_refused_in_one_sentence(tmp_path, change, words):
+    G, D = generator(GENERATORS["skip"]), Discriminator(**DISCRIMINATORS["resnet"])
+    path = write_nvlabs(tmp_path / "x", G, D, **change)
+    load = load_generator if "bias_gain" in change else load_discriminator
+    with pytest.raises(InputError, match=words) as error:
+        load(path)
+    assert one_sentence(error) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"resample_kernel": 5}, {"conv_clamp": "x"}, {"mapping_lrmul": "x"}, {"num_fp16_res": "x"}, {"mbstd_group_size": "x"},
+        {"variables": None}, {"variables": ["ab"]}, {"variables": [("lod", [[1], [1, 2]])]}, {"components": [1]},
+        {"components": {"synthesis": 3}}, {"static_kwargs": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_tensorflow_networks_are_refused_in_one_sentence(tmp_path, settings):
+    G, D = generator(GENERATORS["4 px"]), Discriminator(8, channels=[3, 4])
+    path = write_tensorflow(tmp_path / "x", G, D, **settings)
+    with pytest.raises(InputError, match="number|not supported|lacks the variables, components or settings") as error:
+        load_discriminator(path)
+    assert one_sentence(error) and str(path) in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:a nvlabs file does not keep")
+def test_a_generator_without_noise_is_written_without_its_names(tmp_path):
+    G = generator(GENERATORS["skip"])
+    state = {name: value for name, value in to_nvlabs(G).items() if "noise" not in name}
+    save_file(state, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "nvlabs")
+    assert {f"G_ema.{name}" for name in state} == set(load_file(tmp_path / "b.safetensors"))
+    assert same(load_generator(tmp_path / "a.safetensors"), load_generator(tmp_path / "b.safetensors"))
+
+
+def test_a_filter_that_nvlabs_names_cannot_hold_is_not_written(tmp_path):
+    G = generator(GENERATORS["skip"])
+    G.convs[0].conv.blur.kernel[0, 0] += 1
+    torch.save({"g_ema": G.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="resampling filters differ from their mirror images") as error:
+        convert(tmp_path / "a.pt", tmp_path / "b.safetensors", "nvlabs")
+    assert one_sentence(error) and not (tmp_path / "b.safetensors").exists()
 
 
 def test_one_kind_of_network_where_another_is_meant(tmp_path):

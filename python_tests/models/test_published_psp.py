@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nvlabs_pickles import write_nvlabs
+from published_weights import filled
 from safetensors.torch import save_file
 
 from sage_fast import load_dictionary
@@ -19,7 +20,7 @@ from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.inversion import project
 from sage_fast.models import published
 from sage_fast.models.checkpoints import Checkpoint
-from sage_fast.models.psp import GradualStyleEncoder
+from sage_fast.models.psp import GradualStyleEncoder, WEncoder
 from sage_fast.models.published import read_published
 from sage_fast.models.published_nvlabs import to_nvlabs
 from sage_fast.models.stylegan2 import Generator
@@ -95,6 +96,37 @@ def test_an_encoder_beside_the_decoder_is_loaded(tmp_path):
     found = load_encoder(path)
     assert (found.n_latent, found.style_dim, found.kind) == (2, 512, "psp")
     assert describe(path)["loads"] == ["generator", "encoder"]
+
+
+@pytest.mark.parametrize("name", ["GradualStyleEncoder", "BackboneEncoderUsingLastLayerIntoW"])
+@pytest.mark.filterwarnings("ignore:the weights have no latent_avg")
+def test_an_encoder_of_latents_has_no_mean_latent_beside_it_and_its_generator_gives_one(tmp_path, name):
+    """``start_from_latent_avg`` False, the default of their training: their coaches store ``latent_avg`` only where it is True."""
+    torch.manual_seed(4)
+    G = Generator(4, 512, 1, channels=[2]).eval()
+    with torch.device("meta"):
+        shapes = (WEncoder(2) if name.endswith("IntoW") else GradualStyleEncoder(2, 2)).state_dict()
+    weights = filled(shapes)
+    state = {f"encoder.{name}": value for name, value in weights.items()}
+    opts = {"output_size": 4, "encoder_type": name, "learn_in_w": name.endswith("IntoW")}
+    started = write(tmp_path / "a", decoder(G) | state, opts=opts | {"start_from_latent_avg": True})
+    path = write(tmp_path / "b", decoder(G) | state, opts=opts | {"start_from_latent_avg": False})
+    x = (torch.arange(3 * 64 * 64) % 251).float().reshape(1, 3, 64, 64) / 125 - 1
+    with torch.no_grad():
+        latents, offsets = load_encoder(started)(x), load_encoder(path)(x)
+        torch.testing.assert_close(offsets + load_generator(path).latent_avg, latents, rtol=1e-4, atol=1e-5)
+        bundle = convert(path, tmp_path / "bundle", "bundle")
+        back = convert(bundle, tmp_path / "c.pt", "psp")
+        for again in (bundle, back, convert(path, tmp_path / "d.pt", "psp")):
+            found = load_encoder(again)(x) + load_generator(again).latent_avg
+            torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-5)
+    kept = torch.load(back, weights_only=True)
+    assert kept["latent_avg"].shape == (1 if name.endswith("IntoW") else 2, 512)  # what pSp's code adds to its codes
+    assert kept["opts"]["learn_in_w"] is name.endswith("IntoW")
+    alone = write(tmp_path / "e", state, opts=opts | {"start_from_latent_avg": False})
+    assert "has an encoder of latents (start_from_latent_avg is False), and no latent_avg or generator" in refused(
+        load_encoder, alone
+    )
 
 
 def spoiled(value):
@@ -295,3 +327,35 @@ def test_class_embeddings_codes_and_statistics(tmp_path):
     np.save(tmp_path / "n_distribution.npy", arrays)
     assert load_dictionary(tmp_path / "n_distribution.npy")["cov"].shape == (2, 5, 5)
     assert describe(tmp_path / "e.pt")["loads"] == ["class embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"mean": None, "mean_abs": [1], "cov": ["x"]}, "has a 'mean' that is no array of numbers"),
+        ({"mean": [np.zeros(5), np.zeros(4)], "mean_abs": [], "cov": []}, "nor a list of some of one shape"),
+        ({"mean": [], "mean_abs": [], "cov": []}, "has a 'mean' that is no array of numbers"),
+        ({"a": [torch.ones(6, 5), torch.ones(6, 4)]}, "has a code of shape [6, 4] in category 'a', expected [6, 5]"),
+        ({"a": [torch.ones(6, 5)], "b": [torch.ones(6, 4)]}, "has a code of shape [6, 4] in category 'b'"),
+        ({"a": [torch.ones(6, 5)], "b": []}, "has no codes in category 'b', expected [6, 5]"),
+    ],
+    ids=str,
+)
+def test_damaged_statistics_are_refused_in_one_sentence(tmp_path, content, words):
+    np.save(tmp_path / "a.npy", content) if "mean" in content else torch.save(content, tmp_path / "a.npy")
+    text = refused(load_dictionary, tmp_path / "a.npy")
+    assert words in text and str(tmp_path / "a.npy") in text
+
+
+@pytest.mark.parametrize("number", ["x", float("nan"), float("inf"), -1, 0, 10**9, 2.5, [1], True])
+def test_passes_of_restyle_that_are_no_number_are_refused(tmp_path, number):
+    with torch.device("meta"):
+        state = GradualStyleEncoder(2, pyramid=False, n_iterations=5).state_dict()
+    opts = {"encoder_type": "BackboneEncoder", "output_size": 4, "n_iters_per_batch": number}
+    path = write(tmp_path / "a", {f"encoder.{name}": value for name, value in filled(state).items()}, opts=opts)
+    assert "expected a whole number from 1 to 100" in refused(load_encoder, path)
+
+
+def test_a_size_that_is_no_number_is_refused(tmp_path, G):
+    path = write(tmp_path / "a", decoder(G), latent_avg=G.latent_avg, opts={"output_size": torch.tensor([16, 16])})
+    assert "expected one power of two from 4 to 1024" in refused(load_generator, path)

@@ -15,7 +15,7 @@ from sage_fast.errors import InputError
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary, layer_groups
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.published_encoders import ENCODER_TYPES, encoder_type_of
-from sage_fast.models.published_parts import EncoderPart, PublishedFile
+from sage_fast.models.published_parts import EncoderPart, PublishedFile, is_usual_filter
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weights import (
     Directions,
@@ -117,8 +117,11 @@ def encoder_part(carried: Carried) -> EncoderPart | None:
         options["encoder_type"] = found
     options |= {"output_size": G.resolution, "start_from_latent_avg": True}
     options |= {"n_iters_per_batch": E.n_iterations} if E.n_iterations else {}
+    if options["encoder_type"] == "BackboneEncoderUsingLastLayerIntoW":
+        options["learn_in_w"] = True  # how pSp's own code knows that one row is added to one latent
+    n_rows = 1 if options.get("learn_in_w") is True else getattr(E, "n_styles", G.n_latent)
     state = {f"encoder.{name}": value.detach().cpu() for name, value in E.state_dict().items()}
-    return EncoderPart(state, options, G.latent_avg.repeat(getattr(E, "n_styles", G.n_latent), 1), "the bundle")
+    return EncoderPart(state, options, G.latent_avg.repeat(n_rows, 1), "the bundle")
 
 
 def released_directions(directions: Directions | None) -> Tensor | None:
@@ -140,7 +143,7 @@ def refusal(target: str, carried: Carried) -> str | None:
     if target == "sage_fast":
         return None
     if target == "nvlabs":
-        return "NVLabs' discriminator begins at 8 px" if D is not None and D.resolution == 4 else None
+        return _no_nvlabs(G, D)
     for network, usual in _USUAL.items():
         found_network = G if network == "generator" else D
         if found_network is None or (found_network is D and target == "psp"):
@@ -150,6 +153,15 @@ def refusal(target: str, carried: Carried) -> str | None:
             if found != value:
                 return f"the common port's {network} has {name}={value!r} only, this one has {found!r}"
     return None
+
+
+def _no_nvlabs(G: Generator | None, D: Discriminator | None) -> str | None:
+    if D is not None and D.resolution == 4:
+        return "NVLabs' discriminator begins at 8 px"
+    kernels = (
+        b for network in (G, D) if network is not None for name, b in network.named_buffers() if name.endswith("kernel")
+    )
+    return None if all(map(is_usual_filter, kernels)) else "its resampling filters differ from their mirror images"
 
 
 def _no_encoder(carried: Carried) -> str | None:

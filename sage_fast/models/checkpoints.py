@@ -128,7 +128,7 @@ def is_tensorflow_network(value: Any) -> bool:
     """Whether a value is the record of a pickled ``dnnlib.tflib.Network``, whose components are such records too."""
     if not (isinstance(value, Stub) and value.name == "Network" and isinstance(value.state, dict)):
         return False
-    variables, components = value.state.get("variables"), value.state.get("components", {})
+    variables, components = value.state.get("variables"), value.state.get("components") or {}
     if not (isinstance(variables, list) and isinstance(components, dict)):
         return False
     return all(map(_is_variable, variables)) and all(map(is_tensorflow_network, components.values()))
@@ -136,7 +136,13 @@ def is_tensorflow_network(value: Any) -> bool:
 
 def _is_variable(value: Any) -> bool:
     pair = isinstance(value, tuple | list) and len(value) == 2
-    return pair and isinstance(value[0], str) and isinstance(value[1], np.ndarray | int | float)
+    if not pair or not isinstance(value[0], str):
+        return False
+    return (
+        isinstance(value[1], int | float | np.number)
+        or isinstance(value[1], np.ndarray)
+        and value[1].dtype.kind in "fiub"
+    )
 
 
 def tensorflow_arrays_of(network: Stub) -> dict[str, np.ndarray]:
@@ -150,7 +156,7 @@ def tensorflow_arrays_of(network: Stub) -> dict[str, np.ndarray]:
             f"Record {network.name!r} is no TensorFlow network: it lacks the variables or components of one."
         )
     arrays = {name: np.asarray(value) for name, value in network.state["variables"]}
-    for component, inner in network.state.get("components", {}).items():
+    for component, inner in (network.state.get("components") or {}).items():
         arrays |= {f"{component}/{name}": value for name, value in tensorflow_arrays_of(inner).items()}
     return arrays
 

@@ -165,13 +165,29 @@ def build_encoder_part(part: EncoderPart, n_latent: int | None, may_drop: bool =
     )
     try:
         encoder = encoder_from_state(options, state, n_latent)
-        if part.latent_avg is not None and options.get("start_from_latent_avg") is False:
-            from_absolute(encoder, mean_row(part.latent_avg, encoder.style_dim, part.where))
     except InputError as error:
         raise InputError(f"{part.where}: {error}") from error
+    if options.get("start_from_latent_avg") is False:
+        from_absolute(encoder, _mean_of(part, encoder.style_dim))
     if not may_drop:
         _check_styles(encoder, part)
     return encoder
+
+
+def _mean_of(part: EncoderPart, style_dim: int) -> Tensor:
+    """What the generator that is loaded from the file has as its mean latent [D].
+
+    pSp, e4e and AGE store ``latent_avg`` only where their encoder starts from it: beside an encoder of latents there is none, and
+    the mapping's own mean stands in, for generator and encoder alike.
+    """
+    if part.latent_avg is not None:
+        return mean_row(part.latent_avg, style_dim, part.where)
+    if part.mean_of_generator is None:
+        raise InputError(
+            f"{part.where} has an encoder of latents (start_from_latent_avg is False), and no latent_avg or generator to make "
+            "offsets of them; give the file with its decoder."
+        )
+    return mean_row(part.mean_of_generator(), style_dim, part.where)
 
 
 def _check_styles(encoder: ImageEncoder, part: EncoderPart) -> None:

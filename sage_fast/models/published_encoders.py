@@ -32,7 +32,7 @@ ENCODER_TYPES = (
 """What published files call ``encoder_type`` in their ``opts``."""
 _ALIASES = {"psp": "GradualStyleEncoder", "e4e": "Encoder4Editing", "hyperstyle": "SharedWeightsHyperNetResNet"}
 _CHANNELS = 3  # of the images of all published files
-_N_ITERATIONS = 5
+_N_ITERATIONS, _MOST_ITERATIONS = 5, 100
 
 
 def encoder_from_state(
@@ -127,7 +127,7 @@ def _one_encoder(encoder_type: str, opts: dict[str, Any], state: Mapping[str, Te
         trunk,
         pyramid="latlayer1.weight" in state,
         progressive=encoder_type in _PROGRESSIVE,
-        n_iterations=int(opts.get("n_iters_per_batch") or _N_ITERATIONS) if iterated else 0,
+        n_iterations=_n_iterations(opts) if iterated else 0,
         n_channels=n_inputs // 2 if iterated else n_inputs,
     )
 
@@ -145,7 +145,18 @@ def _hyperstyle(opts: dict[str, Any], state: Mapping[str, Tensor], n_latent: int
     hypernet = ResNetHypernet(n_outputs, layers, separable, state["hypernet.conv1.weight"].shape[1] // 2)
     n_latent = 2 * (n_outputs - 2) // 3 + 2
     w_encoder = _one_encoder(str(opts.get("w_encoder_type", "WEncoder")), opts, w_state, n_latent)
-    return HyperStyle(w_encoder, hypernet, int(opts.get("n_iters_per_batch") or _N_ITERATIONS))
+    return HyperStyle(w_encoder, hypernet, _n_iterations(opts))
+
+
+def _n_iterations(opts: Mapping[str, Any]) -> int:
+    value = opts.get("n_iters_per_batch")
+    if value is None:
+        return _N_ITERATIONS
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_ITERATIONS:
+        raise InputError(
+            f"n_iters_per_batch is {value!r:.40} in the options, expected a whole number from 1 to {_MOST_ITERATIONS}."
+        )
+    return value
 
 
 def _latents_of(size: Any) -> int | None:

@@ -1,7 +1,7 @@
 """StyleGAN2 networks of NVLabs' PyTorch code: the ``.pkl`` of stylegan2-ada-pytorch and stylegan3, and their names.
 
 Facts that weights do not tell (clamp, groups of standard deviations, learning-rate multiplier) are attributes of the
-pickled modules.
+pickled modules. State dicts, and a network by itself, are read too; state dicts without those facts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
-from sage_fast.models.checkpoints import Stub, state_dict_of
+from sage_fast.models.checkpoints import Stub, is_module, state_dict_of
 from sage_fast.models.nvlabs_names import (
     FilterName,
     discriminator_filters,
@@ -31,6 +31,7 @@ from sage_fast.models.published_parts import (
     fitted,
     floats,
     misfit,
+    number_of,
     shapes_of,
 )
 from sage_fast.models.stylegan2 import Discriminator, Generator
@@ -44,6 +45,7 @@ _ACTIVATED = re.compile(r"conv[01]?|fromrgb|fc\d*")
 
 def read_nvlabs(content: Any, where: str) -> PublishedFile | None:
     """The networks of an NVLabs ``.pkl``, or None where ``content`` is something else."""
+    content = {kind: content} if (kind := _kind_of(content)) else content
     if not isinstance(content, Mapping):
         return None
     found = {key: content[key] for key in ("G_ema", "G", "D") if _is_network(content.get(key))}
@@ -51,12 +53,13 @@ def read_nvlabs(content: Any, where: str) -> PublishedFile | None:
         return None
     name = "G_ema" if "G_ema" in found else "G"
     G, D = found.get(name), found.get("D")
-    weights = {} if G is None else state_dict_of(G)
+    weights = {} if G is None else _weights(G)
     ignored = [str(key) for key, value in content.items() if key not in (name, "D") and value is not None]
+    usual = "NVLabs StyleGAN2 .pkl" if any(isinstance(network, Stub) for network in (G, D)) else "NVLabs names in .pt"
     return PublishedFile(
-        format="StyleGAN3 (alias-free) .pkl" if is_alias_free(weights) else "NVLabs StyleGAN2 .pkl",
-        generator=None if G is None else lambda: _pickled_generator(G, f"{where}, entry {name!r},"),
-        discriminator=None if D is None else lambda: _pickled_discriminator(D, f"{where}, entry 'D',"),
+        format="StyleGAN3 (alias-free) .pkl" if is_alias_free(weights) else usual,
+        generator=None if G is None else lambda: _stored_generator(G, f"{where}, entry {name!r},"),
+        discriminator=None if D is None else lambda: _stored_discriminator(D, f"{where}, entry 'D',"),
         has_latent_avg="mapping.w_avg" in weights and not is_alias_free(weights),
         ignored=tuple(ignored),
     )
@@ -123,6 +126,9 @@ def to_nvlabs(network: Generator | Discriminator) -> dict[str, Tensor]:
     state, usual = network.state_dict(), Resample().kernel
     names = dict(kinds[0](size, network.n_mapping, network.connections, network.c_dim > 0))
     found = {name: theirs(name, state[ours]) for ours, name in names.items()}
+    noise = [name for name in found if name.endswith(("noise_const", "noise_strength"))]
+    if not any(bool(found[name].any()) for name in noise):  # made without noise: their network has none of these names
+        found = {name: value for name, value in found.items() if name not in noise}
     for ours, name, gain in kinds[1](size, network.connections):
         found[name] = usual.clone() if ours is None else state[ours] / gain
     return {name: value.detach().cpu().contiguous() for name, value in found.items()}
@@ -214,22 +220,51 @@ def _unless(usual: int, **values: int) -> dict[str, int]:
 
 
 def _is_network(value: Any) -> bool:
-    return isinstance(value, Stub) and isinstance(value.state, Mapping) and "_modules" in value.state
+    """Whether it is the record of a module, whole or damaged, or a state dict with NVLabs' names."""
+    if isinstance(value, Stub):
+        return isinstance(value.state, Mapping) and "_modules" in value.state
+    return isinstance(value, Mapping) and _kind_of(value) is not None
 
 
-def _pickled_generator(G: Stub, where: str) -> Part:
-    state = state_dict_of(G)
-    if is_alias_free(state):
+def _kind_of(content: Any) -> str | None:
+    """ "G" or "D" for a network by itself; None for anything else."""
+    names = {str(name).removeprefix("module.") for name in _weights(content)}
+    if names & {"synthesis.b4.const", "synthesis.input.freqs"}:
+        return "G"
+    return "D" if "b4.conv.weight" in names else None
+
+
+def _weights(value: Any) -> Mapping[str, Tensor]:
+    """Those of a record of a module, or a state dict itself; none of what is neither."""
+    if isinstance(value, Stub):
+        return state_dict_of(value) if is_module(value) else {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _stored_generator(G: Stub | Mapping[str, Tensor], where: str) -> Part:
+    state = _whole_weights(G, where)
+    if is_alias_free(state) or not isinstance(G, Stub):
         return generator_part(state, where)
     return generator_part(state, where, **_facts(G, where))
 
 
-def _pickled_discriminator(D: Stub, where: str) -> Part:
+def _stored_discriminator(D: Stub | Mapping[str, Tensor], where: str) -> Part:
+    state = _whole_weights(D, where)
+    if not isinstance(D, Stub):
+        return discriminator_part(state, where)
     facts = _facts(D, where)
     for name, module in _modules(D):
         if name == "b4.mbstd":
-            facts["mbstd_group"] = module.get("group_size")
-    return discriminator_part(state_dict_of(D), where, **facts)
+            facts["mbstd_group"] = number_of("group_size", module.get("group_size"), where, whole=True)
+    return discriminator_part(state, where, **facts)
+
+
+def _whole_weights(value: Stub | Mapping[str, Tensor], where: str) -> Mapping[str, Tensor]:
+    if isinstance(value, Stub) and not is_module(value):
+        raise InputError(
+            f"{where} is no network: some of it lacks the parameters, buffers or modules of one; it is damaged."
+        )
+    return _weights(value)
 
 
 def _facts(network: Stub, where: str) -> dict[str, Any]:
@@ -247,19 +282,19 @@ def _facts(network: Stub, where: str) -> dict[str, Any]:
             )
     layers = ("conv0", "conv1", "torgb", "fromrgb", "conv")
     clamped = [m for name, last, m in modules if last in layers and name != "b4.fromrgb" and "conv_clamp" in m]
-    clamps = {module["conv_clamp"] for module in clamped}
+    clamps = {number_of("conv_clamp", module["conv_clamp"], where) for module in clamped}
     if len(clamps) > 1:
         raise InputError(f"{where} has layers with the clamps {sorted(map(str, clamps))}, expected one for all.")
     facts: dict[str, Any] = {"clamp": clamps.pop() if clamps else None}
-    multipliers = [float(m["bias_gain"]) for name, _, m in modules if name == "mapping.fc0" and "bias_gain" in m]
+    multipliers = [m["bias_gain"] for name, _, m in modules if name == "mapping.fc0" and m.get("bias_gain") is not None]
     if multipliers:
-        facts["mapping_lr_mul"] = multipliers[0]
+        facts["mapping_lr_mul"] = number_of("bias_gain", multipliers[0], where)
     return facts | {"n_fp16": sum(bool(module.get("use_fp16")) for _, _, module in modules)}
 
 
 def _modules(network: Stub, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The attributes of every module inside, by its dotted name."""
     for name, child in network.state["_modules"].items():
-        if _is_network(child):
+        if child is not None:
             yield f"{prefix}{name}", child.state
             yield from _modules(child, f"{prefix}{name}.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from sage_fast.errors import InputError
 
 __all__ = [
-    "EncoderPart", "Part", "PublishedFile", "average_of", "check_filter", "count", "fill_network", "fitted", "floats", "misfit",
-    "prefixed", "reason_of", "shapes_of",
+    "EncoderPart", "Part", "PublishedFile", "average_of", "check_filter", "count", "fill_network", "fitted", "floats",
+    "is_usual_filter", "misfit", "number_of", "prefixed", "reason_of", "shapes_of",
 ]  # fmt: skip
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -52,12 +54,14 @@ class EncoderPart:
         state: ``encoder.*``, ``hypernet.*``: float32.
         options: what its training was called with.
         latent_avg: [D], [1, D] or [n, D]; None where the file has none.
+        mean_of_generator: gives the mean latent [D] of the generator beside it; None where there is no generator.
     """
 
     state: Mapping[str, Tensor]
     options: Mapping[str, Any]
     latent_avg: Tensor | None
     where: str
+    mean_of_generator: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +169,33 @@ def check_filter(value: Tensor, where: str) -> Tensor:
     Raises:
         InputError: another one.
     """
-    if value.shape != (4, 4) or not torch.equal(value, value.flip(0, 1)):
+    if not is_usual_filter(value):
+        got = f"of shape {list(value.shape)}" if value.shape != (4, 4) else "that differs from its mirror image"
         raise InputError(
-            f"{where} has a resampling filter of shape {list(value.shape)}, expected 4 symmetric taps a side, as "
-            "[1, 3, 3, 1]; other filters are not supported."
+            f"{where} has a resampling filter {got}, expected 4 symmetric taps a side, as [1, 3, 3, 1]; other filters "
+            "are not supported."
         )
     return value
+
+
+def is_usual_filter(value: Tensor) -> bool:
+    """Whether a resampling filter has [4, 4] taps, the same from both ends."""
+    return value.shape == (4, 4) and torch.equal(value, value.flip(0, 1))
+
+
+def number_of(name: str, value: Any, where: str, whole: bool = False) -> Any:
+    """A number that a file tells of a network, an int where it is to be whole; None where it tells none.
+
+    Raises:
+        InputError: something else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and isfinite(value):
+        return value if isinstance(value, int | float) else int(value) if isinstance(value, Integral) else float(value)
+    raise InputError(
+        f"{where} has {name}={value!r:.40}, expected {'a whole' if whole else 'one finite'} number; it is damaged."
+    )
 
 
 def misfit(where: str, what: str, error: BaseException) -> InputError:

@@ -44,7 +44,7 @@ def read_encoders(content: Any, where: str) -> PublishedFile | None:
     return PublishedFile(
         format=f"{_family(networks, options)} .pt",
         generator=None if not decoder else lambda: _decoder(decoder, average, options, facts, where),
-        encoder=None if not encoder else lambda: _encoder(encoder, average, options, where),
+        encoder=None if not encoder else lambda: _encoder(encoder, decoder, average, options, facts, where),
         has_latent_avg=average is not None,
         directions=directions,
         ignored=(
@@ -60,15 +60,26 @@ def read_statistics(content: Any, where: str) -> PublishedFile | None:
     if not isinstance(content, Mapping) or not content or not all(isinstance(name, str) for name in content):
         return None
     if set(content) == {"mean", "mean_abs", "cov"}:
-        return PublishedFile("AGE n_distribution.npy", statistics={name: _tensor(v) for name, v in content.items()})
+        statistics = {name: _statistic(name, value, where) for name, value in content.items()}
+        return PublishedFile("AGE n_distribution.npy", statistics=statistics)
     values = list(content.values())
     if all(isinstance(value, Tensor) and value.ndim == 2 for value in values) and len({v.shape for v in values}) == 1:
         if not any("." in name for name in content):
             return PublishedFile("AGE class_embeddings.pt", embeddings={name: v.float() for name, v in content.items()})
-    if all(isinstance(value, list) and value and all(_is_code(code) for code in value) for value in values):
-        codes = {name: torch.stack([code.float() for code in value]) for name, value in content.items()}
-        return PublishedFile("SAGE ns.pt", codes=codes)
+    if any(values) and all(isinstance(value, list) and all(_is_code(code) for code in value) for value in values):
+        return PublishedFile("SAGE ns.pt", codes=_codes(content, where))
     return None
+
+
+def _codes(content: Mapping[str, list[Tensor]], where: str) -> dict[str, Tensor]:
+    """Codes [n, 6, K] by category, all of one [6, K]."""
+    first = next(code.shape for codes in content.values() for code in codes)
+    for name, codes in content.items():
+        wrong = next((list(code.shape) for code in codes if code.shape != first), None)
+        if wrong is not None or not codes:
+            got = f"a code of shape {wrong}" if wrong else "no codes"
+            raise InputError(f"{where} has {got} in category {name!r:.60}, expected {list(first)}; it is damaged.")
+    return {name: torch.stack([code.float() for code in codes]) for name, codes in content.items()}
 
 
 def _networks(state: Mapping[Any, Any], where: str) -> dict[str, dict[str, Tensor]]:
@@ -90,7 +101,7 @@ def declared_size(options: Mapping[str, Any], where: str) -> int | None:
     found = {name: options[name] for name in ("output_size", "stylegan_size") if options.get(name) is not None}
     sizes = list(found.values())
     known = [4 << i for i in range(9)]
-    if any(size not in known or size != sizes[0] for size in sizes):
+    if any(not isinstance(size, int | float) or size not in known or size != sizes[0] for size in sizes):
         words = " and ".join(f"{name}={size!r:.40}" for name, size in found.items())
         raise InputError(
             f"{where} has {words} in its options, expected one power of two from 4 to 1024; it is damaged."
@@ -111,12 +122,22 @@ def _decoder(state: Mapping[str, Tensor], average: Any, options: Mapping[str, An
 
 
 def _encoder(
-    state: Mapping[str, Tensor], average: Tensor | None, options: Mapping[str, Any], where: str
+    state: Mapping[str, Tensor],
+    decoder: Mapping[str, Tensor] | None,
+    average: Any,
+    options: Mapping[str, Any],
+    facts: Any,
+    where: str,
 ) -> EncoderPart:
     size, average = declared_size(options, where), average_of(average, where)
     if size is not None:
         _check_rows(average, size, True, where)
-    return EncoderPart(state, options, average, where)
+
+    def mean() -> Tensor:
+        assert decoder is not None
+        return _decoder(decoder, average, options, facts, where).build().latent_avg
+
+    return EncoderPart(state, options, average, where, None if decoder is None else mean)
 
 
 def _check_rows(average: Tensor | None, size: int, declared: bool, where: str) -> None:
@@ -147,7 +168,12 @@ def _is_code(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2
 
 
-def _tensor(value: Any) -> Tensor:
-    if isinstance(value, list):
-        value = np.stack([np.asarray(part) for part in value])
-    return torch.as_tensor(value, dtype=torch.float32)
+def _statistic(name: str, value: Any, where: str) -> Tensor:
+    try:
+        if isinstance(value, list):
+            value = np.stack([np.asarray(part) for part in value])
+        return torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{where} has a {name!r} that is no array of numbers, nor a list of some of one shape; it is damaged."
+        ) from error

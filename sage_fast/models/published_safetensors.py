@@ -56,7 +56,7 @@ def pack(networks: Mapping[str, Mapping[str, Tensor]], prefixes: Mapping[str, st
 
 def _network(state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor] | None:
     """The weights of the network of a kind; a file of one network alone may do without prefixes."""
-    for prefix in _PREFIXES[kind]:
+    for prefix in (*_PREFIXES[kind], "module."):
         if any(prefix + name in state for name in _FIRST[kind]):
             return prefixed(state, prefix)
     return dict(state) if any(name in state for name in _FIRST[kind]) else None

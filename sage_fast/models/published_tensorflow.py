@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
-from sage_fast.models.checkpoints import Stub
+from sage_fast.models.checkpoints import Stub, is_tensorflow_network
 from sage_fast.models.published_nvlabs import discriminator_part, generator_part
-from sage_fast.models.published_parts import Part, PublishedFile
+from sage_fast.models.published_parts import Part, PublishedFile, number_of
 
 __all__ = ["read_tensorflow"]
 
@@ -48,6 +48,11 @@ def read_tensorflow(content: Any, where: str) -> PublishedFile | None:
             f"{where} holds {len(content)} TensorFlow networks, expected G, D and Gs; give a whole snapshot."
         )
     _, D, G = content
+    for name, network in (("D", D), ("Gs", G)):
+        if not (is_tensorflow_network(network) and isinstance(network.state["static_kwargs"], Mapping)):
+            raise InputError(
+                f"{where}, network {name}, lacks the variables, components or settings of one; it is damaged."
+            )
     return PublishedFile(
         format="StyleGAN2 TensorFlow .pkl",
         generator=lambda: _generator(G, f"{where}, network Gs,"),
@@ -65,7 +70,7 @@ def _is_network(value: Any) -> bool:
 
 def _generator(G: Stub, where: str) -> Part:
     settings = _settings(G, where)
-    facts = {"clamp": settings.get("conv_clamp"), "mapping_lr_mul": float(settings.get("mapping_lrmul", 0.01))}
+    facts = _facts(settings, 0.01, where)
     state: dict[str, Tensor] = {}
     for name, value in _variables(G, ""):
         new = _generator_name(name)
@@ -79,13 +84,13 @@ def _generator(G: Stub, where: str) -> Part:
         if new is None:
             raise _unknown(name, where)
         state[new] = _tensor(name, value, mirrored=name.endswith(("Conv0_up/weight", "Skip/weight")))
-    return generator_part(state, where, n_fp16=int(settings.get("num_fp16_res") or 0), **facts)
+    return generator_part(state, where, **facts)
 
 
 def _discriminator(D: Stub, where: str) -> Part:
     settings = _settings(D, where)
     group = settings.get("mbstd_group_size", _GROUPS.get(str(D.state.get("build_func_name"))))
-    facts = {"clamp": settings.get("conv_clamp"), "mapping_lr_mul": float(settings.get("mapping_lrmul", 0.1))}
+    facts = _facts(settings, 0.1, where) | {"mbstd_group": number_of("mbstd_group_size", group, where, whole=True)}
     resolution = settings.get("resolution", 1024)
     state: dict[str, Tensor] = {}
     for name, value in _variables(D, ""):
@@ -95,7 +100,7 @@ def _discriminator(D: Stub, where: str) -> Part:
         if new is None:
             raise _unknown(name, where)
         state[new] = _tensor(name, value)
-    return discriminator_part(state, where, n_fp16=int(settings.get("num_fp16_res") or 0), mbstd_group=group, **facts)
+    return discriminator_part(state, where, **facts)
 
 
 def _generator_name(name: str) -> str | None:
@@ -157,7 +162,7 @@ def _settings(network: Stub, where: str) -> dict[str, Any]:
     settings = dict(network.state["static_kwargs"])
     kernel = settings.get("resample_kernel", [1, 3, 3, 1])
     wrong = {name: settings[name] for name, fine in _SUPPORTED.items() if settings.get(name, fine[0]) not in fine}
-    if kernel is None or list(kernel) != [1, 3, 3, 1]:
+    if not isinstance(kernel, list | tuple | np.ndarray) or list(kernel) != [1, 3, 3, 1]:
         wrong["resample_kernel"] = kernel
     if wrong:
         name, value = next(iter(wrong.items()))
@@ -165,6 +170,16 @@ def _settings(network: Stub, where: str) -> dict[str, Any]:
             f"{where} was built with {name}={value!r}, which is not supported; give a plain StyleGAN2 network."
         )
     return settings
+
+
+def _facts(settings: Mapping[str, Any], lr_mul: float, where: str) -> dict[str, Any]:
+    """What weights do not tell; ``lr_mul`` where the settings have no learning-rate multiplier."""
+    found = number_of("mapping_lrmul", settings.get("mapping_lrmul"), where)
+    return {
+        "clamp": number_of("conv_clamp", settings.get("conv_clamp"), where),
+        "mapping_lr_mul": lr_mul if found is None else found,
+        "n_fp16": number_of("num_fp16_res", settings.get("num_fp16_res"), where, whole=True) or 0,
+    }
 
 
 def _unknown(name: str, where: str) -> InputError:
