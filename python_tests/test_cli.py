@@ -484,6 +484,80 @@ def test_resuming_a_finished_run_changes_nothing(run, seen):
     assert (run / "logs" / "gan.jsonl").read_text() == lines
 
 
+def test_a_finished_model_without_checkpoints_is_not_trained_anew_under_resume(run, seen, tmp_path, capsys):
+    import shutil
+
+    folder = copy_run(run, tmp_path / "run")
+    for name in ("checkpoints", "configs", "logs", "grids"):
+        shutil.rmtree(folder / name)
+    words = [f"--data={seen}", f"--out={folder}", "--resolution=8"]
+    for command, tiny in (("train", TINY), ("train-gan", TINY_GAN)):
+        assert cli.main([command, *words, *tiny, "--resume"]) == 2
+        assert "holds a finished model and no checkpoints to go on from" in capsys.readouterr().err
+    assert bundle_files(folder) == bundle_files(run) and not (folder / "checkpoints").exists()
+
+
+def test_a_resumed_stage_says_that_it_begins_anew_or_is_done(seen, tmp_path, capsys):
+    words = ["train-gan", f"--data={seen}", f"--out={tmp_path / 'run'}", "--resolution=8", *TINY_GAN]
+    assert cli.main([*words, "--resume"]) == 0, "a new folder is nothing to be said"
+    assert "begins anew" not in capsys.readouterr().out
+    assert cli.main([*words, "--resume"]) == 0
+    assert "Stage 'gan' has taken all its 4 steps." in capsys.readouterr().out
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()
+    assert cli.main([*words, "--resume"]) == 0
+    assert "Stage 'gan' begins anew: it was begun in" in capsys.readouterr().out
+
+
+def test_one_process_at_a_time_trains_in_a_folder(run, seen, tmp_path, capsys):
+    """Another process holds the lock; the folder is as it was, under --resume and under --overwrite, and free when it ends."""
+    folder = copy_run(run, tmp_path / "run")
+    code = f"""
+import sys
+from pathlib import Path
+import torch
+from sage_fast.training.ranks import Ranks
+from sage_fast.training.runtime import holding
+with holding({str(folder)!r}, Ranks(torch.device("cpu"))), holding({str(folder)!r}, Ranks(torch.device("cpu"))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    words = [f"--data={seen}", f"--out={folder}"]
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline().strip() == b"held"
+        for command, tiny in (
+            ("train", ["--resolution=8", *TINY]), ("train-gan", ["--resolution=8", *TINY_GAN]), ("train-encoder", TINY_ENCODER),
+            ("embed", []), ("train-dictionary", TINY_DICTIONARY),
+        ):  # fmt: skip
+            assert cli.main([command, *words, *tiny, "--resume"]) == 2
+            assert f"Another process trains in {str(folder)!r}; wait" in capsys.readouterr().err
+        assert cli.main(["train-gan", *words, "--resolution=8", *TINY_GAN, "--overwrite"]) == 2
+        assert "Another process trains in" in capsys.readouterr().err
+        other.kill()
+    now = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".sage_fast.lock"}
+    assert now == {path: content for path, content in before.items() if path.name != ".sage_fast.lock"}
+    assert cli.main(["train", *words, "--resolution=8", *TINY, "--resume"]) == 0
+
+
+def test_a_run_with_an_untuned_encoder_is_still_a_generator(seen, tmp_path):
+    words = [f"--data={seen}", f"--out={tmp_path / 'run'}"]
+    assert cli.main(["train-gan", *words, "--resolution=8", *TINY_GAN]) == 0
+    assert cli.main(["train-encoder", *words, *TINY_ENCODER]) == 0
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "a.safetensors")]) == 0
+    settings = tmp_path / "run" / "configs" / "encoder.json"
+    settings.write_text(settings.read_text().replace('"tune_generator": false', '"tune_generator": true'))
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "b.safetensors")]) == 2
+
+
+def test_few_images_and_a_wrong_name_of_an_option_are_told_with_the_right_one(seen, tmp_path, capsys):
+    words = ["train", f"--data={seen}", f"--out={tmp_path / 'run'}", "--resolution=8", *TINY]
+    assert cli.main([*words, "--gan.batch=32"]) == 2
+    assert "got 24; give a batch of at most 24 (--batch, of all stages in one --gan.batch)" in capsys.readouterr().err
+    assert cli.main([*words, "--batch", "4"]) == 2
+    assert "--gan.batch" in capsys.readouterr().err
+
+
 def copy_run(run: Path, target: Path) -> Path:
     import shutil
 
@@ -496,8 +570,11 @@ def test_a_stage_refuses_a_predecessor_that_changed(run, seen, tmp_path, capsys)
     longer = [*TINY_GAN, "--total-kimg=0.032"]
     assert cli.main(["train-gan", *words, "--resolution=8", *longer]) == 0
     capsys.readouterr()
-    assert cli.main(["train-encoder", *words, *TINY_ENCODER]) == 2
-    assert "has changed since" in capsys.readouterr().err
+    model = bundle_files(folder)
+    for command, tiny in (("train-encoder", TINY_ENCODER), ("embed", []), ("train-dictionary", TINY_DICTIONARY)):
+        assert cli.main([command, *words, *tiny]) == 2, "an old encoder does not go with a new generator"
+        assert "stage 'encoder'" in (told := capsys.readouterr().err) and "has changed since" in told
+    assert bundle_files(folder) == model
 
 
 def test_a_stage_refuses_an_unfinished_predecessor(run, seen, tmp_path, capsys):
@@ -819,7 +896,7 @@ def test_the_help_says_what_the_settings_docstrings_say_without_their_marks(caps
     assert "[SOURCE]" in shown["export"]
     assert "Settings of train_gan." in shown["train"]
     (switch,) = [line for line in shown["train"].splitlines() if "--gan.no-flip" in line]
-    assert "(default: False)" in switch  # flip is on until the switch is given
+    assert "do not mirror" in switch and "(default: True)" not in switch  # flip is on until the switch is given
 
 
 def test_every_option_s_help_stands_beside_it():

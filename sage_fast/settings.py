@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 from sage_fast.errors import InputError
@@ -27,6 +28,7 @@ def check_ignored(config: Any, names: Iterable[str], without: str) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in names and value != field.default:
+            value = str(value) if isinstance(value, PurePath) else value
             raise InputError(
                 f"{field.name} = {value!r} has no effect without {without}; give that too, or leave {field.name} out."
             )

@@ -111,7 +111,8 @@ def _unmarked(line: str) -> str:
     if re.search(r"--(?:[\w-]+\.)*no-[\w-]+ .*\(default: True\)", plain):
         plain = plain.replace("(default: True)", "(default: False)")
         negated = re.sub(r"(--(?:[\w-]+\.)*no-[\w-]+ +)(?=[a-z])", r"\1do not ", plain)
-        plain = negated if len(negated.rstrip().removesuffix("│").rstrip()) <= width else plain
+        fits = len(negated.rstrip().removesuffix("│").rstrip()) <= width
+        plain = negated if fits else negated.replace(" (default: False)", "")
     if not line.startswith("│"):
         return plain
     return f"{plain.rstrip().removesuffix('│').rstrip():<{width}}│\n"
@@ -138,6 +139,8 @@ def _sentence_of_box(printed: str, command: str) -> str | None:
     else:
         text = _complaint(" ".join(said).rstrip("."))
     meant = [line.split()[0] for name in ("Perhaps", "Arguments") for line in listed.get(name, ()) if line[:2] == "--"]
+    given = tuple(f".{word.removeprefix('--')}" for word in re.findall(r"--[\w-]+", said[0]))
+    meant.sort(key=lambda option: not option.endswith(given))  # of all stages: the option of that very name first
     perhaps = f"; perhaps you meant {' or '.join(meant[:3])}" if meant else ""
     return f"{text}{perhaps}; see sage-fast {command} --help."
 

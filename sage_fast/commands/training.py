@@ -119,7 +119,7 @@ def train_gan(argv: Sequence[str]) -> None:
     from sage_fast.training.checks import check_gan
     from sage_fast.training.ranks import first_then_all, join_ranks, restarted
     from sage_fast.training.reals import as_reals
-    from sage_fast.training.runtime import check_run_folder, open_run_folder
+    from sage_fast.training.runtime import check_run_folder, holding, open_run_folder
     from sage_fast.training.stages import gan_stage, read_seen
 
     paths, _, options, config = parse("train-gan", argv, NewData, GanPreset, MeasureOptions(), _gan_start(argv))
@@ -133,14 +133,15 @@ def train_gan(argv: Sequence[str]) -> None:
         images = first_then_all(ranks, lambda: read_seen(*seen))
         watched = _to_measure(options, ranks, images)
         as_reals(watched.images, config)
-        folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
-        gan_stage(config, watched.images, folder, paths.resume, device, watched.measure, watched.held_out)
+        with holding(paths.out, ranks):
+            folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+            gan_stage(config, watched.images, folder, paths.resume, device, watched.measure, watched.held_out)
 
 
 def train_encoder(argv: Sequence[str]) -> None:
     """Train the encoder of a run folder, or of a generator that comes from elsewhere."""
     from sage_fast.training.ranks import first_then_all, join_ranks
-    from sage_fast.training.runtime import check_run_folder, open_run_folder
+    from sage_fast.training.runtime import check_run_folder, holding, open_run_folder
     from sage_fast.training.stages import adopt_generator, check_given, encoder_stage, read_seen, read_seen_of_run
 
     paths, _, config = parse("train-encoder", argv, EncoderData, EncoderPreset, _encoder_start(argv))
@@ -153,14 +154,17 @@ def train_encoder(argv: Sequence[str]) -> None:
             check_run_folder(paths.out, ranks, paths.resume, paths.overwrite, [source])
             side, n_channels = ranks.once(lambda: check_given(config, source, ranks))
             images = first_then_all(ranks, lambda: read_seen(paths.data, side, n_channels, paths.out, *reading))
-            folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
-            ranks.once(lambda: adopt_generator(source, folder))
-        encoder_stage(config, images, paths.out, paths.resume, device)
+        with holding(paths.out, ranks):
+            if source is not None:
+                folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
+                ranks.once(lambda: adopt_generator(source, folder))
+            encoder_stage(config, images, paths.out, paths.resume, device)
 
 
 def embed(argv: Sequence[str]) -> None:
     """Write the codes of every image."""
     from sage_fast.training.ranks import first_then_all, join_ranks
+    from sage_fast.training.runtime import holding
     from sage_fast.training.stages import embed_stage, read_seen_of_run
 
     paths, options = parse("embed", argv, Data, EmbedOptions())
@@ -169,7 +173,8 @@ def embed(argv: Sequence[str]) -> None:
         images = first_then_all(
             ranks, lambda: read_seen_of_run(paths.data, paths.out, "embed", paths.cache, paths.upscale)
         )
-        table = embed_stage(images, paths.out, options.batch, paths.resume, device)
+        with holding(paths.out, ranks):
+            table = embed_stage(images, paths.out, options.batch, paths.resume, device)
     if ranks.is_first:
         codes, categories = counted(len(table), "code"), counted(len(table.categories), "category")
         print(f"{codes} of {categories} {'is' if len(table) == 1 else 'are'} in {paths.out}.")
@@ -179,6 +184,7 @@ def train_dictionary(argv: Sequence[str]) -> None:
     """Train the category-irrelevant directions and write the model."""
     from sage_fast.training.dictionary import DictionaryConfig
     from sage_fast.training.ranks import first_then_all, join_ranks
+    from sage_fast.training.runtime import holding
     from sage_fast.training.stages import (
         BundleConfig,
         bundle_stage,
@@ -196,8 +202,9 @@ def train_dictionary(argv: Sequence[str]) -> None:
         images = first_then_all(
             ranks, lambda: read_seen_of_run(paths.data, paths.out, "dictionary", paths.cache, paths.upscale)
         )
-        dictionary_stage(config, images, paths.out, paths.resume, device)
-        folder = bundle_stage(paths.out, written.bundle, ranks)
+        with holding(paths.out, ranks):
+            dictionary_stage(config, images, paths.out, paths.resume, device)
+            folder = bundle_stage(paths.out, written.bundle, ranks)
     if ranks.is_first:
         print(f"The model is in {folder}.")
 

@@ -1,4 +1,4 @@
-"""Who may write into an output: locks of the kernel, which end with their process, whatever the clock says.
+"""Who may write into an output.
 
 All ranks of one run share the output's lock, in whose file the number of ranks is written, and each holds one of its own.
 As the shards of a rank are a function of its number and of that of all ranks, two processes that hold locks never write
@@ -14,13 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sage_fast.data.writers import write_remedy
+from sage_fast.data.locks import cannot_make, fcntl, opened, taken
 from sage_fast.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs on one output are not told apart
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["alone", "joined"]
 
@@ -47,7 +42,7 @@ def joined(
         folder.mkdir(parents=True, exist_ok=True)
         yield
         return
-    with _opened(file) as shared:
+    with opened(file) as shared:
         _enter(shared, output, world_size, when_alone)
         own = _take_own(folder, f"rank-{rank}.lock", output)
         try:
@@ -59,7 +54,7 @@ def joined(
 @contextmanager
 def alone(file: Path) -> Iterator[None]:
     """One process after another runs the block."""
-    with _opened(file) as descriptor:
+    with opened(file) as descriptor:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -69,7 +64,7 @@ def _enter(shared: int, output: str, world_size: int, when_alone: Callable[[], N
     """Take a share of the output's lock; the first who comes says how many ranks there are."""
     own = str(world_size).encode()
     for _ in range(_TRIES):  # whoever came first may die before it has said so
-        if _taken(shared, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if taken(shared, fcntl.LOCK_EX | fcntl.LOCK_NB):
             if when_alone is not None:
                 when_alone()
             os.ftruncate(shared, 0)
@@ -93,14 +88,14 @@ def _take_own(folder: Path, name: str, output: str) -> int:
         except FileNotFoundError as error:
             if folder.parent.is_dir():
                 continue
-            raise _cannot_make(folder / name, error) from error
+            raise cannot_make(folder / name, error) from error
         except FileExistsError as error:  # also when the folder was there and then, as mkdir looked, no more
             if folder.is_dir() or not os.path.lexists(folder):
                 continue
-            raise _cannot_make(folder / name, error) from error
+            raise cannot_make(folder / name, error) from error
         except OSError as error:
-            raise _cannot_make(folder / name, error) from error
-        if not _taken(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise cannot_make(folder / name, error) from error
+        if not taken(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
             os.close(descriptor)
             raise _at_work(output)
         if os.fstat(descriptor).st_nlink:
@@ -108,29 +103,5 @@ def _take_own(folder: Path, name: str, output: str) -> int:
         os.close(descriptor)
 
 
-def _taken(descriptor: int, how: int) -> bool:
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _at_work(output: str) -> InputError:
     return InputError(f"Output {output!r} is being written by another run; wait for its end or give another folder.")
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise _cannot_make(file, error) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _cannot_make(file: Path, error: OSError) -> InputError:
-    return InputError(f"Lock {str(file)!r} cannot be made ({error.strerror}); {write_remedy(error, True)}.")

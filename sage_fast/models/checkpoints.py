@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -88,11 +89,22 @@ def path_of(path: Any) -> Path:
 
 
 def source_of(path: Any) -> Path:
-    """The file or folder of networks that is meant: of a run that has trained a GAN alone its newest checkpoint, else ``path``."""
+    """The file or folder of networks that is meant.
+
+    A run that is no bundle yet means the newest checkpoint of its GAN, unless the encoder tuned the generator since.
+    """
     path = path_of(path)
-    later = ("bundle.json", "checkpoints/encoder.pt")
     checkpoint = path / "checkpoints" / "gan.pt"
-    return checkpoint if checkpoint.is_file() and not any((path / name).exists() for name in later) else path
+    if not checkpoint.is_file() or (path / "bundle.json").exists():
+        return path
+    return path if (path / "checkpoints" / "encoder.pt").exists() and _tunes_generator(path) else checkpoint
+
+
+def _tunes_generator(run: Path) -> bool:
+    try:
+        return bool(json.loads((run / "configs" / "encoder.json").read_text(encoding="utf-8"))["tune_generator"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def state_dict_of(module: Stub) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def read_statistics(content: Any, where: str) -> PublishedFile | None:
     if all(isinstance(value, Tensor) and value.ndim == 2 for value in values) and len({v.shape for v in values}) == 1:
         if not any("." in name for name in content):
             return PublishedFile("AGE class_embeddings.pt", embeddings={name: v.float() for name, v in content.items()})
-    if any(values) and all(isinstance(value, list) and all(_is_code(code) for code in value) for value in values):
+    if all(isinstance(value, list) and all(_is_code(code) for code in value) for value in values) and any(values):
         return PublishedFile("SAGE ns.pt", codes=_codes(content, where))
     return None
 

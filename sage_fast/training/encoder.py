@@ -142,9 +142,12 @@ class EncoderConfig:
             raise InputError(
                 f"noise must be 'none' or 'const' so that a code stands for one image, got '{self.noise}'."
             )
-        for name in ("lr_end", "perceptual_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is a share, expected 0 to 1, got {getattr(self, name)}.")
+        if not 0 <= self.lr_end <= 1:
+            raise InputError(f"lr_end is a share, expected 0 to 1, got {self.lr_end}.")
+        if not 0 < self.perceptual_share <= 1:
+            raise InputError(
+                f"perceptual_share is a share above 0, at most 1, got {self.perceptual_share}; perceptual 'none' leaves the term out."
+            )
         if self.tune_generator and self.batch < 4:
             raise InputError(f"batch must be at least 4 with tune_generator, got {self.batch}.")
         if self.mse_weight == 0 and (self.perceptual_weight == 0 or self.perceptual == "none"):

@@ -308,6 +308,11 @@ def train_gan(
             state |= {"architecture": G.architecture(), "architecture_D": D.architecture(), "step": done}
             run.save(state | {"stopped_early": watch.stop}, score)
         if watch.stop:
+            if ranks.is_first:
+                print(
+                    f"Stage 'gan' stopped at step {done}, since {config.patience} measurements brought no better score. The best "
+                    f"generator is in {run.checkpoints.best}, this last one goes on; 'train-encoder --generator' takes the best."
+                )
             break
     return average.eval(), D.eval().requires_grad_(False)
 

@@ -71,9 +71,9 @@ def as_reals(images: Tensor | ImageSet, config: GANConfig, least: int | None = N
             f"images must be uint8 [M, {expected[0]}, {expected[1]}, {expected[2]}], got {pixels.dtype} {list(pixels.shape)}."
         )
     if len(pixels) < (config.batch if least is None else least):
-        raise InputError(
-            f"training needs at least one batch of {config.batch} images, got {len(pixels)}; lower --batch."
-        )
+        n = len(pixels)
+        remedy = f"a batch of at most {n} (--batch, of all stages in one --gan.batch)" if n > 1 else "more images"
+        raise InputError(f"training needs at least one batch of {config.batch} images, got {n}; give {remedy}.")
     for name in ("conditional", "balance"):
         if getattr(config, name) and labels is None:
             raise InputError(f"{name} training needs labels, got images alone; pass an ImageSet.")

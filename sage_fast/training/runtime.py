@@ -16,14 +16,16 @@ import math
 import signal
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sage_fast.data.locks import fcntl, opened, taken
 from sage_fast.data.writers import (
+    LOCK,
     atomic_write,
     check_apart,
     check_output,
@@ -40,7 +42,7 @@ from sage_fast.training.progress import StageProgress
 from sage_fast.training.ranks import Ranks, restarted
 from sage_fast.training.signals import StopWish
 
-__all__ = ["Run", "check_run_folder", "ema_update", "open_run_folder", "total_steps"]
+__all__ = ["Run", "check_run_folder", "ema_update", "holding", "open_run_folder", "total_steps"]
 
 
 class Run:
@@ -81,7 +83,8 @@ class Run:
         self.ranks = ranks or Ranks(torch.device("cpu"))
         self.facts, self.generators = json.loads(json.dumps(facts or {})), generators or {}
         self.checkpoints = Checkpoints(self.folder / "checkpoints", stage, getattr(config, "keep", 2))
-        self.ranks.once(lambda: self._prepare(resume or restarted()))
+        self._resume = resume or restarted()
+        self.ranks.once(lambda: self._prepare(self._resume))
         self._log = TrainingLog(
             self.folder / "logs", stage, self.ranks.is_first and getattr(config, "tensorboard", False)
         )
@@ -185,6 +188,8 @@ class Run:
                 warnings.simplefilter("ignore", SageFastWarning)
             state = self.checkpoints.load()
         step = 0 if state is None else int(state["step"])
+        if self.ranks.is_first and self._resume:
+            self._say_where(state, step)
         if len(set(self.ranks.gather(step))) > 1:
             raise InputError(
                 f"the ranks find different checkpoints in {self.folder}; give a folder that all of them share."
@@ -229,6 +234,14 @@ class Run:
             number,
         )
 
+    def _say_where(self, state: Mapping[str, Any] | None, step: int) -> None:
+        """What a resumed stage does, where it is not to go on."""
+        log, total = self.folder / "logs" / f"{self.stage}.jsonl", total_steps(_plain(self.config))
+        if state is None and log.exists() and log.stat().st_size:
+            print(f"Stage '{self.stage}' begins anew: it was begun in {self.folder}, but there is no checkpoint of it.")
+        elif state is not None and total is not None and step >= total:
+            print(f"Stage '{self.stage}' has taken all its {total} steps.")
+
     def _begin(self, step: int) -> None:
         write_json(self._config_path, dataclasses.asdict(self.config))
         self._log.cut(step)
@@ -257,7 +270,8 @@ class Run:
         if then["ranks"] == self.ranks.world and "random" in state:
             set_random_state(state["random"][self.ranks.rank], self.ranks.device, self.generators)
         changed = [f"{key} {then[key]}, now {now[key]}" for key in now if then.get(key, now[key]) != now[key]]
-        if changed and self.ranks.is_first:
+        total = total_steps(_plain(self.config))
+        if changed and self.ranks.is_first and (total is None or state["step"] < total):
             warnings.warn(
                 f"stage '{self.stage}' goes on from step {state['step']}, but not to the last bit: it was begun with "
                 f"{'; '.join(changed)}.",
@@ -282,6 +296,8 @@ def check_run_folder(
 ) -> None:
     """:func:`sage_fast.data.writers.check_output` for all ranks: what :func:`open_run_folder` will refuse, with nothing touched.
 
+    A finished model without its checkpoints is not to be resumed either: that would train it anew and replace it.
+
     Args:
         models: files or folders that the run begins with, which emptying ``out`` must not delete; None is passed over.
     """
@@ -289,6 +305,11 @@ def check_run_folder(
     if overwrite and not again:
         check_apart(out, {}, models)
     ranks.once(lambda: check_output(out, resume or again, overwrite and not again))
+    if resume and (Path(out) / "bundle.json").exists() and not (Path(out) / "checkpoints" / "gan.pt").exists():
+        raise InputError(
+            f"Run folder {str(out)!r} holds a finished model and no checkpoints to go on from; give another folder, or "
+            "--overwrite to train it anew."
+        )
 
 
 def open_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwrite: bool = False) -> Path:
@@ -296,6 +317,44 @@ def open_run_folder(out: str | Path, ranks: Ranks, resume: bool = False, overwri
     again = restarted()
     ranks.once(lambda: str(prepare_output(out, resume or again, overwrite and not again)))
     return Path(out)
+
+
+#: the run folders that this process is at work in
+_held: set[Path] = set()
+
+
+@contextmanager
+def holding(out: str | Path, ranks: Ranks) -> Iterator[None]:
+    """No other process trains in ``out`` while the block runs. Rank 0 holds the lock for all; blocks may lie in each other.
+
+    Raises:
+        InputError: another process does.
+    """
+    with ExitStack() as stack:
+        ranks.once(lambda: stack.enter_context(_lock_on(Path(out))))
+        yield
+
+
+@contextmanager
+def _lock_on(out: Path) -> Iterator[None]:
+    folder = out.resolve()
+    if folder in _held or fcntl is None:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"Output folder {str(out)!r} cannot be made ({error.strerror}); give another folder."
+        ) from error
+    with opened(folder / LOCK) as descriptor:
+        if not taken(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise InputError(f"Another process trains in {str(out)!r}; wait for its end or give another folder.")
+        _held.add(folder)
+        try:
+            yield
+        finally:
+            _held.remove(folder)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from sage_fast.training.encoder import EncoderConfig, train_encoder
 from sage_fast.training.gan import GANConfig, train_gan
 from sage_fast.training.ranks import Ranks, first_then_all, join_ranks, restarted
 from sage_fast.training.reals import as_reals
-from sage_fast.training.runtime import check_run_folder, open_run_folder, total_steps
+from sage_fast.training.runtime import check_run_folder, holding, open_run_folder, total_steps
 from sage_fast.training.watching import Measure, Watched
 
 __all__ = [
@@ -167,12 +167,13 @@ def train_all(
     images = first_then_all(ranks, lambda: read_seen(data, gan.resolution, gan.n_channels, Path(out), cache, upscale))
     watched = watch(images)
     as_reals(watched.images, gan)
-    folder = open_run_folder(out, ranks, resume, overwrite)
-    gan_stage(gan, watched.images, folder, resume, device, watched.measure, watched.held_out)
-    encoder_stage(config.encoder, images, folder, resume, device)
-    embed_stage(images, folder, config.embed_batch, resume, device)
-    dictionary_stage(config.dictionary, images, folder, resume, device)
-    return bundle_stage(folder, config.bundle, ranks)
+    with holding(out, ranks):
+        folder = open_run_folder(out, ranks, resume, overwrite)
+        gan_stage(gan, watched.images, folder, resume, device, watched.measure, watched.held_out)
+        encoder_stage(config.encoder, images, folder, resume, device)
+        embed_stage(images, folder, config.embed_batch, resume, device)
+        dictionary_stage(config.dictionary, images, folder, resume, device)
+        return bundle_stage(folder, config.bundle, ranks)
 
 
 def read_seen(
@@ -367,6 +368,7 @@ def bundle_stage(folder: Path, config: BundleConfig = BundleConfig(), ranks: Ran
 
 def _write_bundle(folder: Path, config: BundleConfig) -> None:
     trained, table = _load_trained(folder, "bundle"), _load_codes(folder)
+    _check_source(folder, "dictionary", "codes")
     assert trained.encoder is not None
     settings = _config(folder, "dictionary")
     state = _finished_state(folder, "dictionary", "bundle")
@@ -418,6 +420,7 @@ def _load_trained(folder: Path, stage: str) -> _Trained:
     G, D = _trained_gan(c, state)
     E = None
     if stage != "encoder":
+        _check_source(folder, "encoder", "gan")
         c, state = _config(folder, "encoder", stage), _finished_state(folder, "encoder", stage)
         E = build_encoder(state.get("architecture") or _sizes_of_old_runs(c, G))
         E.load_state_dict(state["average"])
@@ -505,15 +508,21 @@ def _read_lineage(folder: Path) -> dict[str, str]:
 
 def _claim(folder: Path, stage: str, source: str) -> None:
     """Note which file of ``source`` the stage works from; refuse to continue a stage begun from another one."""
-    found, lineage = _fingerprint(folder, source), _read_lineage(folder)
+    found = _check_source(folder, stage, source)
+    write_json(folder / "configs" / "lineage.json", {**_read_lineage(folder), stage: found})
+
+
+def _check_source(folder: Path, stage: str, source: str) -> str:
+    """The fingerprint of ``source``; raise InputError where the stage was begun from another file of it."""
+    found = _fingerprint(folder, source)
     name = "codes.safetensors" if stage == "codes" else f"{stage}.pt"
     begun = (folder / "checkpoints" / name).exists()
-    if begun and lineage.get(stage, found) != found:
+    if begun and _read_lineage(folder).get(stage, found) != found:
         raise InputError(
             f"stage '{stage}' in {folder} was begun from an earlier '{source}', which has changed since; delete "
             f"{folder / 'checkpoints' / name} to start the stage anew."
         )
-    write_json(folder / "configs" / "lineage.json", {**lineage, stage: found})
+    return found
 
 
 def _about(folder: Path, table: LatentTable) -> dict[str, Any]:
