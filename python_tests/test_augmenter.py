@@ -73,6 +73,8 @@ def test_a_given_pipeline_is_pickled_with_its_weights(augmenter, tiny_bundle, ti
     [
         ({"row": [1]}, r"must have a column 'id' or 'shard', got \['row'\]"),
         ({"id": [10]}, "id must be 0 to 9 in this plan, got 10"),
+        ({"id": 5}, "id must be a list of whole numbers, got 5"),
+        ({"id": [1.5]}, r"id must be a list of whole numbers, got \[1.5\]"),
         ({"shard": [-1]}, "shard must be 0 to 2 in this plan, got -1"),
     ],
 )

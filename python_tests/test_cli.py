@@ -592,6 +592,24 @@ def test_the_dictionary_refuses_codes_of_other_images(run, tmp_path, capsys):
     assert "other images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "flora", "--n-per-category=1", "--which=unseen"],
+        ["data", "split", "--data={seen}", "--n-unseen=1", "--n-shots=2"],
+        ["invert", "--images={seen}", "--steps=1"],
+        ["train-gan", "--data={seen}", "--resolution=8", *TINY_GAN],
+    ],
+    ids=str,
+)
+def test_a_url_is_no_folder(seen, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    for url in ("s3://bucket/x", "memory://x"):
+        assert cli.main([*(word.format(seen=seen) for word in words), f"--out={url}"]) == 2
+        assert "reads like a URL" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_inspect_says_nothing_where_there_is_nothing(tmp_path, capsys):
     torch.save({"alien.weight": torch.zeros(3)}, tmp_path / "alien.pt")
     assert cli.main(["inspect", str(tmp_path / "alien.pt")]) == 0

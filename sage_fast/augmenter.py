@@ -70,7 +70,10 @@ class Augmenter:
         column = next((name for name in ("shard", "id") if name in batch), None)
         if column is None:
             raise InputError(f"The batch must have a column 'id' or 'shard', got {sorted(batch)}.")
-        numbers = [int(number) for number in batch[column]]
+        given = np.asarray(batch[column])
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise InputError(f"{column} must be a list of whole numbers, got {batch[column]!r:.60}.")
+        numbers = [int(number) for number in given]
         known = self.plan.n_shards if column == "shard" else len(self.plan)
         for number in numbers:
             if not 0 <= number < known:

@@ -165,7 +165,9 @@ def test_no_images(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "a").mkdir()
     for flat_ok in (False, True):
-        with pytest.raises(InputError, match="has no images, expected .*/<category>/<image>"):
+        with pytest.raises(
+            InputError, match=r"has no images \(notes.txt is of no type that is read\), expected .*/<category>/<image>"
+        ):
             scan_image_folder(tmp_path, flat_ok=flat_ok)
 
 

@@ -32,6 +32,13 @@ def write(path, content):
     return path
 
 
+def test_one_image_is_shots_too_and_spaces_of_a_table_do_not_count(shots):
+    table = write(shots / "p.csv", "category, n, shots\nrose, 2, lily/0.png\n")
+    assert brief(plan_of(table)) == [("rose", 0, 2, 1.0, "sage", 1)]
+    empty = write(shots / "p.json", {"shots": None, "categories": [{"category": "rose"}]})
+    assert plan_of(empty).root == shots
+
+
 LINES = {
     "n": 4,
     "shots": "novel",
@@ -130,7 +137,16 @@ def test_a_decomposed_name_is_composed(shots):
         ("p.json", {"categories": [{"category": "rose", "n": True}]}, "n must be a whole number"),
         ("p.json", {"categories": [{"category": "rose", "number": 3}]}, "no setting 'number'; choose among category"),
         ("p.json", {"categories": [{"category": "rose", "method": "magic"}]}, "method must be one of"),
-        ("p.json", {"categories": [{"category": "tulip"}]}, "which is no folder; give 'shots', relative to '.*/novel'"),
+        (
+            "p.json",
+            {"categories": [{"category": "tulip"}]},
+            "which is not there; give 'shots', .* relative to '.*/novel'",
+        ),
+        ("p.json", {"shots": ["rose"], "categories": [{"category": "rose"}]}, "expected one folder"),
+        ("p.json", {"categories": [{"category": "rose", "shots": {"a": "b"}}]}, "give a folder, an image or a list"),
+        ("p.json", {"categories": ["rose"]}, "write it as 'category: NAME'"),
+        ("p.json", "[" * 100_000, "cannot be parsed"),
+        ("p.csv", "category;n\nrose;3\n", "header must read category,n,... with commas"),
         ("p.json", {"categories": [{"category": True}]}, "must name a category, text or a whole number, got"),
         ("p.json", {"categories": [{"category": 7.5}]}, "must name a category, text or a whole number, got"),
         ("p.json", {"categories": [{"category": "rose", "shots": []}]}, "lists no shots"),

@@ -49,7 +49,7 @@ def test_an_image_of_moved_shots(whole, pipeline, tiny_shots, tmp_path):
 
 def test_images_that_cannot_be_made_again(whole, pipeline, tmp_path):
     out, _ = whole
-    for number in (-1, 10):
+    for number in (-1, 10, 10**20):
         with pytest.raises(InputError, match=f"has no line {number}"):
             regenerate(out / "manifest.jsonl", number, tmp_path / "a.png", pipeline)
     for path in (out / "config.json", tmp_path / "manifest.jsonl"):
@@ -58,7 +58,17 @@ def test_images_that_cannot_be_made_again(whole, pipeline, tmp_path):
     parts = (pipeline.generator, pipeline.encoder, pipeline.relevant, pipeline.irrelevant, pipeline.codes)
     with pytest.raises(InputError, match="was made by model"):
         regenerate(out / "manifest.jsonl", 0, tmp_path / "a.png", FewShotPipeline(*parts, hash="other"))
-    assert not (tmp_path / "a.png").exists()
+    with pytest.raises(InputError, match="written as png, so out must end in .png, got '.*a.jpg'"):
+        regenerate(out / "manifest.jsonl", 0, tmp_path / "a.jpg", pipeline)
+    with pytest.raises(InputError, match="lies in the output itself"):
+        regenerate(out / "manifest.jsonl", 3, out / "a.png", pipeline)
+    broken = tmp_path / "broken"
+    shutil.copytree(out, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "shard": 0}))
+    with pytest.raises(InputError, match="holds no plan of generate"):
+        regenerate(broken / "manifest.jsonl", 0, tmp_path / "a.png", pipeline)
+    assert not list(tmp_path.glob("a.*"))
 
 
 @pytest.mark.parametrize("key", ["seed", "model", "preset", "file"])

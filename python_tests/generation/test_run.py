@@ -675,3 +675,22 @@ def test_clocks_that_jump_do_not_matter(pipeline, tiny_shots, tmp_path, monkeypa
     assert all(0 <= line["seconds"] < day and line["images_per_s"] >= 0 for line in lines)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     assert "generating" in shown and re.search(r"-\d|\d days?", shown) is None
+
+
+def test_an_alpha_that_no_image_survives_is_refused():
+    for alpha in (1e38, -1e5, float("nan")):
+        with pytest.raises(InputError, match="alpha must be a finite number of at most 10,000, got"):
+            GenerateConfig(alpha=alpha)
+    assert GenerateConfig(alpha=-1e4).alpha == -1e4
+
+
+def test_names_that_are_no_text_do_not_go_into_parquet(pipeline, tiny_shots, tmp_path):
+    pytest.importorskip("pyarrow")
+    shots = os.fsencode(tmp_path) + b"/novel/\xff\xfe"
+    try:
+        shutil.copytree(tiny_shots / "rose", os.fsdecode(shots))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(InputError, match="parquet holds text alone, and the name .* is none"):
+        generate(pipeline, tmp_path / "novel", tmp_path / "out", GenerateConfig(n=1, parquet=True))
+    assert not (tmp_path / "out").exists()

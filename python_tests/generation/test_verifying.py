@@ -331,7 +331,24 @@ def test_files_that_do_not_belong_are_named(whole, tmp_path):
         strays += ["lily/lily_00005.png", "lily/lily_000001.png", "lily/x.png"]
     for name in strays:
         (out / name).write_bytes(b"x")
-    assert sorted(verify(out).problems) == sorted(f"{name!r} does not belong to the plan." for name in strays)
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        *(["lily/.DS_Store", "lily/desktop.ini"] if config.format == "folder" else []),
+    ):
+        (out / name).write_bytes(b"of a desktop, which nobody minds")
+    found = verify(out)
+    assert sorted(found.problems) == sorted(f"{name!r} does not belong to the plan." for name in strays)
+    assert found.remedy() == "Move away what does not belong."
+    spoil_byte(first_file(out, config), -20 if config.format == "folder" else -900)
+    assert verify(out).remedy().startswith("Move away what does not belong. 'verify --repair', then")
+
+
+def test_a_tar_that_was_cut_off_is_named_as_such(pipeline, tiny_shots, tmp_path):
+    generate(pipeline, tiny_shots, tmp_path, GenerateConfig(n=5, format="webdataset", shard=5))
+    with open(tmp_path / "shard-000001.tar", "r+b") as file:
+        file.truncate(2000)
+    assert "Shard 1 is cut off or damaged: " in str(verify(tmp_path))
 
 
 def test_what_is_no_output_of_generate(tmp_path):
@@ -340,6 +357,9 @@ def test_what_is_no_output_of_generate(tmp_path):
         verify(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text('{"space": "w"}')
     with pytest.raises(InputError, match="no run of generate"):
+        verify(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="damaged"):
         verify(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):

@@ -328,7 +328,9 @@ def _flat_folder(root: Path, loose: list[str], names: list[str], min_categories:
             (name for name in names if any(_children(root / name / sub)[1] for sub in _subfolders(root, name))), ""
         )
         hint = f"give {str(root / inner)!r}, which has them" if inner else "put images there or give another folder"
-        raise InputError(f"Image folder {str(root)!r} has no images, {layout}; {hint}.")
+        others = [] if inner else _other_files(root, names)
+        seen = f" ({_first(others)} {'is' if len(others) == 1 else 'are'} of no type that is read)" if others else ""
+        raise InputError(f"Image folder {str(root)!r} has no images{seen}, {layout}; {hint}.")
     if not flat_ok:
         raise InputError(
             f"Image folder {str(root)!r} has images but no category folders, {layout}; "
@@ -337,6 +339,13 @@ def _flat_folder(root: Path, loose: list[str], names: list[str], min_categories:
     category = Path(os.path.abspath(root)).name or "images"  # a link keeps its own name
     check_count(f"Image folder {str(root)!r}", [category], min_categories)
     return ImageFolder(root, [category], loose, [0] * len(loose))
+
+
+def _other_files(root: Path, names: list[str]) -> list[str]:
+    """Visible files in a folder and its sub-folders that are no images by their names."""
+    found = [path for folder in (root, *(root / name for name in names)) for path in folder.iterdir()]
+    shown = (path for path in found if path.is_file() and not path.name.startswith("."))
+    return sorted(path.relative_to(root).as_posix() for path in shown if not path.name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _subfolders(root: Path, name: str) -> list[str]:

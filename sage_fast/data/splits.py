@@ -44,7 +44,7 @@ def load_split(path: str | os.PathLike[str]) -> Split:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"Split file {str(path)!r} cannot be opened ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"Split file {str(path)!r} is not JSON ({error}); expected lists seen and unseen.") from error
     seen, unseen = (_names(content, key) for key in ("seen", "unseen"))
     if not seen or not unseen:

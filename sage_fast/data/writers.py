@@ -45,7 +45,7 @@ _OWN_NAMES = re.compile(
     r"|\.sage_fast/.*|\.sage_fast(\.setup)?\.lock)",
     re.DOTALL,
 )
-_SHELL_FILES = (".ds_store", "thumbs.db", "desktop.ini")  # dropped by desktops into any folder
+SHELL_FILES = (".ds_store", "thumbs.db", "desktop.ini")  # dropped by desktops into any folder
 _RESUMABLE = (MARKER, "manifest.jsonl", "bundle.json", "configs")
 _WRITE_ERRORS = frozenset(
     getattr(errno, name)
@@ -347,6 +347,10 @@ def check_output(
 ) -> list[str]:
     """Refuse what ``prepare_output`` refuses, and change nothing; returns the names of what is in the folder."""
     folder = Path(folder)
+    if (scheme := re.match(r"([a-z][a-z0-9+.-]+):(?:/|$)", folder.as_posix())) and not folder.is_dir():
+        raise InputError(
+            f"Output {str(folder)!r} reads like a URL ({scheme[1]}:), which 'generate' alone writes to; give a folder."
+        )
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other; give one of them.")
     try:
@@ -433,7 +437,7 @@ def _empty(folder: Path) -> None:
 
 
 def _is_own(path: str) -> bool:
-    known = path.lower().endswith(_OWN_SUFFIXES + _SHELL_FILES)
+    known = path.lower().endswith(_OWN_SUFFIXES + SHELL_FILES)
     return known or _OWN_NAMES.fullmatch(path.replace(os.sep, "/")) is not None
 
 

@@ -117,7 +117,7 @@ def read_settings(store: Store) -> dict[str, Any] | None:
         return None
     try:
         settings = json.loads(store.read(CONFIG))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"config.json in {str(store)!r} is damaged; use --overwrite or another output.") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("plan"), list):
         raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")

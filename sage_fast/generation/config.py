@@ -22,6 +22,10 @@ _COUNTS = ("n", "batch", "n_shots", "n_components", "n_similar", "n_directions",
 _EDITOR = ("n_components", "n_similar", "n_directions")
 
 
+MOST_ALPHA = 10_000.0
+"""Bound of alpha: images are one colour long before, and far above it networks give no numbers."""
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
     """Settings of :func:`generate`.
@@ -63,8 +67,11 @@ class GenerateConfig:
                 raise InputError(f"{name} must be at least 1, got {value}.")
         _check_one_of(self, method=METHODS, fusion=FUSIONS, preset=tuple(PRESETS), format=FORMATS)
         _check_one_of(self, image=IMAGES, encoder=ENCODERS)
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise InputError(f"alpha must be a finite number, got {self.alpha}.")
+        if self.alpha is not None and not abs(self.alpha) <= MOST_ALPHA:
+            raise InputError(
+                f"alpha must be a finite number of at most {MOST_ALPHA:,.0f}, got {self.alpha}; the paper takes 2, and images "
+                "leave their category above."
+            )
         check_used(self.method, [name for name in ("alpha", *_EDITOR) if getattr(self, name) is not None])
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other; give one of them.")

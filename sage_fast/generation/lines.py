@@ -22,7 +22,7 @@ def parsed_line(number: int, raw: bytes) -> dict[str, Any]:
     """
     try:
         line = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         line = None
     if not isinstance(line, dict):
         raise InputError(f"Line {number} of the manifest is no JSON object; 'verify --repair' takes its shard back.")

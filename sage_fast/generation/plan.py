@@ -132,7 +132,10 @@ class Plan:
                 {**part, "shots": tuple(part["shots"]), "hashes": tuple(part["hashes"])} for part in settings["plan"]
             ]
             parts = tuple(Part(**part) for part in listed)
-            return cls(Path(settings["shots_dir"]), parts, int(settings["batch"]), int(settings["shard"]))
+            batch, shard = int(settings["batch"]), int(settings["shard"])
+            if min(batch, shard, *(part.n for part in parts)) < 1:
+                raise ValueError
+            return cls(Path(settings["shots_dir"]), parts, batch, shard)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("config.json holds no plan of generate; give the output folder of generate.") from error
 

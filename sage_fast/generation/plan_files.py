@@ -127,8 +127,12 @@ def _lines_of_file(
     listed = content.pop("categories", None)
     if not isinstance(listed, list) or not listed:
         raise InputError(f"Plan {str(path)!r} must hold a list 'categories' with a line each; see docs/generation.md.")
-    root = Path(shots_dir) if shots_dir is not None else path.parent / str(content.pop("shots", "."))
-    content.pop("shots", None)
+    place = content.pop("shots", None)
+    if not isinstance(place, str | None):
+        raise InputError(
+            f"Plan {str(path)!r} has shots {place!r:.60}, expected one folder, which all shots are relative to."
+        )
+    root = Path(shots_dir) if shots_dir is not None else path.parent / (place or ".")
     config = _with(config, content, f"Plan {str(path)!r}")
     lines = []
     for number, line in enumerate(listed, start=1):
@@ -136,13 +140,20 @@ def _lines_of_file(
         name = line.get("category") if isinstance(line, dict) else None
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise InputError(
-                f"{where} must name a category, text or a whole number, got {line!r:.60}; put it in quotes."
+                f"{where} must name a category, text or a whole number, got {line!r:.60}; {_named_how(path, line)}."
             )
         values = {key: value for key, value in line.items() if key not in ("category", "shots")}
         listing = _shots_of(root, str(name), line.get("shots"), where)
         lines.append(_line(str(name), listing, _with(config, values, where)))
     check_categories([str(line["category"]) for line in listed])
     return root, lines
+
+
+def _named_how(path: Path, line: Any) -> str:
+    """What to do about a line without a category."""
+    if path.suffix.lower() == ".csv":
+        return "the header must read category,n,... with commas"
+    return "put the name in quotes" if isinstance(line, dict) and "category" in line else "write it as 'category: NAME'"
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -157,12 +168,16 @@ def _parse(path: Path) -> dict[str, Any]:
         ) from error
     try:
         if path.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text), restkey="(more columns than the header)"))
+            rows = list(
+                csv.DictReader(io.StringIO(text), restkey="(more columns than the header)", skipinitialspace=True)
+            )
             return {
-                "categories": [{key: value for key, value in row.items() if value not in ("", None)} for row in rows]
+                "categories": [
+                    {str(key).strip(): value for key, value in row.items() if value not in ("", None)} for row in rows
+                ]
             }
         content = json.loads(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise InputError(f"Plan {str(path)!r} cannot be parsed ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
         raise InputError(
@@ -212,11 +227,16 @@ def _shots_of(root: Path, category: str, given: Any, where: str) -> ImageFolder:
     """The shot files of one line, relative to ``root``: those of a folder, or the ones listed."""
     if isinstance(given, list):
         files = [str(file) for file in given]
+    elif isinstance(given, str) and (root / given).is_file():
+        files = [given]
     else:
+        if not isinstance(given, str | int | None) or isinstance(given, bool):
+            raise InputError(f"{where} has shots {given!r:.60}; give a folder, an image or a list of images.")
         folder = root / (category if given is None else str(given))
         if not folder.is_dir():
             raise InputError(
-                f"{where} has its shots in {str(folder)!r}, which is no folder; give 'shots', relative to {str(root)!r}."
+                f"{where} has its shots in {str(folder)!r}, which is not there; give 'shots', a folder, an image or a list of "
+                f"images, relative to {str(root)!r}."
             )
         found = scan_image_folder(folder, flat_ok=True)
         files = [os.path.relpath(folder / file, root).replace(os.sep, "/") for file in found.files]

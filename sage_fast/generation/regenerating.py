@@ -104,7 +104,7 @@ def _line(format: Format, settings: dict[str, Any], number: int) -> tuple[dict[s
     Raises:
         InputError: there is none.
     """
-    raw = next(islice(lines_of(format.target), number, None), None) if number >= 0 else None
+    raw = next(islice(lines_of(format.target), number, None), None) if 0 <= number < len(format.plan) + 1 else None
     if raw is None:
         raise InputError(f"The manifest has no line {number}; its lines are numbered from 0.")
     line = parsed_line(number, raw)
@@ -135,6 +135,7 @@ def _keep(
     library = (settings["encoder"] or "pillow").split()[0]
     encoder = choose_encoder(library, kind, settings["quality"], image.shape[1], image.device)
     path = Path(out or f"{about['category']}_{about['index']:05d}.{kind}")
+    _check_target(path, kind, format)
     files = ImageFolders(open_store(path.parent), format.plan, encoder, format.shape)
     data = files.encoded(files.contents(image)[0], about)
     compared = image.cpu().numpy().tobytes() if settings["format"] == "safetensors" else data
@@ -151,6 +152,17 @@ def _keep(
         return Regenerated(path, False, None, 0.0, other)
     apart = np.abs(format.decode(stored).astype(int) - format.decode(compared))
     return Regenerated(path, False, int(apart.max()), float((apart > 0).mean()), other)
+
+
+def _check_target(path: Path, kind: str, format: Format) -> None:
+    """Raise InputError for a name of another kind of image, or a file of the output itself."""
+    endings = {"jpg": (".jpg", ".jpeg")}.get(kind, (f".{kind}",))
+    if path.suffix.lower() not in endings:
+        raise InputError(
+            f"The image is written as {kind}, so out must end in {' or '.join(endings)}, got {str(path)!r}."
+        )
+    if format.target.local and Path(str(format.target)).resolve() in path.resolve().parents:
+        raise InputError(f"{str(path)!r} lies in the output itself, whose files are as recorded; give another file.")
 
 
 def _stored(format: Format, number: int, line: dict[str, Any]) -> bytes | None:

@@ -219,6 +219,11 @@ def _check(
         raise InputError("--overwrite does not go with several ranks, of which one would delete another's images.")
     if config.parquet and find_spec("pyarrow") is None:
         raise InputError("parquet needs pyarrow; pip install 'sage_fast[parquet]', or leave it out.")
+    words = [word for part in plan.parts for word in (part.category, *part.shots)] if config.parquet else []
+    if (foreign := next((word for word in words if not _is_unicode(word)), None)) is not None:
+        raise InputError(
+            f"parquet holds text alone, and the name {foreign!r:.60} is none; rename it, or leave parquet out."
+        )
     if config.metrics is not None:
         check_file(config.metrics, "metrics")
     if "://" in os.fspath(out):
@@ -233,6 +238,11 @@ def _check(
                     f"Output folder {str(out)!r} holds shots of the plan, in {file!r}; give another folder."
                 )
         check_apart(out, {}, models)
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether a file's name is text, not bytes that stand for themselves."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in name)
 
 
 def _check_settings(prepared: Prepared) -> None:

@@ -315,7 +315,7 @@ def open_store(out: str | os.PathLike[str]) -> Store:
         if text.startswith(":"):
             raise ValueError("no kind of file system is named")
         system, root = url_to_fs(text)
-    except (ValueError, ImportError, OSError) as error:
+    except Exception as error:  # the systems behind fsspec have errors of their own
         raise InputError(
             f"Output {text!r} cannot be opened ({' '.join(str(error).split())}); give a folder."
         ) from error

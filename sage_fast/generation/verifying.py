@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
-from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK
+from sage_fast.data.writers import LOCK, MARKER, SETUP_LOCK, SHELL_FILES
 from sage_fast.errors import InputError, counted
 from sage_fast.generation.agreeing import digest_of_lost_config, format_of, read_settings
 from sage_fast.generation.checksums import CARD, CONFIG, MANIFEST, PARQUET, SHEET, SUMS, digest_of, read_sums
@@ -36,7 +36,8 @@ class Verification:
     """What :func:`verify` found: ``n_images`` of ``n_categories`` looked at, one sentence for each of the ``problems``.
 
     ``missing``: how many shards are not written. ``damaged``: numbers of those that are not as recorded. ``files``: names of
-    other files that are gone or not as recorded. ``notes``: sentences on what could not be compared.
+    other files that are gone or not as recorded. ``notes``: sentences on what could not be compared. ``strays``: how many files
+    are there that belong to no image.
     """
 
     n_images: int
@@ -46,16 +47,18 @@ class Verification:
     damaged: list[int]
     files: list[str]
     notes: list[str]
+    strays: int = 0
 
     def remedy(self, repaired: bool = False) -> str:
         """What to do about the problems, one sentence."""
         if CONFIG in self.files:
             return "'generate --resume' with the settings, model and version of the first run puts it back."
+        away = ["Move away what does not belong."] if self.strays else []
         if (self.damaged or self.files) and not repaired:
-            return "'verify --repair', then 'generate --resume', make what is damaged again."
-        if self.damaged or self.files or self.missing:
-            return "'generate --resume' goes on."
-        return "Move away what does not belong."
+            away += ["'verify --repair', then 'generate --resume', make what is damaged again."]
+        elif self.damaged or self.files or self.missing:
+            away += ["'generate --resume' goes on."]
+        return " ".join(away)
 
     def __str__(self) -> str:
         if not self.problems:
@@ -87,7 +90,8 @@ def verify(out: str | os.PathLike[str], repair: bool = False, workers: int = 4) 
     plan, done = format.plan, committed(store, format.plan)
     missing = plan.n_shards - len(done)
     problems = [] if is_complete(store) else [f"{missing} of {plan.n_shards} shards are not written."]
-    problems += [f"{name!r} does not belong to the plan." for name in _strays(format)]
+    strays = list(_strays(format))
+    problems += [f"{name!r} does not belong to the plan." for name in strays]
     files, notes = _check_files(store, settings) if is_complete(store) else ({}, [])
     problems += [f"{name!r} {what}." for name, what in files.items()]
     damaged = []
@@ -102,7 +106,7 @@ def verify(out: str | os.PathLike[str], repair: bool = False, workers: int = 4) 
     if repair and (damaged or files):
         _take_back(format, damaged, files)
     n_images = sum(len(plan.positions(shard)) for shard in done)
-    return Verification(n_images, len(plan.categories), problems, missing, damaged, list(files), notes)
+    return Verification(n_images, len(plan.categories), problems, missing, damaged, list(files), notes, len(strays))
 
 
 def _take_back(format: Format, damaged: Collection[int], files: Collection[str]) -> None:
@@ -229,16 +233,22 @@ def _file(line: dict[str, Any]) -> str:
 
 def _recorded(format: Format, shard: int, lines: list[dict[str, Any]]) -> Iterator[Stored]:
     """The stored images of a shard with what the manifest says of them."""
-    for (position, data), line in zip(format.read(shard), lines, strict=True):
+    images = iter(format.read(shard))
+    for n, line in enumerate(lines):
+        if (stored := next(images, None)) is None:
+            raise InputError(f"Shard {shard} is cut off or damaged: {n} of its {len(lines)} images can be read.")
+        position, data = stored
         about = {key: value for key, value in line.items() if key not in ("file", "bytes", "sha256")}
         yield Stored(position, line["file"], line["bytes"], line["sha256"], data, about)
+    if next(images, None) is not None:
+        raise InputError(f"Shard {shard} holds more images than the {len(lines)} of its lines.")
 
 
 def _strays(format: Format) -> Iterator[str]:
     """Names in the output that no image of the plan has."""
     known = set(format.files())
     for name in format.target.names(""):
-        if name not in known | _OTHER:
+        if name not in known | _OTHER and name.lower() not in SHELL_FILES:
             yield name
     if isinstance(format, ImageFolders):
         yield from _strays_in_folders(format)
@@ -250,6 +260,8 @@ def _strays_in_folders(format: ImageFolders) -> Iterator[str]:
         counts[part.category] = counts.get(part.category, 0) + part.n
     for category, n in counts.items():
         for name in format.target.names(category):
+            if name.lower() in SHELL_FILES:
+                continue
             number = _WHOLE.search(name.removesuffix(f".{format.encoder.image}"))
             index = int(number[1]) if number else n
             if index >= n or f"{category}/{name}" != format.file(category, index):

@@ -305,7 +305,7 @@ def check_run_folder(
     if overwrite and not again:
         check_apart(out, {}, models)
     ranks.once(lambda: check_output(out, resume or again, overwrite and not again))
-    if resume and (Path(out) / "bundle.json").exists() and not (Path(out) / "checkpoints" / "gan.pt").exists():
+    if resume and (Path(out) / "bundle.json").exists() and not any((Path(out) / "checkpoints").glob("gan*.pt")):
         raise InputError(
             f"Run folder {str(out)!r} holds a finished model and no checkpoints to go on from; give another folder, or "
             "--overwrite to train it anew."
