@@ -592,6 +592,23 @@ def test_the_dictionary_refuses_codes_of_other_images(run, tmp_path, capsys):
     assert "other images" in capsys.readouterr().err
 
 
+def test_a_dry_run_looks_at_the_output_too(tiny_bundle, tiny_shots, tmp_path, capsys):
+    words = ["generate", f"--model={tiny_bundle}", f"--shots={tiny_shots}", "-n", "2", "--dry-run"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").touch()
+    for out, told in (
+        ("foo://x", "cannot be opened"),
+        (str(tiny_shots), "overlap"),
+        (str(tmp_path / "full"), "is not empty"),
+    ):
+        assert cli.main([*words, f"--out={out}"]) == 2
+        assert told in capsys.readouterr().err
+    assert cli.main([*words, f"--preview={tmp_path / 'x.png'}"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert cli.main([*words, f"--out={tmp_path / 'new'}"]) == 0
+    assert "Nothing was written" in capsys.readouterr().out and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -111,9 +111,13 @@ def test_the_discriminator_judges_by_name_too(tmp_path, bundles):
 )
 def test_features_that_cannot_judge_are_refused(tmp_path, bundles, capsys, words, complaint):
     real = write_images(tmp_path / "real", COLOURS, 2, 1)
-    given = ["evaluate", f"--model={bundles['discriminator']}", f"--generated={real}", f"--real={real}", *words]
+    made = write_images(tmp_path / "made", COLOURS, 2, 1)
+    given = ["evaluate", f"--model={bundles['discriminator']}", f"--generated={made}", f"--real={real}", *words]
     assert main(given) == 2
     assert complaint in capsys.readouterr().err
+    given[2] = f"--generated={real}"
+    assert main(given) == 2
+    assert "are both" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("poor", ["Generated", "Real"])

@@ -146,6 +146,8 @@ def test_a_decomposed_name_is_composed(shots):
         ("p.json", {"categories": [{"category": "rose", "shots": {"a": "b"}}]}, "give a folder, an image or a list"),
         ("p.json", {"categories": ["rose"]}, "write it as 'category: NAME'"),
         ("p.json", "[" * 100_000, "cannot be parsed"),
+        ("p.json", '{"n": 2, "categories": [{"category": "rose"}], "n": 3}', "'n' stands twice in one mapping"),
+        ("p.yaml", "categories: [{category: rose, n: 2, n: 5}]", "'n' stands twice in one mapping"),
         ("p.csv", "category;n\nrose;3\n", "header must read category,n,... with commas"),
         ("p.json", {"categories": [{"category": True}]}, "must name a category, text or a whole number, got"),
         ("p.json", {"categories": [{"category": 7.5}]}, "must name a category, text or a whole number, got"),

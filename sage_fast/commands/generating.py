@@ -107,7 +107,9 @@ def generate(argv: Sequence[str]) -> None:
     argv = ["--n" if word == "-n" else word for word in argv]
     paths, config = parse("generate", argv, GeneratePaths, generation.GenerateConfig())
     if paths.dry_run:
-        print(estimate(paths.model, paths.shots, config, paths.plan))
+        if paths.preview is not None:
+            raise InputError("--dry-run writes nothing, and --preview a file; give one of them.")
+        print(estimate(paths.model, paths.shots, config, paths.plan, paths.out))
     elif paths.preview is not None:
         print(f"The contact sheet is {preview(paths.model, paths.shots, paths.preview, config, paths.plan)}.")
     elif paths.out is None:

@@ -80,6 +80,8 @@ def evaluate_folder(
         InputError: a folder, model or network that cannot be used, a generated category without real images, or too few
             images.
     """
+    if os.path.exists(generated) and os.path.exists(real) and os.path.samefile(generated, real):
+        raise InputError(f"The generated and the real images are both {str(real)!r}; give two folders.")
     encoder = load_encoder(model)
     ours, theirs = open_source(generated, flat_ok=True), open_source(real, flat_ok=True)
     missing = sorted(set(ours.categories) - set(theirs.categories))

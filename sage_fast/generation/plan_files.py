@@ -176,7 +176,7 @@ def _parse(path: Path) -> dict[str, Any]:
                     {str(key).strip(): value for key, value in row.items() if value not in ("", None)} for row in rows
                 ]
             }
-        content = json.loads(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
+        content = json.loads(text, object_pairs_hook=_once) if path.suffix.lower() == ".json" else _parse_yaml(text)
     except (ValueError, csv.Error, RecursionError) as error:
         raise InputError(f"Plan {str(path)!r} cannot be parsed ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
@@ -186,15 +186,38 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping of a file, in which no name may stand twice: the later value would be taken without a word."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r:.60} stands twice in one mapping")
+        found[key] = value
+    return found
+
+
 def _parse_yaml(text: str) -> Any:
     try:
         import yaml
     except ImportError as error:
         raise InputError("A plan in YAML needs PyYAML; pip install 'sage_fast[plans]', or write it as JSON.") from error
     try:
+        _check_names_of(yaml.compose(text, yaml.SafeLoader), set())
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+def _check_names_of(node: Any, seen: set[int]) -> None:
+    """Raise ValueError where a mapping of a YAML document has a name twice; aliases are looked at once."""
+    if node is None or isinstance(node.value, str) or id(node) in seen:
+        return
+    seen.add(id(node))
+    pairs = isinstance(node.value[0], tuple) if node.value else False
+    if pairs:
+        _once([(key.value, None) for key, _ in node.value if isinstance(key.value, str)])
+    for inner in node.value:
+        _check_names_of(inner[1] if pairs else inner, seen)
 
 
 def _with(config: GenerateConfig, values: dict[str, Any], where: str) -> GenerateConfig:

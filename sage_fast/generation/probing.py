@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sage_fast.data.writers import atomic_write, check_file, contact_sheet
+from sage_fast.data.writers import atomic_write, check_file, check_output, contact_sheet
 from sage_fast.errors import InputError, counted
 from sage_fast.generation.agreeing import choose_config_encoder, shape_of
 from sage_fast.generation.committing import line_of
@@ -18,7 +18,7 @@ from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, dr
 from sage_fast.generation.encoding import to_host
 from sage_fast.generation.formats import choose_format
 from sage_fast.generation.memory import Room, room_for
-from sage_fast.generation.run import load_pipeline, plan_of, ranks
+from sage_fast.generation.run import check, load_pipeline, plan_of, ranks
 from sage_fast.generation.stores import open_store
 from sage_fast.pipeline import FewShotPipeline
 
@@ -66,10 +66,22 @@ def estimate(
     shots_dir: str | os.PathLike[str] | None,
     config: GenerateConfig = GenerateConfig(),
     plan: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> Estimate:
-    """What :func:`generate` would make of the same arguments; draws one micro-batch twice and writes nothing."""
+    """What :func:`generate` would make of the same arguments; draws one micro-batch twice and writes nothing.
+
+    Args:
+        out: where it would write; None: not said yet.
+    Raises:
+        InputError: as of :func:`generate`, so far as it can be told without writing.
+    """
     pipeline = load_pipeline(model, config)
     made = plan_of(pipeline, shots_dir, config, plan)
+    if out is not None:
+        check(out, None if plan else shots_dir, made, model, config, ranks()[1])
+        store = open_store(out)
+        if store.local:
+            check_output(str(store), config.resume, config.overwrite)
     room = room_for(pipeline, made, torch.get_num_threads())
     prepared = Prepared(pipeline, made)
     encoder = choose_config_encoder(config, pipeline)

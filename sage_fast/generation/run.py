@@ -110,7 +110,7 @@ def generate(
     rank, world_size = ranks()
     pipeline = load_pipeline(model, config)
     made = plan_of(pipeline, shots_dir, config, plan)
-    _check(out, None if plan else shots_dir, made, model, config, world_size)
+    check(out, None if plan else shots_dir, made, model, config, world_size)
     prepared = Prepared(pipeline, made)
     _check_settings(prepared)
     meter = Meter() if meter is None else meter
@@ -206,7 +206,7 @@ def plan_of(
     return plan if config.batch is not None else replace(plan, batch=batch)
 
 
-def _check(
+def check(
     out: str | os.PathLike[str],
     shots_dir: str | os.PathLike[str] | None,
     plan: Plan,
