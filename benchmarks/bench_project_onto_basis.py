@@ -43,3 +43,18 @@ def test_projection(compare, case):
         products = lambda: ((w.swapaxes(0, 1) @ b) @ b.swapaxes(1, 2)).swapaxes(0, 1)  # noqa: E731
         rivals[arrays.name] = lambda: torch.from_dlpack(products())
     compare(case, lambda: project_onto_basis(w_plus, basis), rivals, 4 * (2 * w_plus.numel() + basis.numel()))
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_projection_of_arrays(compare, case):
+    """The same on arrays of the device's array library, whose products are the rival; both sides hand over a tensor for parity."""
+    arrays = array_library(compare.device)
+    if arrays is None:
+        pytest.skip("no array library for this device")
+    n, n_latent, dim, r = SIZES[case]
+    w = arrays.of(torch.randn(n, n_latent, dim, device=compare.device))
+    b = arrays.of(torch.linalg.qr(torch.randn(n_latent, dim, r))[0].contiguous().to(compare.device))
+    products = lambda: ((w.swapaxes(0, 1) @ b) @ b.swapaxes(1, 2)).swapaxes(0, 1)  # noqa: E731
+    rivals = {arrays.name: lambda: torch.from_dlpack(products())}
+    ours = lambda: torch.from_dlpack(project_onto_basis(w, b))  # noqa: E731
+    compare(f"{case}, arrays", ours, rivals, 4 * (2 * w.size + b.size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ try:
 except ImportError:  # Windows: two processes are not told apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["cannot_make", "fcntl", "opened", "taken"]
+__all__ = ["cannot_make", "fcntl", "opened", "taken", "wait_for"]
+
+#: what file systems without such locks answer (some of a cluster's are mounted so): there two processes are not told apart
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
@@ -36,12 +40,23 @@ def opened(file: Path) -> Iterator[int]:
 
 
 def taken(descriptor: int, how: int) -> bool:
-    """Whether the lock could be had as ``how`` says (of ``fcntl``, without waiting)."""
+    """Whether the lock could be had as ``how`` says (``fcntl.LOCK_EX`` or ``LOCK_SH``), without waiting."""
     try:
-        fcntl.flock(descriptor, how)
+        wait_for(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def wait_for(descriptor: int, how: int) -> None:
+    """Take the lock, or change it, as ``how`` says; where the file system has none, that is nothing."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def cannot_make(file: Path, error: OSError) -> InputError:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sage_fast.data.locks import cannot_make, fcntl, opened, taken
+from sage_fast.data.locks import cannot_make, fcntl, opened, taken, wait_for
 from sage_fast.errors import InputError
 
 __all__ = ["alone", "joined"]
@@ -56,7 +56,7 @@ def alone(file: Path) -> Iterator[None]:
     """One process after another runs the block."""
     with opened(file) as descriptor:
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            wait_for(descriptor, fcntl.LOCK_EX)
         yield
 
 
@@ -64,17 +64,17 @@ def _enter(shared: int, output: str, world_size: int, when_alone: Callable[[], N
     """Take a share of the output's lock; the first who comes says how many ranks there are."""
     own = str(world_size).encode()
     for _ in range(_TRIES):  # whoever came first may die before it has said so
-        if taken(shared, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if taken(shared, fcntl.LOCK_EX):
             if when_alone is not None:
                 when_alone()
             os.ftruncate(shared, 0)
             os.pwrite(shared, own, 0)
         elif when_alone is not None:
             break
-        fcntl.flock(shared, fcntl.LOCK_SH)
+        wait_for(shared, fcntl.LOCK_SH)
         if os.pread(shared, 32, 0) == own:
             return
-        fcntl.flock(shared, fcntl.LOCK_UN)
+        wait_for(shared, fcntl.LOCK_UN)
         time.sleep(random.uniform(0.01, 0.05))
     raise _at_work(output)
 
@@ -95,7 +95,7 @@ def _take_own(folder: Path, name: str, output: str) -> int:
             raise cannot_make(folder / name, error) from error
         except OSError as error:
             raise cannot_make(folder / name, error) from error
-        if not taken(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not taken(descriptor, fcntl.LOCK_EX):
             os.close(descriptor)
             raise _at_work(output)
         if os.fstat(descriptor).st_nlink:

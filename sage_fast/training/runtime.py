@@ -348,7 +348,7 @@ def _lock_on(out: Path) -> Iterator[None]:
             f"Output folder {str(out)!r} cannot be made ({error.strerror}); give another folder."
         ) from error
     with opened(folder / LOCK) as descriptor:
-        if not taken(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not taken(descriptor, fcntl.LOCK_EX):
             raise InputError(f"Another process trains in {str(out)!r}; wait for its end or give another folder.")
         _held.add(folder)
         try:
