@@ -625,6 +625,10 @@ def test_a_url_is_no_folder(seen, tmp_path, monkeypatch, capsys, words):
         assert cli.main([*(word.format(seen=seen) for word in words), f"--out={url}"]) == 2
         assert "reads like a URL" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    assert (
+        cli.main(["train-gan", "--data=s3://bucket/x", f"--out={tmp_path / 'run'}", "--resolution=8", *TINY_GAN]) == 2
+    )
+    assert "is read from files of this machine alone" in capsys.readouterr().err
 
 
 def test_inspect_says_nothing_where_there_is_nothing(tmp_path, capsys):

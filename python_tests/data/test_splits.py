@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -195,7 +197,7 @@ def test_a_split_that_cannot_be_written_leaves_nothing(tmp_path):
     lost = replace(data, reader=lambda files: ((i, UnreadableImage(files[i], "cut off")) for i in range(len(files))))
     with pytest.raises(InputError, match="cannot be split at '.*': cut off; give other images"):
         write_split(lost, split, tmp_path / "out", 1)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".sage_fast.json"]
+    assert not list((tmp_path / "out").iterdir())
     write_split(data, split, tmp_path / "out", 1)
     with pytest.raises(InputError, match="not empty; give another folder"):
         write_split(data, split, tmp_path / "out", 1)
@@ -210,3 +212,14 @@ def test_unseen_categories_are_drawn_by_seed_and_name():
     for n in (0, 29):
         with pytest.raises(InputError, match="at least two of 30 categories seen"):
             draw_split(names, n)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch):
+    data = open_source(written(tmp_path / "data", {"a": 3, "b": 3, "c": 3}))
+
+    def full(path, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"File '.*out/seen/a/.*' cannot be written \(No space left on device\)"):
+        write_split(data, Split("s", ("a", "b"), ("c",)), tmp_path / "out", 1)

@@ -24,6 +24,7 @@ from sage_fast.data.archives import Member, list_members, read_members
 from sage_fast.data.folders import ImageFolder, Item, check_count, scan_image_folder
 from sage_fast.data.images import IMAGE_SUFFIXES, UnreadableImage
 from sage_fast.data.shards import TEXTS, Sample, class_names, expand_pattern, samples_of
+from sage_fast.data.writers import scheme_of
 from sage_fast.errors import InputError
 
 __all__ = ["LabelledDataset", "Source", "open_source"]
@@ -77,6 +78,10 @@ def open_source(data: Source, min_categories: int = 1, flat_ok: bool = False) ->
         return _open_archive(archive, path.relative_to(archive).as_posix(), min_categories, flat_ok)
     if any(c in str(data) for c in "{*?["):
         return _open_shards(path, expand_pattern(str(data)), min_categories)
+    if (scheme := scheme_of(data)) is not None:
+        raise InputError(
+            f"Data {str(data)!r} reads like a URL ({scheme}), and is read from files of this machine alone; copy it here first."
+        )
     raise InputError(f"Data {str(data)!r} does not exist; give a folder of images, a .zip or .tar, or shards.")
 
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from sage_fast.data.folders import ImageFolder, ImageSet
 from sage_fast.data.images import UnreadableImage
-from sage_fast.data.writers import check_apart, prepare_output, write_json
+from sage_fast.data.writers import MARKER, cannot_write, check_apart, prepare_output, write_json
 from sage_fast.errors import InputError, counted
 
 Images = TypeVar("Images", ImageFolder, ImageSet)
@@ -122,6 +122,8 @@ def write_split(
     except BaseException:  # nothing half-written
         for name in parts:
             shutil.rmtree(folder / name, ignore_errors=True)
+        if not any(name != MARKER for name in os.listdir(folder)):
+            (folder / MARKER).unlink(missing_ok=True)
         raise
     write_json(folder / "split.json", {"name": split.name, "seen": split.seen, "unseen": split.unseen})
     return {name: len(part) for name, part in parts.items()}
@@ -131,11 +133,15 @@ def _copy(images: ImageFolder, folder: Path) -> None:
     for i, content in images.contents():
         category, *rest = images.categories[images.labels[i]], *PurePosixPath(images.files[i]).parts[1:]
         target = folder / category / "_".join(rest)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if not isinstance(content, Path | bytes):
             why = content.reason if isinstance(content, UnreadableImage) else "pixels, and no file to copy"
             raise InputError(f"{str(images.root)!r} cannot be split at {images.files[i]!r}: {why}; give other images.")
-        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        except OSError as error:
+            raise cannot_write(target, error) from error
 
 
 def take_shots(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:

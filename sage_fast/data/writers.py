@@ -347,9 +347,9 @@ def check_output(
 ) -> list[str]:
     """Refuse what ``prepare_output`` refuses, and change nothing; returns the names of what is in the folder."""
     folder = Path(folder)
-    if (scheme := re.match(r"([a-z][a-z0-9+.-]+):(?:/|$)", folder.as_posix())) and not folder.is_dir():
+    if (scheme := scheme_of(folder)) is not None:
         raise InputError(
-            f"Output {str(folder)!r} reads like a URL ({scheme[1]}:), which 'generate' alone writes to; give a folder."
+            f"Output {str(folder)!r} reads like a URL ({scheme}), which 'generate' alone writes to; give a folder."
         )
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other; give one of them.")
@@ -377,6 +377,12 @@ def check_output(
             "give the folder of the earlier run or an empty one."
         )
     return visible
+
+
+def scheme_of(path: str | os.PathLike[str]) -> str | None:
+    """``"s3:"`` of what reads like a URL, as a path too (``s3:/bucket``) and is no file or folder that is there; else None."""
+    found = re.match(r"[a-z][a-z0-9+.-]+:(?=/|$)", Path(path).as_posix())
+    return found[0] if found and not os.path.lexists(path) else None
 
 
 def check_apart(
