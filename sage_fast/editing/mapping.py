@@ -34,8 +34,11 @@ def mapping_warning(
     if share >= ENOUGH:
         return None
     S, _, D = relevant.class_embeddings_.shape
+    most = min(S, D)
+    by_all = mean_held_share(relevant, w_plus, labels, most) if most > n_components else 0.0
+    more = f"--n-components {most}, which keeps {int(100 * by_all)} %, or " if by_all >= ENOUGH else ""
     return (
         f"The class embedding mapping of sage and sage-q keeps {int(100 * share)} % of what sets an image of a new category "
         f"apart ({S} seen categories, {n_components} components of {D} dimensions), and where it keeps less than "
-        f"{100 * ENOUGH:.0f} % it can lose the category; take --method sage-i."
+        f"{100 * ENOUGH:.0f} % it can lose the category; take {more}--method sage-i."
     )
