@@ -344,6 +344,15 @@ def test_files_that_do_not_belong_are_named(whole, tmp_path):
     assert verify(out).remedy().startswith("Move away what does not belong. 'verify --repair', then")
 
 
+def test_a_folder_in_the_place_of_a_file_counts_as_gone(whole, out, pipeline, tiny_shots):
+    (out / "README.md").unlink()
+    (out / "README.md").mkdir()
+    assert verify(out).problems == ["'README.md' is gone."]
+    (out / "README.md").rmdir()
+    resume(pipeline, tiny_shots, out, whole[1])
+    assert not verify(out).problems
+
+
 def test_a_tar_that_was_cut_off_is_named_as_such(pipeline, tiny_shots, tmp_path):
     generate(pipeline, tiny_shots, tmp_path, GenerateConfig(n=5, format="webdataset", shard=5))
     with open(tmp_path / "shard-000001.tar", "r+b") as file:

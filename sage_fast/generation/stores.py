@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -123,9 +124,10 @@ class LocalStore:
     def size(self, name: str) -> int | None:
         """Bytes of a file; None: there is none."""
         try:
-            return os.stat(f"{self.root}/{name}").st_size
+            status = os.stat(f"{self.root}/{name}")
         except OSError:
             return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def names(self, folder: str) -> list[str]:
         """What lies in a folder; nothing where there is none."""
