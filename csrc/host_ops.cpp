@@ -190,7 +190,7 @@ py::array edit_latents(const py::array& class_embedding_, const py::array& codes
   compute(dtype, [&](auto zero) {
     using T = decltype(zero);
     SAGE_CALL(edit_latents<T>)(embedding.data<T>(), codes.data<T>(), directions.data<T>(),
-                               mask ? mask->data<bool>() : nullptr, runs.rows.data(), runs.order.data(),
+                               mask ? mask->data<uint8_t>() : nullptr, runs.rows.data(), runs.order.data(),
                                runs.starts.data(), runs.count(), p, written<T>(to));
   });
   return y;

@@ -48,7 +48,7 @@ def fuse_pixels(
     _check_reading(reading)
     if reading != "released":
         return ops.fuse_pixels(real, inverted, edited, beta, blend)
-    if blend not in BLENDS:
+    if not isinstance(blend, str) or blend not in BLENDS:
         raise InputError(f"blend must be one of {', '.join(BLENDS)}, got '{blend}'.")
     return blend_images(real, inverted, edited, fusion_mask(real, inverted, edited, beta, reading), blend)
 

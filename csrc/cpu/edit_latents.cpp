@@ -26,7 +26,7 @@ Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, dou
     T* to = mutable_data<T>(out);
     prefer_huge_pages(to, p.n * p.layers * p.dim * sizeof(T));
     SAGE_CALL(edit_latents<T>)(data<T>(class_embedding), data<T>(codes), data<T>(directions),
-                               mask.has_value() ? data<bool>(*mask) : nullptr, runs.rows.data(), runs.order.data(),
+                               mask.has_value() ? data<uint8_t>(*mask) : nullptr, runs.rows.data(), runs.order.data(),
                                runs.starts.data(), runs.count(), p, to);
   });
   return out;

@@ -8,11 +8,11 @@ namespace {
 constexpr int64_t kFewEdits = 3;
 
 // Columns of a layer that a sample uses, `kept` [k]; returns how many.
-inline int64_t kept_columns(const bool* mask, int64_t k, int64_t* kept) {
+inline int64_t kept_columns(const uint8_t* mask, int64_t k, int64_t* kept) {
   int64_t count = 0;
   for (int64_t j = 0; j < k; ++j) {
     kept[count] = j;
-    count += mask == nullptr || mask[j];
+    count += mask == nullptr || mask[j] != 0;
   }
   return count;
 }
@@ -22,9 +22,10 @@ inline int64_t kept_columns(const bool* mask, int64_t k, int64_t* kept) {
 // embeddings [rows, layers, dim], codes [n, layers, k], directions [layers, dim, k], mask [mask_rows, layers, k] or
 // null, row [n] of each sample -> out [n, layers, dim]. Samples order[starts[i]] to order[starts[i + 1] - 1] share a
 // mask; at most 16 of them. Masked directions are passed over. How a value is summed does not depend on the other
-// samples.
+// samples. The mask is read byte by byte: a tensor of bool may hold other bytes than 0 and 1, by a view of other
+// numbers.
 template <class T>
-void edit_latents(const T* embeddings, const T* codes, const T* directions, const bool* mask, const int64_t* row,
+void edit_latents(const T* embeddings, const T* codes, const T* directions, const uint8_t* mask, const int64_t* row,
                   const int64_t* order, const int64_t* starts, int64_t runs, const EditParams& p, T* out) {
   using P = Products<T>;
   const T* end = directions + (p.layers - 1) * p.direction_layer + (p.dim - 1) * p.direction_row + p.k;
@@ -46,10 +47,10 @@ void edit_latents(const T* embeddings, const T* codes, const T* directions, cons
       Buffer<typename P::Lane> used(padded);
       for (int64_t layer = begin; layer < end_layer; ++layer) {
         for (int64_t i = 0; i < p.n; ++i) {
-          const bool* keep = mask_of(i, layer);
+          const uint8_t* keep = mask_of(i, layer);
           const T* code = codes + i * p.code_row + layer * p.code_layer;
           for (int64_t j = 0; j < p.k; ++j) {
-            used[j] = keep == nullptr || keep[j] ? -1 : 0;
+            used[j] = keep == nullptr || keep[j] != 0 ? -1 : 0;
             kept_codes[j] = used[j] ? code[j] : T(0);
           }
           P::expand_once(kept_codes.data(), used.data(), matrix(layer), copy, embedding(i, layer), alpha,
@@ -89,9 +90,9 @@ void edit_latents(const T* embeddings, const T* codes, const T* directions, cons
   });
 }
 
-template void edit_latents(const float*, const float*, const float*, const bool*, const int64_t*, const int64_t*,
+template void edit_latents(const float*, const float*, const float*, const uint8_t*, const int64_t*, const int64_t*,
                            const int64_t*, int64_t, const EditParams&, float*);
-template void edit_latents(const double*, const double*, const double*, const bool*, const int64_t*, const int64_t*,
+template void edit_latents(const double*, const double*, const double*, const uint8_t*, const int64_t*, const int64_t*,
                            const int64_t*, int64_t, const EditParams&, double*);
 
 }  // namespace sage_fast::SAGE_ISA

@@ -16,7 +16,7 @@ SAGE_DECLARE(void bias_act(const void* x, const void* b, bool wide_bias, const B
 SAGE_DECLARE(void bias_act_backward(const void* grad, const void* y, int64_t n, const BiasActParams& p, Dtype dtype,
                                     void* out))
 SAGE_DECLARE(template <class T> void edit_latents(const T* embeddings, const T* codes, const T* directions,
-                                                  const bool* mask, const int64_t* row, const int64_t* order,
+                                                  const uint8_t* mask, const int64_t* row, const int64_t* order,
                                                   const int64_t* starts, int64_t runs, const EditParams& p, T* out))
 SAGE_DECLARE(template <class T> void fuse_frequencies(const LowPass<T>& plan, const T* real, const T* inverted,
                                                       const T* edited, const FuseFrequenciesParams& p, T* shared, T* y))

@@ -315,10 +315,12 @@ struct Products {
         for (int64_t v = 0; v < C; ++v) sum[i % sums][v] += w[d + i] * load(at + v * lanes);
       }
     }
-    for (int64_t d = whole; d < m.rows; d += lanes) {
+    for (int64_t d = whole; d < m.rows; d += lanes) {  // summed alike: where rows may be read changes no bit
       const Matrix<T> rows = rows_from(m, d, copy);
       for (int64_t i = 0; i < std::min(lanes, m.rows - d); ++i) {
-        for (int64_t v = 0; v < C; ++v) sum[0][v] += w[d + i] * load(rows.data + i * rows.stride + c + v * lanes);
+        for (int64_t v = 0; v < C; ++v) {
+          sum[i % sums][v] += w[d + i] * load(rows.data + i * rows.stride + c + v * lanes);
+        }
       }
     }
     for (int64_t v = 0; v < C; ++v) {

@@ -14,7 +14,7 @@ constexpr int kEach = kDim * kSamples / kThreads;                     // values 
 // directions at a time.
 template <class T>
 __global__ void run(const T* __restrict__ embeddings, const T* __restrict__ codes, const T* __restrict__ directions,
-                    const bool* __restrict__ mask, const int64_t* __restrict__ index, EditParams p,
+                    const uint8_t* __restrict__ mask, const int64_t* __restrict__ index, EditParams p,
                     T* __restrict__ out) {
   __shared__ T a[kDepth][kDim + 1], c[kDepth][kSamples + 1];
   const int64_t layer = blockIdx.z, first_d = int64_t{blockIdx.y} * kDim, first_i = int64_t{blockIdx.x} * kSamples;
@@ -34,7 +34,7 @@ __global__ void run(const T* __restrict__ embeddings, const T* __restrict__ code
       bool used = i < p.n && k0 + j < p.k;
       if (used && mask != nullptr) {
         const int64_t row = p.mask_rows > 1 ? row_of(i) : 0;
-        used = is_row(row) && mask[(row * p.layers + layer) * p.k + k0 + j];
+        used = is_row(row) && mask[(row * p.layers + layer) * p.k + k0 + j] != 0;
       }
       c[j][at] = used ? codes[i * p.code_row + layer * p.code_layer + k0 + j] : T(0);
     }
@@ -75,9 +75,10 @@ Tensor edit_latents(Tensor class_embedding, Tensor codes, Tensor directions, dou
                   static_cast<unsigned>(p.layers));
   dispatch(codes, [&](auto zero) {
     using T = decltype(zero);
-    run<T><<<grid, kThreads, 0, stream>>>(
-        data<T>(class_embedding), data<T>(codes), data<T>(directions), mask.has_value() ? data<bool>(*mask) : nullptr,
-        class_index.has_value() ? data<int64_t>(*class_index) : nullptr, p, mutable_data<T>(out));
+    run<T><<<grid, kThreads, 0, stream>>>(data<T>(class_embedding), data<T>(codes), data<T>(directions),
+                                          mask.has_value() ? data<uint8_t>(*mask) : nullptr,
+                                          class_index.has_value() ? data<int64_t>(*class_index) : nullptr, p,
+                                          mutable_data<T>(out));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;

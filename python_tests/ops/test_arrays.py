@@ -329,6 +329,25 @@ def test_mixed_kinds_are_named():
             "images must be an array that torch can take",
         ),
         (lambda: ops.fuse_pixels(*images(2, 1, 4, 4), blend="no"), "blend must be one of"),
+        (lambda: ops.fuse_pixels(*images(2, 1, 4, 4), blend=np.array([1, 2])), "blend must be one of"),
+        (lambda: ops.gaussian_low_pass(numbers(1, 1, 4, 4), border=np.array([1, 2])), "border must be one of"),
+        (lambda: ops.gaussian_low_pass(numbers(1, 1, 4, 4), torch.ones(2)), "sigma must be a number"),
+        (lambda: ops.bias_act(numbers(2, 3), clamp=torch.ones(2), act="relu"), "clamp must be a number"),
+        (lambda: ops.bias_act(numbers(2, 3, 4, 5), numbers(3), dim=np.float32(1.9), act="relu"), "dim"),
+        (lambda: ops.upfirdn2d(numbers(1, 1, 4, 4), numbers(2), up=np.float32(1.7)), "up must be a positive integer"),
+        (lambda: ops.upfirdn2d(numbers(1, 1, 4, 4), numbers(2), down=np.array(1.7)), "down must be a positive integer"),
+        (
+            lambda: ops.upfirdn2d(numbers(1, 1, 4, 4), numbers(2), padding=np.float32(1.9)),
+            "padding must be one integer",
+        ),
+        (lambda: ops.upfirdn2d(numbers(1, 1, 4, 4), numbers(2), padding=(1, 0, 0, 0.5)), "padding must be one integer"),
+        (lambda: ops.upfirdn2d(numbers(1, 1, 4, 4), numbers(2), flip_filter=None), "flip_filter must be True or False"),
+        (
+            lambda: ops.edit_latents(
+                numbers(2, 3, 20), numbers(2, 3, 4), numbers(3, 20, 4), 1.0, np.ones((1, 3, 4), bool)
+            ),
+            r"mask must have shape \[3, 4\] or \[2, 3, 4\]",
+        ),
         (lambda: ops.fuse_frequencies(*images(2, 1, 4, 4)[:2], numbers(2, 1, 4, 5)), "real must have shape"),
     ],
 )
@@ -413,3 +432,9 @@ def test_info_lists_the_functions(host):
         "fuse_frequencies",
         "fuse_pixels",
     }
+
+
+def test_an_op_that_changes_nothing_gives_an_array_of_its_own():
+    x = numbers(2, 3)
+    y = ops.bias_act(x)
+    assert np.array_equal(x, y) and not np.shares_memory(x, y)

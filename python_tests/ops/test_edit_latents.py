@@ -237,3 +237,16 @@ def test_a_gpu_goes_on_after_a_class_that_is_not_there(dtype):
         assert all(g.isfinite().all() for g in gradients)
     with pytest.raises(InputError, match="class_index must be empty"):
         edit_latents(e[:0], codes, directions, class_index=bad)
+
+
+@pytest.mark.parametrize("byte", [2, 128, 255])
+@pytest.mark.parametrize("n", [3, 40])
+def test_any_byte_but_zero_is_a_direction_in_use(n, byte):
+    """A mask image seen as bool, by a view, has other bytes than 0 and 1; a count of them went beyond its buffer."""
+    e, codes, directions, _ = arguments(n=n, k=33, rows=1)
+    used = np.random.default_rng(0).random((3, 33)) < 0.7
+    strange = np.where(used, byte, 0).astype(np.uint8).view(bool)
+    expected = edit_latents(e, codes, directions, 1.7, torch.from_numpy(used))
+    assert torch.equal(edit_latents(e, codes, directions, 1.7, torch.from_numpy(strange)), expected)
+    of_arrays = edit_latents(e.numpy(), codes.numpy(), directions.numpy(), 1.7, strange)
+    np.testing.assert_array_equal(of_arrays, expected.numpy())

@@ -156,3 +156,22 @@ def test_bases_that_a_cache_does_not_hold(same_bits_for_all_thread_counts):
 def test_bad_input(op, w_plus, basis, message):
     with pytest.raises(InputError, match=message):
         op(w_plus, basis)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("n_latent", "dim", "rank", "wide"), [(14, 40, 1, 33), (8, 17, 1, 5), (3, 48, 20, 21), (2, 512, 8, 8)]
+)
+def test_where_a_basis_lies_changes_no_bit(n_latent, dim, rank, wide, dtype):
+    """The last rows of one that ends with its memory are copied before whole vectors of them are read; all add up alike."""
+    w = torch.randn(1, n_latent, dim, dtype=dtype)
+    inside = torch.randn(n_latent, dim, wide, dtype=dtype)[:, :, :rank]
+    ends = inside.contiguous()
+    room = torch.zeros(ends.numel() + 64, dtype=dtype)
+    room[: ends.numel()] = ends.flatten()
+    roomy = room[: ends.numel()].view(ends.shape)
+    found = [project_onto_basis(w, basis) for basis in (inside, ends, roomy)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0], torch.from_numpy(project_onto_basis(w.numpy(), inside.numpy())))
+    if dim > 48:
+        assert torch.equal(project_onto_basis(w[:, :-1], ends[:-1]), found[0][:, :-1])

@@ -56,7 +56,7 @@ def takes_arrays(*names: str) -> Callable[[F], F]:
             kernel.__defaults__ = op.__defaults__
             try:
                 return kernel(host, *args, **kwargs)
-            except (AttributeError, TypeError, ValueError):  # not all of it NumPy's, or not what the kernel takes
+            except (AttributeError, TypeError, ValueError, RuntimeError):  # not all NumPy's, or not what the kernel takes
                 return None
 
         def on_arrays(args, kwargs):
@@ -71,6 +71,8 @@ def takes_arrays(*names: str) -> Callable[[F], F]:
                 return op(*args, **kwargs)
             tensors = {name: _tensor(name, array) for name, array in arrays.items()}
             result = op(**{**given, **tensors})
+            if any(result is tensor for tensor in tensors.values()):
+                result = result.clone()  # an array of its own
             return result.numpy() if kind is np.ndarray else _back(result, next(iter(arrays.values())))
 
         return either  # type: ignore[return-value]

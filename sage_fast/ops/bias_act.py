@@ -108,7 +108,7 @@ def _kernel(act: str, alpha: float, gain: float, clamp: float | None, float64: b
 def _on_host(host, x, b, dim, act, alpha, gain, clamp):
     if x.dtype.name not in ("float32", "float64", "float16") or (clamp is not None and not clamp >= 0):
         return None
-    if (b is None and dim != 1) or (b is not None and b.dtype.kind not in "fiub"):
+    if not isinstance(dim, int) or (b is None and dim != 1) or (b is not None and b.dtype.kind not in "fiub"):
         return None
     alpha, gain = _settings(act, alpha, gain)
     kernel, slope = _kernel(act, alpha, gain, clamp, x.dtype.name == "float64")

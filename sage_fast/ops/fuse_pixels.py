@@ -107,7 +107,7 @@ def _check(real: Tensor, inverted: Tensor, edited: Tensor, beta: float, blend: s
     check_images(real, inverted, edited)
     if low is not None:
         check_sources(edited, low=low)
-    if blend not in BLENDS:
+    if not isinstance(blend, str) or blend not in BLENDS:
         raise InputError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r:.60}.")
     return number("beta", beta)
 

@@ -100,9 +100,9 @@ def _response(n: int, sigma: float, unit: str) -> Tensor:
 def _check(images: Tensor, sigma: float, border: str, unit: str) -> float:
     require_floats("images", images, 4, "[N, C, H, W]")
     sigma = number("sigma", sigma)
-    if border not in BORDERS:
+    if not isinstance(border, str) or border not in BORDERS:
         raise InputError(f"border must be one of {', '.join(BORDERS)}, got '{border}'.")
-    if unit not in UNITS:
+    if not isinstance(unit, str) or unit not in UNITS:
         raise InputError(f"unit must be one of {', '.join(UNITS)}, got '{unit}'.")
     if not sigma > 0 or (unit == "pixels" and math.isinf(sigma)):
         kind = "positive, in cycles per image" if unit == "frequency" else "positive and finite, in pixels"

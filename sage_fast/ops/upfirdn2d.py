@@ -60,8 +60,10 @@ def upfirdn2d(
 def _on_host(host, x, f, up, down, padding, flip_filter, gain):
     if x.dtype.name not in ("float32", "float64", "float16"):
         return None
-    if f.dtype.kind not in "fiub":
+    if f.dtype.kind not in "fiub" or not (type(up) is type(down) is int and isinstance(flip_filter, int)):
         return None
+    if not isinstance(padding, int) and not (isinstance(padding, Sequence) and all(isinstance(p, int) for p in padding)):
+        return None  # the host module would cut fractions off
     if f.dtype.kind != "f":
         f = f.astype(x.dtype)
     return host.upfirdn2d(x, f, up, down, padding, flip_filter, gain)
