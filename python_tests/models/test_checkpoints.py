@@ -401,3 +401,19 @@ def test_memory_and_time_of_a_pickle_as_large_as_those_of_1024_px(tmp_path):
         peaks.append(peak)
     assert max(peaks) < 2.2 * size
     assert min(loading for loading, _ in times) < 2 * min(reading for _, reading in times), times
+
+
+def test_the_same_elements_under_many_names_count_once(tmp_path):
+    """HyperStyle's largest matrix stands under the names of all layers that share it: together they are larger than the file."""
+    shared = torch.arange(2.0**18)
+    torch.save({f"layer_{i}": shared.view(512, 512) for i in range(100)}, tmp_path / "a.pt")
+    content = read_checkpoint(tmp_path / "a.pt").content
+    assert len({tensor.data_ptr() for tensor in content.values()}) == 1 and content["layer_99"].equal(
+        shared.view(512, 512)
+    )
+    torch.save({f"layer_{i}": shared.double() for i in range(2)}, tmp_path / "b.pt")
+    assert read_checkpoint(tmp_path / "b.pt").content["layer_1"].equal(shared.double())
+    halves = shared.half().view(512, 512)  # these would be copied to float32, each by itself
+    torch.save({f"layer_{i}": halves.view(512, 512) for i in range(200)}, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="far larger than the file"):
+        read_checkpoint(tmp_path / "c.pt")

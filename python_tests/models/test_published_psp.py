@@ -359,3 +359,37 @@ def test_passes_of_restyle_that_are_no_number_are_refused(tmp_path, number):
 def test_a_size_that_is_no_number_is_refused(tmp_path, G):
     path = write(tmp_path / "a", decoder(G), latent_avg=G.latent_avg, opts={"output_size": torch.tensor([16, 16])})
     assert "expected one power of two from 4 to 1024" in refused(load_generator, path)
+
+
+def test_restyle_begins_at_the_mean_latent_whatever_its_options_say(tmp_path):
+    """Its training's default is False, its networks never read it, and its coach always stores latent_avg."""
+    with torch.device("meta"):
+        state = GradualStyleEncoder(2, pyramid=False, n_iterations=2).state_dict()
+    weights = {f"encoder.{name}": value for name, value in filled(state).items()}
+    opts = {"encoder_type": "BackboneEncoder", "output_size": 4, "n_iters_per_batch": 2}
+    found = [
+        load_encoder(
+            write(tmp_path / "a", weights, opts=opts | {"start_from_latent_avg": start}, latent_avg=torch.ones(2, 512))
+        )
+        for start in (True, False)
+    ]
+    assert same(*found) and found[0].n_iterations == 2
+
+
+def test_restyle_sees_small_reconstructions_as_its_own_code_does():
+    """AdaptiveAvgPool2d, which repeats the pixels of images below 256 px."""
+    encoder = GradualStyleEncoder(2, pyramid=False, n_iterations=2)
+    seen = []
+    encoder.forward = lambda x: seen.append(x) or x
+    images, rendered = torch.randn(1, 3, 256, 256), torch.randn(1, 3, 128, 128)
+    encoder.correction(images, rendered)
+    assert torch.equal(seen[0], torch.cat([images, rendered.repeat_interleave(2, 2).repeat_interleave(2, 3)], 1))
+
+
+def test_an_encoder_of_cars_is_read_with_a_warning(tmp_path):
+    with torch.device("meta"):
+        state = GradualStyleEncoder(2).state_dict()
+    weights = {f"encoder.{name}": value for name, value in filled(state).items()}
+    opts = {"encoder_type": "GradualStyleEncoder", "output_size": 4, "dataset_type": "cars_encode"}
+    with pytest.warns(SageFastWarning, match="images of 192 x 256 .*'cars_encode'.*, which are not read"):
+        load_encoder(write(tmp_path / "a", weights, opts=opts, latent_avg=torch.ones(2, 512)))

@@ -92,7 +92,9 @@ class ImageEncoder(nn.Module):
 
     def correction(self, images: Tensor, rendered: Tensor) -> Tensor:
         """One step of ReStyle: what to add to the offsets [N, L, D] whose reconstructions are ``rendered``."""
-        return self(torch.cat([images, resized(rendered, self.resolution)], dim=1))
+        return self(
+            torch.cat([images, F.adaptive_avg_pool2d(rendered, self.resolution)], dim=1)
+        )  # repeats pixels of smaller ones
 
 
 def check_encoder(encoder: ImageEncoder, generator: Generator) -> None:

@@ -167,10 +167,20 @@ def build_encoder_part(part: EncoderPart, n_latent: int | None, may_drop: bool =
         encoder = encoder_from_state(options, state, n_latent)
     except InputError as error:
         raise InputError(f"{part.where}: {error}") from error
-    if options.get("start_from_latent_avg") is False:
+    iterated = bool(
+        getattr(encoder, "n_iterations", 0)
+    )  # ReStyle, HyperStyle: begin at latent_avg whatever the option says
+    if options.get("start_from_latent_avg") is False and not iterated:
         from_absolute(encoder, _mean_of(part, encoder.style_dim))
     if not may_drop:
         _check_styles(encoder, part)
+    if str(options.get("dataset_type", "")).startswith("cars"):
+        warnings.warn(
+            f"{part.where} was trained on images of 192 x 256 (dataset_type {options['dataset_type']!r}), which are not read: what it "
+            "gives for square ones is not what its own code gives.",
+            SageFastWarning,
+            stacklevel=4,
+        )
     return encoder
 
 

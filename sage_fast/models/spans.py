@@ -7,7 +7,7 @@ open file, so that nothing is copied before it reaches the memory of its tensor.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
@@ -46,6 +46,7 @@ class Budget:
         self.bytes = 2 * file_size + (1 << 20)  # up to protocol 2 a tensor is bytes made of text, then a storage
         self.addressed = 4 * file_size + (64 << 20)
         self.unread: dict[int, Callable[[], None]] = {}
+        self._once: set[Hashable] = set()
 
     def allocate(self, n_bytes: int) -> None:
         """Raises Refusal: values take more memory than the file has bytes."""
@@ -60,8 +61,16 @@ class Budget:
             self.unread[raw.data_ptr()] = partial(read, raw)
         return raw
 
-    def address(self, n_bytes: int) -> None:
-        """Raises Refusal: tensors that share memory are together far larger than the file."""
+    def address(self, n_bytes: int, same: Hashable = None) -> None:
+        """Raises Refusal: tensors that share memory are together far larger than the file.
+
+        Args:
+            same: what tensors that are one and the same have alike: these count once (HyperStyle's file has its largest matrix
+                under the names of all layers that share it). None: it counts.
+        """
+        if same is not None and same in self._once:
+            return
+        self._once |= set() if same is None else {same}
         self.addressed -= n_bytes
         if self.addressed < 0:
             raise Refusal("holds tensors that share memory and are together far larger than the file")

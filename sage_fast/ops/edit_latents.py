@@ -58,7 +58,9 @@ def edit_latents(
 def _on_host(host, class_embedding, codes, directions, alpha, mask, class_index):
     if not of_one_float(class_embedding, codes, directions):
         return None
-    if mask is not None and (mask.dtype.kind not in "biuf" or mask.ndim == 3 and mask.shape[0] != class_embedding.shape[0]):
+    if mask is not None and (
+        mask.dtype.kind not in "biuf" or mask.ndim == 3 and mask.shape[0] != class_embedding.shape[0]
+    ):
         return None
     mask = mask if mask is None else mask.astype(bool, copy=False)
     return host.edit_latents(class_embedding, codes, directions, alpha, mask, class_index)

@@ -62,7 +62,9 @@ def _on_host(host, x, f, up, down, padding, flip_filter, gain):
         return None
     if f.dtype.kind not in "fiub" or not (type(up) is type(down) is int and isinstance(flip_filter, int)):
         return None
-    if not isinstance(padding, int) and not (isinstance(padding, Sequence) and all(isinstance(p, int) for p in padding)):
+    if not isinstance(padding, int) and not (
+        isinstance(padding, Sequence) and all(isinstance(p, int) for p in padding)
+    ):
         return None  # the host module would cut fractions off
     if f.dtype.kind != "f":
         f = f.astype(x.dtype)
