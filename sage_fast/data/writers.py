@@ -326,17 +326,26 @@ def prepare_output(
     """
     folder = Path(folder)
     visible = check_output(folder, resume, overwrite, offers)
+    make_output(folder)
+    if visible and overwrite:
+        _empty(folder)
+    if not (visible and resume) and not (folder / MARKER).exists():
+        write_json(folder / MARKER, {"made_by": "sage_fast"})
+    return folder
+
+
+def make_output(folder: Path) -> None:
+    """Make an output folder and those around it, where they are not there.
+
+    Raises:
+        InputError: the system refuses.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"Output folder {str(folder)!r} cannot be made ({error.strerror}); give another folder."
         ) from error
-    if visible and overwrite:
-        _empty(folder)
-    if not (visible and resume) and not (folder / MARKER).exists():
-        write_json(folder / MARKER, {"made_by": "sage_fast"})
-    return folder
 
 
 def check_output(

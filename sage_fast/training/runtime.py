@@ -30,6 +30,7 @@ from sage_fast.data.writers import (
     check_apart,
     check_output,
     contact_sheet,
+    make_output,
     prepare_output,
     to_uint8,
     write_json,
@@ -341,12 +342,7 @@ def _lock_on(out: Path) -> Iterator[None]:
     if folder in _held or fcntl is None:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"Output folder {str(out)!r} cannot be made ({error.strerror}); give another folder."
-        ) from error
+    make_output(folder)
     with opened(folder / LOCK) as descriptor:
         if not taken(descriptor, fcntl.LOCK_EX):
             raise InputError(f"Another process trains in {str(out)!r}; wait for its end or give another folder.")
