@@ -400,7 +400,7 @@ def test_memory_and_time_of_a_pickle_as_large_as_those_of_1024_px(tmp_path):
         times.append((loading, reading))
         peaks.append(peak)
     assert max(peaks) < 2.2 * size
-    assert min(loading for loading, _ in times) < 2 * min(reading for _, reading in times), times
+    assert min(loading / reading for loading, reading in times) < 2, times  # of a pair: other work passes by both
 
 
 def test_the_same_elements_under_many_names_count_once(tmp_path):
