@@ -167,10 +167,8 @@ def build_encoder_part(part: EncoderPart, n_latent: int | None, may_drop: bool =
         encoder = encoder_from_state(options, state, n_latent)
     except InputError as error:
         raise InputError(f"{part.where}: {error}") from error
-    iterated = bool(
-        getattr(encoder, "n_iterations", 0)
-    )  # ReStyle, HyperStyle: begin at latent_avg whatever the option says
-    if options.get("start_from_latent_avg") is False and not iterated:
+    # ReStyle and HyperStyle begin at latent_avg whatever the option says
+    if options.get("start_from_latent_avg") is False and not encoder.n_iterations:
         from_absolute(encoder, _mean_of(part, encoder.style_dim))
     if not may_drop:
         _check_styles(encoder, part)

@@ -94,9 +94,7 @@ def from_absolute(encoder: ImageEncoder, latent_avg: Tensor) -> None:
     """
     average = latent_avg.detach().expand(encoder.n_latent, -1)
     with torch.no_grad():
-        if isinstance(encoder, HyperStyle):
-            from_absolute(encoder.w_encoder, latent_avg)
-        elif isinstance(encoder, GradualStyleEncoder):
+        if isinstance(encoder, GradualStyleEncoder):
             first = average[:1] if encoder.progressive else average.new_zeros(1, average.shape[1])
             for i, (head, row) in enumerate(zip(encoder.styles, average)):
                 _linear(head).bias.sub_(row - first[0] if i else row)

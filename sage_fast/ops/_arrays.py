@@ -56,12 +56,7 @@ def takes_arrays(*names: str) -> Callable[[F], F]:
             kernel.__defaults__ = op.__defaults__
             try:
                 return kernel(host, *args, **kwargs)
-            except (
-                AttributeError,
-                TypeError,
-                ValueError,
-                RuntimeError,
-            ):  # not all NumPy's, or not what the kernel takes
+            except (AttributeError, TypeError, ValueError, RuntimeError):  # not what the kernel takes
                 return None
 
         def on_arrays(args, kwargs):

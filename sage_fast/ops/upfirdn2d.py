@@ -60,12 +60,9 @@ def upfirdn2d(
 def _on_host(host, x, f, up, down, padding, flip_filter, gain):
     if x.dtype.name not in ("float32", "float64", "float16"):
         return None
-    if f.dtype.kind not in "fiub" or not (type(up) is type(down) is int and isinstance(flip_filter, int)):
+    if f.dtype.kind not in "fiub":
         return None
-    if not isinstance(padding, int) and not (
-        isinstance(padding, Sequence) and all(isinstance(p, int) for p in padding)
-    ):
-        return None  # the host module would cut fractions off
+    padding, gain = _settings(up, down, padding, flip_filter, gain)  # the host module would cut fractions off
     if f.dtype.kind != "f":
         f = f.astype(x.dtype)
     return host.upfirdn2d(x, f, up, down, padding, flip_filter, gain)
@@ -105,6 +102,20 @@ def _tidy(
     require_floats("x", x, 4, "images [N, C, H, W]")
     check_filter("f", f, x)
     shape, sides = x.shape, f.shape
+    pad, gain = _settings(up, down, padding, flip_filter, gain)
+    height, width = shape[2] * up + pad[2] + pad[3], shape[3] * up + pad[0] + pad[1]
+    if shape[2] < 1 or shape[3] < 1 or height < sides[0] or width < sides[-1]:
+        raise InputError(
+            f"padding {list(pad)} leaves images of {height} x {width} px, expected at least the filter's "
+            f"{sides[0]} x {sides[-1]}; x is {list(shape)}."
+        )
+    return pad, gain
+
+
+def _settings(
+    up: int, down: int, padding: Padding, flip_filter: bool, gain: float
+) -> tuple[tuple[int, int, int, int], float]:
+    """The four sides of the padding and the gain, once all settings are found right."""
     for name, factor in (("up", up), ("down", down)):
         if type(factor) is not int or not 1 <= factor < 2**31:
             raise InputError(f"{name} must be a positive integer below 2^31, got {factor!r}.")
@@ -114,12 +125,6 @@ def _tidy(
     if len(pad) != 4 or not all(isinstance(p, int) and -(2**31) < p <= _MOST_PADDING for p in pad):
         raise InputError(
             f"padding must be one integer or (left, right, top, bottom), each at most {_MOST_PADDING}, got {padding!r:.100}."
-        )
-    height, width = shape[2] * up + pad[2] + pad[3], shape[3] * up + pad[0] + pad[1]
-    if shape[2] < 1 or shape[3] < 1 or height < sides[0] or width < sides[-1]:
-        raise InputError(
-            f"padding {list(pad)} leaves images of {height} x {width} px, expected at least the filter's "
-            f"{sides[0]} x {sides[-1]}; x is {list(shape)}."
         )
     return pad, number("gain", gain)
 
