@@ -428,3 +428,5 @@ def test_evaluate_refuses_folders_that_do_not_belong_together(tmp_path, refused,
     refused([*argv, f"--real={real.parent}"], "rose")
     refused([*argv, f"--real={tmp_path / 'gone'}"], "gone", "does not exist")
     assert not (tiny_shots / "report.md").exists()
+    (tiny_shots.parent / "manifest.jsonl").touch()
+    refused([*argv, f"--real={real.parent}"], "lies in an output of generate", "--out")

@@ -21,6 +21,7 @@ from tiny_model import tiny_codes, tiny_encoder, tiny_networks
 from sage_fast import load_dictionary
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.models.published_parts import fill_network, own_state
 from sage_fast.models.stylegan2 import Discriminator, Generator, truncate
 from sage_fast.models.weights import (
     add_bundle_file,
@@ -531,3 +532,27 @@ def test_a_file_of_a_bundle_is_plain_safetensors(tiny_bundle):
     state = load_file(tiny_bundle / "generator.safetensors")
     assert torch.equal(state["latent_avg"], load_generator(tiny_bundle).latent_avg)
     assert dataclasses.is_dataclass(LatentTable.load(tiny_bundle / "codes.safetensors"))
+
+
+class _Sharing(torch.nn.Module):
+    """Two blocks with one layer, as those of HyperStyle's hypernetworks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(3, 3)
+        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(3, 3), self.first) for _ in range(2)])
+
+
+def test_what_modules_share_is_stored_once_and_read_under_every_name():
+    network = _Sharing()
+    state = own_state(network)
+    assert list(state) == [
+        "first.weight", "first.bias", "blocks.0.0.weight", "blocks.0.0.bias", "blocks.1.0.weight", "blocks.1.0.bias"
+    ]  # fmt: skip
+    for given in (state, {name: tensor.clone() for name, tensor in network.state_dict().items()}):
+        read = fill_network(_Sharing, given, "The file")
+        assert read.blocks[0][1] is read.first and own_state(read).keys() == state.keys()
+        assert all(torch.equal(read.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
+    state.pop("blocks.1.0.bias")
+    with pytest.raises(InputError, match="The file does not hold the weights"):
+        fill_network(_Sharing, state, "The file")

@@ -87,10 +87,15 @@ def evaluate(argv: Sequence[str]) -> None:
     """Compare generated images with real ones and write a report."""
     (paths,) = parse("evaluate", argv, EvaluatePaths)
     from sage_fast.evaluation.report import evaluate_folder, table, write_report
+    from sage_fast.generation.checksums import MANIFEST
 
     if paths.out is None and not paths.generated.is_dir():
         raise InputError(
             f"--generated must be a folder, which gets the report, got {str(paths.generated)!r}; give --out, or a folder."
+        )
+    if paths.out is None and (paths.generated.resolve().parent / MANIFEST).is_file():
+        raise InputError(
+            f"--generated {str(paths.generated)!r} lies in an output of generate, which holds nothing but its images; give --out."
         )
     oracle = None
     if paths.oracle is not None:

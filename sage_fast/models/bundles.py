@@ -32,6 +32,7 @@ from sage_fast.models.encoder_kinds import encoder_architecture
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.published import reason_of
+from sage_fast.models.published_parts import own_state
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
 __all__ = [
@@ -231,7 +232,7 @@ def bundle_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _state_bytes(name: str, network: nn.Module, dtype: torch.dtype) -> bytes:
-    return _tensor_bytes(name, network.state_dict(), dtype)
+    return _tensor_bytes(name, own_state(network), dtype)
 
 
 def _tensor_bytes(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bytes:

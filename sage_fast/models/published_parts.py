@@ -16,7 +16,7 @@ from sage_fast.errors import InputError
 
 __all__ = [
     "EncoderPart", "Part", "PublishedFile", "average_of", "check_filter", "count", "fill_network", "fitted", "floats",
-    "is_usual_filter", "misfit", "number_of", "prefixed", "reason_of", "shapes_of",
+    "is_usual_filter", "misfit", "number_of", "own_state", "prefixed", "reason_of", "shapes_of",
 ]  # fmt: skip
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -126,7 +126,8 @@ def average_of(value: Any, where: str) -> Tensor | None:
 def fill_network(build: Callable[[], Network], state: Mapping[str, Tensor], where: str) -> Network:
     """The network that ``build`` makes, with the tensors of ``state`` themselves, in eval mode.
 
-    Nothing is drawn or copied: the network is made without memory and takes over the tensors.
+    Nothing is drawn or copied: the network is made without memory and takes over the tensors. A tensor that modules of it share
+    may stand in ``state`` under one of its names, as :func:`own_state` leaves it, or under all.
 
     Raises:
         InputError: ``build`` fails or the weights do not fit; ``where`` names their file.
@@ -134,12 +135,24 @@ def fill_network(build: Callable[[], Network], state: Mapping[str, Tensor], wher
     try:
         with torch.device("meta"):
             network = build()
-        network.load_state_dict(dict(state), assign=True)
+        named = network.state_dict(keep_vars=True)
+        held = {id(tensor): state[name] for name, tensor in named.items() if name in state}
+        shared = {name: held[id(tensor)] for name, tensor in named.items() if id(tensor) in held}
+        network.load_state_dict({**shared, **state}, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise InputError(
             f"{where} does not hold the weights expected ({reason_of(error)}); give another file."
         ) from error
     return network.eval()
+
+
+def own_state(network: nn.Module) -> dict[str, Tensor]:
+    """The weights and buffers of ``network.state_dict()``, those that modules share under their first name alone."""
+    first: dict[int, str] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), name)
+    state = network.state_dict()
+    return {name: state[name] for name in first.values()}
 
 
 def shapes_of(kind: type[nn.Module], arguments: Mapping[str, Any]) -> dict[str, torch.Size]:
