@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from sage_fast.data.latent_table import LatentTable
 from sage_fast.editing.distribution import ClassDistribution
 from sage_fast.editing.editor import METHODS as EDITOR_METHODS
 from sage_fast.editing.editor import PRESETS, FewShotEditor, check_used, unused_settings
-from sage_fast.editing.mapping import mapping_warning
+from sage_fast.editing.mapping import mapping_warning, usual_components
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
@@ -193,7 +194,7 @@ class FewShotPipeline:
         if method == "inversion":
             check_used(method, options)
             return {}
-        editor = FewShotEditor.preset(self.preset, self.relevant, self.irrelevant, n_shots, method, **options)
+        editor = self._unfitted(method, n_shots, options)
         (n_components,) = editor.n_components
         settings = dict(n_components=n_components, n_similar=editor.n_similar, n_directions=editor.n_directions)
         return {name: value for name, value in settings.items() if name not in unused_settings(method)}
@@ -348,9 +349,19 @@ class FewShotPipeline:
         """The fitted editor of a method; kept, since fitting reads every code."""
         key = repr((method, n_shots == 1, sorted(options.items())))  # presets tell one shot from more
         if key not in self._editors:
-            editor = FewShotEditor.preset(self.preset, self.relevant, self.irrelevant, n_shots, method, **options)
-            self._editors[key] = editor.fit(self.codes.w_plus, self.codes.labels)
+            self._editors[key] = self._unfitted(method, n_shots, options).fit(self.codes.w_plus, self.codes.labels)
         return self._editors[key]
+
+    def _unfitted(self, method: str, n_shots: int, options: Mapping[str, Any]) -> FewShotEditor:
+        """An editor with the preset's settings and others in place of them; t_B of "default" as the seen categories need it."""
+        options = dict(options)
+        if self.preset == "default" and "n_components" not in (*options, *unused_settings(method)):
+            options["n_components"] = self._usual_components
+        return FewShotEditor.preset(self.preset, self.relevant, self.irrelevant, n_shots, method, **options)
+
+    @cached_property
+    def _usual_components(self) -> int:
+        return usual_components(self.relevant, self.codes.w_plus, self.codes.labels)
 
 
 def load_dictionary(

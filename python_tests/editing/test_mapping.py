@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sage_fast.editing.mapping import mapping_warning, usual_components
+from sage_fast.editing.editor import PRESETS
+from sage_fast.editing.mapping import ENOUGH, mapping_warning, usual_components
 from sage_fast.factorization import CategoryRelevantDictionary
 from sage_fast.factorization.held_shares import mean_held_share
+from sage_fast.pipeline import FewShotPipeline
 
 D = 16
 
@@ -28,7 +30,7 @@ def test_nothing_is_said_where_the_others_span_the_latents():
 
 @pytest.mark.parametrize(
     ("S", "n_components", "remedy"),
-    [(6, 6, "take --method sage-i."), (30, 5, "take --n-components 16, which keeps 99 %, or --method sage-i.")],
+    [(6, 6, "take --method sage-i."), (30, 5, "take --n-components 10, which keeps 92 %, or --method sage-i.")],
     ids=["few categories", "few components"],
 )
 def test_the_number_and_the_remedy_are_named(S, n_components, remedy, rank=D):
@@ -39,5 +41,25 @@ def test_the_number_and_the_remedy_are_named(S, n_components, remedy, rank=D):
     assert f"({S} seen categories, {n_components} components of 16 dimensions)" in sentence
 
 
-def test_as_many_components_as_there_can_be():
-    assert [usual_components(*shape) for shape in ((200, 64), (12, 64), (200, 32))] == [40, 12, 32]
+def test_as_many_components_as_an_image_of_a_new_category_needs(monkeypatch):
+    relevant, w_plus, labels = seen(30, D)
+    for least in (40, 16, 5, 1):
+        monkeypatch.setitem(PRESETS["default"], "n_components", least)
+        shares = [mean_held_share(relevant, w_plus, labels, n_components) for n_components in range(1, D + 1)]
+        enough = next(number for number, share in enumerate(shares, 1) if share >= ENOUGH)
+        assert usual_components(relevant, w_plus, labels) == max(min(least, D), enough) and 5 < enough < D
+    assert usual_components(*seen(6, D)) == 6  # all that there are, though they keep less
+    monkeypatch.setitem(PRESETS["default"], "n_components", 3)
+    assert usual_components(*seen(6, 4)) == 4
+
+
+def test_a_pipeline_takes_as_many_by_default(tiny_bundle, monkeypatch):
+    pipeline = FewShotPipeline.from_bundle(tiny_bundle)
+    S, _, width = pipeline.relevant.class_embeddings_.shape
+    monkeypatch.setitem(PRESETS["default"], "n_components", 1)
+    fewest = usual_components(pipeline.relevant, pipeline.codes.w_plus, pipeline.codes.labels)
+    assert 1 < fewest <= min(S, width)
+    assert pipeline.editor_settings("sage", 3)["n_components"] == fewest
+    assert pipeline.editor_settings("sage-q", 1)["n_components"] == fewest
+    assert pipeline.editor_settings("sage", 3, n_components=1)["n_components"] == 1
+    assert "n_components" not in pipeline.editor_settings("sage-i", 3)

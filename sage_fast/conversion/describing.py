@@ -90,7 +90,7 @@ def _kept_words(codes: LatentTable) -> dict[str, float]:
     S, D = len(present), codes.w_plus.shape[2]
     relevant = CategoryRelevantDictionary(1).fit(codes.w_plus, labels)
     words = {}
-    for n_components in sorted({usual_components(S, D), min(S, D)}):
+    for n_components in sorted({usual_components(relevant, codes.w_plus, labels), min(S, D)}):
         image = mean_held_share(relevant, codes.w_plus, labels, n_components)
         embedding = mean_held_share(relevant, relevant.class_embeddings_, torch.arange(S), n_components)
         words[f"of an image by {counted(n_components, 'component')}"] = round(image, 3)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sage_fast.editing.editor import PRESETS
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
-from sage_fast.factorization.held_shares import mean_held_share
+from sage_fast.factorization.held_shares import fewest_components, mean_held_share
 
 __all__ = ["ENOUGH", "mapping_warning", "usual_components"]
 
@@ -14,9 +14,13 @@ ENOUGH = 0.9
 """Share of an image that the mapping is to keep; from five models, of which it cost two their new categories: docs/results.md."""
 
 
-def usual_components(n_seen: int, style_dim: int) -> int:
-    """t_B of the preset ``"default"`` for S seen categories and latents of D numbers a layer."""
-    return min(int(PRESETS["default"]["n_components"]), n_seen, style_dim)
+def usual_components(relevant: CategoryRelevantDictionary, w_plus: Tensor, labels: Tensor) -> int:
+    """t_B of the preset ``"default"``: its 40, or more where these keep less than ``ENOUGH`` of an image of a new category.
+
+    The fewest that keep as much, or all that there are. Measured on the seen categories, each left out in turn; arguments of
+    :func:`mapping_warning`.
+    """
+    return fewest_components(relevant, w_plus, labels, ENOUGH, int(PRESETS["default"]["n_components"]))
 
 
 def mapping_warning(
@@ -34,9 +38,9 @@ def mapping_warning(
     if share >= ENOUGH:
         return None
     S, _, D = relevant.class_embeddings_.shape
-    most = min(S, D)
-    by_all = mean_held_share(relevant, w_plus, labels, most) if most > n_components else 0.0
-    more = f"--n-components {most}, which keeps {int(100 * by_all)} %, or " if by_all >= ENOUGH else ""
+    fewest = fewest_components(relevant, w_plus, labels, ENOUGH, min(n_components + 1, S, D))
+    by_more = mean_held_share(relevant, w_plus, labels, fewest)
+    more = f"--n-components {fewest}, which keeps {int(100 * by_more)} %, or " if by_more >= ENOUGH else ""
     return (
         f"The class embedding mapping of sage and sage-q keeps {int(100 * share)} % of what sets an image of a new category "
         f"apart ({S} seen categories, {n_components} components of {D} dimensions), and where it keeps less than "

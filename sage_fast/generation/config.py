@@ -42,7 +42,9 @@ class GenerateConfig:
     seed: int = 0  # the same one gives the same images
     preset: str = "default"
     n_shots: int | None = None  # images of each category to use, chosen by the seed; None: all
-    n_components: int | None = None  # t_B, of sage and sage-q; None: the preset's, or all that the model has
+    n_components: int | None = (
+        None  # t_B, of sage and sage-q; None: the preset's, in "default" 40 or what a new category needs
+    )
     n_similar: int | None = None  # t_C, of sage and sage-i; None: the preset's, or all that the model has
     n_directions: int | None = None  # t_A, of sage and sage-i; None: the preset's, or all that the model has
     batch: int | None = None  # images the generator draws at a time; None: 64, fewer of large ones

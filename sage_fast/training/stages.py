@@ -391,7 +391,7 @@ def _write_bundle(folder: Path, config: BundleConfig) -> None:
 def _warn_of_mapping(codes: LatentTable) -> None:
     """Warn where the seen categories are too few for class embedding mapping."""
     relevant = CategoryRelevantDictionary(1).fit(codes.w_plus, codes.labels)
-    n_components = usual_components(len(codes.categories), codes.w_plus.shape[2])
+    n_components = usual_components(relevant, codes.w_plus, codes.labels)
     sentence = mapping_warning(relevant, codes.w_plus, codes.labels, n_components)
     if sentence is not None:
         warnings.warn(sentence, SageFastWarning, stacklevel=4)
