@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -58,6 +59,32 @@ def test_bad_settings(tmp_path):
     with pytest.raises(InputError, match="graphs needs a GPU, got device 'cpu'"):
         train_gan(dataclasses.replace(TINY, graphs=True), images, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_each_function_is_captured_on_the_networks_device_into_memory_of_its_own(monkeypatch):
+    """A replay of one function comes between another's forward and backward, which reads what its forward left."""
+    G, D = pair()
+    networks, seen, current = Networks(G, D, graphs=True), [], [torch.device("cuda:0")]
+    networks.device = torch.device("cuda:1")
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    def capture(network, samples, allow_unused_input, pool=None):
+        seen.append((pool, current[-1], torch.cuda.graph.default_capture_stream))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: f"a stream of {current[-1]}")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", "a stream of cuda:0")
+    noise = [torch.randn(8, *maps.shape[1:]) for maps in G.noises.buffers()]
+    fakes = networks.fakes(torch.randn(8, G.n_latent, 16), noise)
+    networks.logits(fakes), networks.logits_of_both(fakes, -fakes)
+    assert seen == [(None, networks.device, "a stream of cuda:1")] * 3
+    assert torch.cuda.graph.default_capture_stream == "a stream of cuda:0"
 
 
 @needs_gpu

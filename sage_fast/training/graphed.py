@@ -3,8 +3,8 @@ for than the GPU does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class Networks:
         self.device, self.precision, self.graphs = G.latent_avg.device, precision, graphs
         self._fakes, self._judge, self._judge_both = _Fakes(G), _Judge(D), _JudgeBoth(D)
         self._captured: set[nn.Module] = set()
-        self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     def fakes(self, w_plus: Tensor, noise: Sequence[Tensor]) -> Tensor:
         """Images [N, C, R, R] of ``w_plus`` [N, L, D] with noise maps [N, 1, h, w]."""
@@ -58,9 +57,27 @@ class Networks:
             if not self.graphs:
                 return network(*arguments)
             samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in arguments)
-            torch.cuda.make_graphed_callables(network, samples, allow_unused_input=True, pool=self._pool)
+            with _capturing_on(self.device):
+                # memory of its own for each function: in a pool for all, activations that one keeps for its backward would be free
+                # once it is captured, and lie where the next function, which is replayed between, has its own
+                torch.cuda.make_graphed_callables(network, samples, allow_unused_input=True)
         self._captured.add(network)
         return network(*arguments)
+
+
+@contextmanager
+def _capturing_on(device: torch.device) -> Iterator[None]:
+    """Inside, torch captures graphs on ``device``, where it would on the one that is current, or that captured first: its stream
+    for captures is one for the process.
+    """
+    graph = torch.cuda.graph
+    before = graph.default_capture_stream
+    with torch.cuda.device(device):
+        graph.default_capture_stream = torch.cuda.Stream()
+        try:
+            yield
+        finally:
+            graph.default_capture_stream = before
 
 
 class _Fakes(nn.Module):
