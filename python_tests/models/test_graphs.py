@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from sage_fast import _native
 from sage_fast.errors import InputError
+from sage_fast.models import graphs
 from sage_fast.models.graphs import GraphedSynthesis
 from sage_fast.models.inference import counter_noise
 from sage_fast.models.stylegan2 import Generator
@@ -61,6 +65,67 @@ def test_parameters_with_gradients_are_no_hindrance(G):
     before = draw(w_plus).clone()
     G.requires_grad_(True)
     assert torch.equal(draw(w_plus), before) and not draw(w_plus).requires_grad
+
+
+@pytest.fixture
+def on_a_second_gpu(monkeypatch) -> dict[str, list]:
+    """Where nothing is a GPU: what a generator there is drawn by, and what torch is asked for."""
+    asked: dict[str, list] = {"draws": [], "streams": [], "captures": []}
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            asked["streams"].append((self, device))
+
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def capture(graph, stream=None):
+        asked["captures"].append(stream)
+        yield
+
+    fakes = {"Stream": Stream, "graph": capture, "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None)}
+    fakes |= {"stream": lambda stream: contextlib.nullcontext(), "device": lambda device: contextlib.nullcontext()}
+    fakes |= {"current_stream": lambda device: Stream(device)}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    network = object()
+    monkeypatch.setattr(graphs, "choose_road", lambda *_: ("fused", ""))
+    monkeypatch.setattr(graphs, "fused_network", lambda generator: network)
+    monkeypatch.setattr(GraphedSynthesis, "_draw", lambda self, *_: asked["draws"].append(self))
+    return asked
+
+
+class Latents:
+    """Of a GPU that is not there."""
+
+    shape, device = (2, 6, 11), torch.device("cuda:1")
+
+    def to(self, device: torch.device) -> Latents:
+        return self
+
+    def clone(self, memory_format: torch.memory_format) -> Latents:
+        return self
+
+    def copy_(self, other: Latents) -> None:
+        pass
+
+
+def test_a_capture_is_on_a_stream_of_the_generators_device(on_a_second_gpu):
+    maps = torch.nn.Module()
+    maps.register_buffer("noise_0", torch.zeros(1, 1, 4, 4))
+    average = SimpleNamespace(device=Latents.device)
+    draw = GraphedSynthesis(SimpleNamespace(latent_avg=average, n_latent=6, style_dim=11, noises=maps), 2)
+    draw(Latents())
+    (stream, device), *_ = on_a_second_gpu["streams"]
+    assert on_a_second_gpu["captures"] == [stream] and device == Latents.device
+    draw(Latents())
+    maps.noise_0.fill_(1)  # what a replay reads
+    draw(Latents())
+    assert len(on_a_second_gpu["captures"]) == 1
+    maps.noise_0 = torch.ones(1, 1, 4, 4)  # what it would not
+    draw(Latents())
+    assert len(on_a_second_gpu["captures"]) == 2
 
 
 def test_bad_input(G):

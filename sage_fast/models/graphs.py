@@ -19,8 +19,8 @@ _WARM_UP = 3  # calls before the capture: cuDNN chooses its algorithms, weights 
 class GraphedSynthesis:
     """``generator.synthesis`` for one batch size, captured once and replayed; a plain call where there is no GPU.
 
-    Captured at the first call, and again when a weight of the generator has changed. On the CPU and on roads other than the
-    fused one it only calls the generator, with the same results.
+    Captured at the first call, and again when a weight of the generator has changed or a noise map was replaced. On the CPU and
+    on roads other than the fused one it only calls the generator, with the same results.
 
         draw = GraphedSynthesis(generator, batch=8, dtype=torch.bfloat16, noise="counter")
         images = draw(w_plus, samples=torch.arange(8))
@@ -50,7 +50,7 @@ class GraphedSynthesis:
             raise InputError(f"dtype must be float32, bfloat16 or float16, got {dtype}.")
         self.generator, self.batch, self.dtype, self.noise, self.seed = generator, batch, dtype, noise, seed
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: object = None
+        self._captured: tuple[object, list[int]] | None = None
 
     @torch.no_grad()
     def __call__(self, w_plus: Tensor, samples: Tensor | None = None) -> Tensor:
@@ -73,10 +73,10 @@ class GraphedSynthesis:
         w_plus, samples = w_plus.to(device), None if samples is None else samples.to(device)
         if device.type != "cuda" or choose_road(self.generator, w_plus)[0] != "fused":
             return self._draw(w_plus, samples)
-        network = fused_network(self.generator)
-        if self._captured is not network:
+        network, maps = fused_network(self.generator), [m.data_ptr() for m in self.generator.noises.buffers()]
+        if self._captured is None or self._captured[0] is not network or self._captured[1] != maps:
             self._capture(w_plus, samples)
-            self._captured = network
+            self._captured = network, maps
         self._w_plus.copy_(w_plus)
         if samples is not None and self._samples is not None:
             self._samples.copy_(samples)
@@ -87,6 +87,7 @@ class GraphedSynthesis:
     def _capture(self, w_plus: Tensor, samples: Tensor | None) -> None:
         self._w_plus = w_plus.clone(memory_format=torch.contiguous_format)
         self._samples = None if samples is None else samples.clone()
+        # of its device: torch's own for captures is one for the process, of the device that captured first
         side = torch.cuda.Stream(w_plus.device)
         side.wait_stream(torch.cuda.current_stream(w_plus.device))
         with torch.cuda.stream(side):  # torch asks for a stream of its own while it warms up
@@ -94,7 +95,7 @@ class GraphedSynthesis:
                 self._draw(self._w_plus, self._samples)
         torch.cuda.current_stream(w_plus.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(w_plus.device), torch.cuda.graph(self._graph):
+        with torch.cuda.device(w_plus.device), torch.cuda.graph(self._graph, stream=side):
             self._images = self._draw(self._w_plus, self._samples)
 
     def _draw(self, w_plus: Tensor, samples: Tensor | None) -> Tensor:
