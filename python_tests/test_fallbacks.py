@@ -67,6 +67,19 @@ def test_a_cuda_torch_without_nvcc_builds_for_the_cpu_alone(monkeypatch):
     assert _build.describe()["no_cuda_because"].startswith("nvcc was not found")
 
 
+def test_objects_of_other_architectures_are_others_in_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAGE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_build, "has_cuda", lambda: None)
+    folders = []
+    for architectures in ("8.0", "9.0"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+        folders.append(_build._cache())
+        assert _build.describe()["architectures"] == architectures
+    assert folders[0] != folders[1]
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    assert _build.describe()["architectures"] == "8.0;9.0+PTX" and _build._cache() not in folders
+
+
 @pytest.fixture
 def cuda_without_kernels(monkeypatch, tmp_path):
     """As on a machine with a GPU whose package holds ``_ops_cpu`` alone; tensors of the CPU pass for those of the GPU."""
@@ -100,6 +113,47 @@ def test_a_cuda_torch_with_a_package_for_the_cpu_alone(cuda_without_kernels):
     assert torch.equal(blurred, ops.gaussian_low_pass_reference(x))
     assert torch.equal(fused[0], ops.fuse_pixels_reference(x, x / 2, x + 1))
     assert torch.equal(fused[1], ops.fuse_frequencies_reference(x, x / 2, x + 1))
+
+
+@pytest.mark.parametrize(
+    "built, capability, runs",
+    [
+        ("8.0;9.0+PTX", (8, 6), True),
+        ("8.0;9.0+PTX", (12, 0), True),
+        ("8.0;9.0+PTX", (7, 5), False),
+        ("9.0", (9, 0), True),
+        ("9.0", (12, 0), False),
+        ("9.0", (8, 0), False),
+        ("8.6 12.0", (8, 0), False),
+        ("9.0a+PTX", (10, 0), False),
+        ("9.0a+PTX", (9, 0), True),
+        ("Hopper", (12, 0), True),
+        ("", (8, 9), True),
+        ("", (7, 0), False),
+    ],
+)
+def test_which_gpu_runs_what_was_compiled(built, capability, runs):
+    assert _build.runs_on(built, capability) == runs
+
+
+@pytest.mark.parametrize("gpus, why", [([(7, 5)], "need 8.0"), ([(12, 0)], "compiled for 9.0 "), ([(7, 5), (9, 0)], "")])
+def test_gpus_that_do_not_run_the_kernels_take_the_reference(monkeypatch, tmp_path, gpus, why):
+    """Asked at the first op on a GPU, not before: a context there takes memory and time."""
+    (tmp_path / _build.INFO).write_text('{"architectures": "9.0"}')
+    native = _native.Native(tmp_path, ("cpu", "cuda"))
+    monkeypatch.setattr(_native, "_native", native)
+    monkeypatch.setattr(_native, "_warned", set())
+    monkeypatch.setenv("SAGE_FAST_BUILD", "auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A card")
+    assert _native.has_kernel("upfirdn2d", "cpu") and not native.gpus_seen
+    if not why:
+        assert _native.has_kernel("upfirdn2d", "cuda")
+        return
+    with pytest.warns(SageFastWarning, match=rf"on 'cuda': A card has compute capability {gpus[0][0]}\..*{why}"):
+        assert not _native.has_kernel("upfirdn2d", "cuda")
+    assert not _native.has_kernel("styled_conv", "cuda") and _native.has_kernel("upfirdn2d", "cpu")
 
 
 def test_objects_of_other_sources_are_not_used(monkeypatch):

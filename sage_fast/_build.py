@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ INFO = "_build_info.json"
 #: stable ABI of torch 2.11 and later
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = ("80", "90")
+#: asynchronous copies and products of bfloat16 begin with it
+LEAST_CAPABILITY = (8, 0)
 #: what SAGE_FAST_SANITIZE=1 adds for `make sanitize`: a bad access or undefined behaviour ends the process with a report
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-wrapv", "-g1", "-O1"]
 SANITIZE += ["-fno-omit-frame-pointer"]
@@ -68,6 +71,29 @@ def has_cuda() -> str | None:
     if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
         return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
     return None
+
+
+def architectures() -> str:
+    """What the CUDA object is compiled for, in torch's words: ``8.0;9.0+PTX``."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{a[:-1]}.{a[-1]}" for a in CUDA_ARCHS) + "+PTX"
+
+
+def runs_on(built: str, capability: tuple[int, int]) -> bool:
+    """Whether objects compiled for the architectures ``built`` run on a GPU of some compute capability.
+
+    Machine code runs within its major version, from its minor one on; PTX is compiled on later ones too. What is not told in
+    numbers counts as right.
+    """
+    words = built.replace(";", " ").replace(",", " ").split()
+    known = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word) for word in words]
+    if not words or not all(known) or capability < LEAST_CAPABILITY:
+        return capability >= LEAST_CAPABILITY
+    for major, minor, only, ptx in (found.groups() for found in known if found):
+        arch = int(major), int(minor)
+        later = arch <= capability and only != "a" and (bool(ptx) or arch[0] == capability[0])
+        if arch == capability or later:
+            return True
+    return False
 
 
 def extensions(root: Path) -> list[Any]:
@@ -177,6 +203,7 @@ def describe(failure: str | None = None, no_cuda: str | None = None) -> dict[str
         "python": platform.python_version(),
         "compiler": _version_of(os.environ.get("CXX", "c++")),
         "nvcc": _version_of("nvcc") if has_cuda() is None else None,
+        "architectures": architectures() if has_cuda() is None else None,
         "no_cuda_because": no_cuda or has_cuda(),
         "failure": failure,
     }
@@ -255,8 +282,8 @@ def _cache() -> Path:
     for path in sorted(csrc().rglob("*.*")):
         key.update(path.name.encode() + path.read_bytes())
     compiler = _version_of(os.environ.get("CXX", "c++"))
-    nvcc = None if has_cuda() else _version_of("nvcc")
-    key.update(json.dumps([torch.__version__, sys.version, compiler, has_cuda(), nvcc, *_sanitize()]).encode())
+    cuda = has_cuda() or [_version_of("nvcc"), architectures()]
+    key.update(json.dumps([torch.__version__, sys.version, compiler, cuda, *_sanitize()]).encode())
     folder = Path(root).absolute() / key.hexdigest()[:16]  # the build runs in the folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,7 @@ CUDA_OPS = ("styled_epilogue", "blur_epilogue", "styled_conv", "counter_normal")
 BUILD_MODES = ("auto", "aot", "jit", "none")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 _NEEDED = {"cuda": "the CUDA toolkit (nvcc) beside a CUDA build of torch"}
+_TOO_OLD = "the kernels need 8.0 (Ampere) or later"
 _REMEDY = "Install {} and reinstall (pip install --no-build-isolation .), or set SAGE_FAST_BUILD=none to stay without."
 
 
@@ -67,13 +68,15 @@ _REMEDY = "Install {} and reinstall (pip install --no-build-isolation .), or set
 class Native:
     """What was loaded: ``folder`` of the objects, ``devices`` with kernels, ``reasons`` per device without.
 
-    ``bf16_products``: the processor multiplies bfloat16, and the CPU kernels that need it may run.
+    ``bf16_products``: the processor multiplies bfloat16, and the CPU kernels that need it may run. ``gpus_seen``: the kernels were
+    compared with the GPUs, which is left to the first op on one: to ask for a GPU takes its memory.
     """
 
     folder: Path | None = None
     devices: tuple[str, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)
     bf16_products: bool = False
+    gpus_seen: bool = False
 
     @functools.cached_property
     def host(self) -> Any:
@@ -141,12 +144,16 @@ def has_kernel(op: str, device_type: str) -> bool:
     if _plain.get() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False  # kernels would lose the tangent of forward-mode derivatives, and know nothing of torch.func's batches
     native = _native or load()
+    if device_type == "cuda" and not native.gpus_seen:
+        _look_at_gpus(native)
     if device_type in native.devices:
         return op in NATIVE_OPS or (device_type == "cuda" and op in CUDA_OPS)
     if op in NATIVE_OPS and device_type not in (*_warned, "meta") and build_mode() != "none":
         _warned.add(device_type)
         reason = native.reasons.get(device_type, "there are no kernels for this kind of device")
         remedy = _REMEDY.format(_NEEDED.get(device_type, "a C++ compiler"))
+        if reason.endswith(_TOO_OLD):
+            remedy = "Set SAGE_FAST_BUILD=none to be spared this."
         message = f"sage_fast runs its slower PyTorch reference on '{device_type}': {reason}. {remedy}"
         warnings.warn(message, SageFastWarning, stacklevel=3)
     return False
@@ -271,6 +278,26 @@ def _why_not(folder: Path, device: str, path: Path | None) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
+
+
+def _look_at_gpus(native: Native) -> None:
+    """Take the CUDA kernels back where no GPU runs what they were compiled to."""
+    from sage_fast import _build
+
+    native.gpus_seen = True
+    if "cuda" not in native.devices or native.folder is None:
+        return
+    built = _build.read_info(native.folder).get("architectures") or ""
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if not found or any(_build.runs_on(built, capability) for capability in found):
+        return
+    name, (major, minor) = torch.cuda.get_device_name(0), found[0]
+    native.devices = tuple(device for device in native.devices if device != "cuda")
+    native.reasons["cuda"] = f"{name} has compute capability {major}.{minor}, " + (
+        f"the kernels were compiled for {built} (TORCH_CUDA_ARCH_LIST)"
+        if found[0] >= _build.LEAST_CAPABILITY
+        else _TOO_OLD
+    )
 
 
 def _first_line(error: BaseException) -> str:
