@@ -11,7 +11,7 @@ from rank_processes import finish, free_port, start, start_ranks
 from torch import distributed as dist
 
 from sage_fast.errors import InputError
-from sage_fast.training.ranks import join_ranks, restarted, seed_of_rank
+from sage_fast.training.ranks import Ranks, join_ranks, restarted, seed_of_rank
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1"}
 
@@ -32,6 +32,20 @@ def test_alone_nothing_is_communicated():
     ranks.broadcast([value])
     ranks.barrier()
     ranks.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="whether a GPU is waited for shows on one")
+def test_averages_do_not_wait_for_cuda(monkeypatch):
+    ranks = Ranks(torch.device("cuda"), 0, 2)
+    monkeypatch.setattr(Ranks, "_all_reduce", lambda self, tensor: tensor.add_(tensor))
+    p, statistics = torch.nn.Parameter(torch.zeros(3, device="cuda")), torch.ones(2, device="cuda")
+    p.grad = torch.full_like(p, 5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ranks.average_gradients([p], [statistics])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert p.grad.tolist() == [5, 5, 5] and statistics.tolist() == [1, 1]
 
 
 def test_seeds_differ_by_rank():

@@ -86,7 +86,10 @@ class Ranks:
         values = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in learned] + [b.detach() for b in also]
         if not values:
             return
-        present = torch.tensor([p.grad is not None for p in learned], dtype=torch.float32, device=values[0].device)
+        device = values[0].device
+        present = torch.tensor(
+            [p.grad is not None for p in learned], dtype=torch.float32, pin_memory=device.type == "cuda"
+        ).to(device, non_blocking=True)  # any other copy to a GPU waits for what it has to do
         dtype = reduce(torch.promote_types, {v.dtype for v in values}, torch.float32)
         flat = torch.cat([v.reshape(-1).to(dtype) for v in [*values, present]])
         self._all_reduce(flat)
