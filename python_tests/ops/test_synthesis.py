@@ -121,8 +121,10 @@ def test_the_cuda_road_divides_large_batches(monkeypatch):
     w_plus, network = latents(G, 5), fused_network(G)
     noise = [torch.randn(5, *m.shape[1:]) if i % 2 else m for i, m in enumerate(maps(G))]
     whole = synthesis_cuda.draw(network, w_plus, noise, torch.float32)
-    monkeypatch.setattr(synthesis_cuda, "_MOST_VALUES", 2 * 24 * 33**2 + 5)
-    torch.testing.assert_close(synthesis_cuda.draw(network, w_plus, noise, torch.float32), whole, atol=1e-5, rtol=1e-5)
+    for name, most in (("_MOST_VALUES", 2 * 24 * 33**2 + 5), ("_MOST_SAMPLES", 1)):
+        monkeypatch.setattr(synthesis_cuda, name, most)
+        parts = synthesis_cuda.draw(network, w_plus, noise, torch.float32)
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

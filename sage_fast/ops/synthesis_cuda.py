@@ -34,6 +34,7 @@ __all__ = ["MAX_CHANNELS", "Prepared", "convolutions", "draw", "prepare"]
 MAX_CHANNELS = 1024  # a block of 256 threads holds a pixel in vectors of 16 bytes
 _MULTIPLE = 8  # channels fill whole vectors and whole tensor-core tiles; the padding meets weights of zero
 _MOST_VALUES = 2**31 - 1  # of an activation: cuDNN counts in 32 bits
+_MOST_SAMPLES = 65535  # of a grid of the epilogues
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def draw(
     size = 2 << len(network.images)
     if n == 0:
         return w_plus.new_empty(0, len(network.images[0].bias), size, size)
-    most = max(1, _MOST_VALUES // max(len(b) * ((4 << (i + 1) // 2) + 1) ** 2 for i, b in enumerate(prepared.biases)))
+    widest = max(len(b) * ((4 << (i + 1) // 2) + 1) ** 2 for i, b in enumerate(prepared.biases))
+    most = min(max(1, _MOST_VALUES // widest), _MOST_SAMPLES)
     if n > most:
         starts = range(0, n, most)
         maps = [[m if m is None or len(m) == 1 else m[i : i + most] for m in noise] for i in starts]
