@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_mixing import CLASSES, Real, to_tensor
@@ -9,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sage_fast.augmenter import Augmenter
 from sage_fast.generation import GenerateConfig
-from sage_fast.mixing import MixedStream
+from sage_fast.mixing import MixedStream, _Thread
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +139,27 @@ def test_the_trainer_of_lightning(dataset, tmp_path):
         dataset.set_epoch(epoch)
         expected = sorted(dataset[i][0].flatten().tolist() for i in range(24))
         assert sorted(image for number, image in seen if number == epoch) == expected
+
+
+def test_the_thread_on_a_gpu_draws_behind_what_prepared_the_pipeline(monkeypatch):
+    """Its stream waits for nothing by itself; here is no GPU, only what is asked of it."""
+    asked, device = [], torch.device("cuda:1")
+
+    class Stream:
+        def __init__(self, where):
+            asked.append(("made", where))
+
+        def wait_stream(self, other):
+            asked.append(("waits", other))
+
+    @contextmanager
+    def under(stream):
+        asked.append(("draws", type(stream)))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", under)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda where: f"default of {where}")
+    prepared = SimpleNamespace(pipeline=SimpleNamespace(device=device))
+    _Thread._run(SimpleNamespace(prepared=prepared, _steps=lambda: iter(())))
+    assert asked == [("made", device), ("waits", "default of cuda:1"), ("draws", Stream)]

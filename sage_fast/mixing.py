@@ -293,9 +293,12 @@ class _Thread:
             self.shown.state[1] = _CLOSED
 
     def _run(self) -> None:
-        device = self.prepared.pipeline.device
-        try:  # on a GPU beside the training, not in its queue
-            with torch.cuda.stream(torch.cuda.Stream(device) if device.type == "cuda" else None):
+        device, stream = self.prepared.pipeline.device, None
+        try:  # on a GPU beside the training, not in its queue, but behind what the pipeline was prepared by
+            if device.type == "cuda":
+                stream = torch.cuda.Stream(device)
+                stream.wait_stream(torch.cuda.default_stream(device))
+            with torch.cuda.stream(stream):
                 for _ in self._steps():
                     if self._ended.is_set():
                         return
