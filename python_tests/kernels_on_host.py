@@ -217,6 +217,16 @@ class Library:
         """``file:line`` of every launch so far."""
         return {line.split()[0] for line in self._functions.sage_fast_host_launched().decode().splitlines()}
 
+    @contextlib.contextmanager
+    def shared_memory(self, most: int) -> Iterator[None]:
+        """Inside, a block may have ``most`` bytes of shared memory, as on cards with less than an H200's 227 KiB."""
+        set_most = self._functions.sage_fast_host_set_most_shared
+        set_most(ctypes.c_size_t(most))
+        try:
+            yield
+        finally:
+            set_most(ctypes.c_size_t(227 << 10))
+
     def in_every_order(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``op(...)``, a tensor or a tuple of them, after an assertion that its bits are those of every order of threads."""
         results = []

@@ -37,6 +37,25 @@ constexpr int64_t kMostBlocks = int64_t{1} << 20, kMostPlanes = 65535, kManyWarp
 #endif
 // kManyWarps: with that many all multiprocessors have loads under way; a warp may do more, rather than be one of more
 
+// Bytes of dynamic shared memory that any kernel may have; more are for those that were allowed it.
+constexpr int kUsuallyShared = 48 << 10;
+
+// The most that a block may have on the current device: 163 KiB on sm_80, 99 KiB on sm_86, sm_89 and sm_120, 227 KiB on
+// sm_90.
+inline int most_shared() {
+  int device = 0, most = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return most;
+}
+
+// Allows a kernel so many bytes on the current device. They must be the same in all calls for a kernel there, whatever
+// a launch takes: another thread may be between its own call and its launch.
+template <class... Args>
+void allow_shared(void (*kernel)(Args...), int bytes) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 // Blocks of a grid-stride loop over n items.
 inline unsigned blocks_for(int64_t n, int threads) {
   return static_cast<unsigned>(std::min<int64_t>((n + threads - 1) / threads, kMostBlocks));

@@ -161,19 +161,22 @@ __global__ void __launch_bounds__(kThreads, kPackedBlocks<T>)
   }
 }
 
+// Whether the basis fits into the device's shared memory; if so, launches.
 template <class T, int Packs>
-void launch_packed(const T* w, const T* basis, const ProjectParams& p, T* out, cudaStream_t stream) {
+bool launch_packed(const T* w, const T* basis, const ProjectParams& p, T* out, cudaStream_t stream) {
   constexpr int S = Packs * pack_size<T> * (sizeof(T) / 4) > 16 ? 2 : 4;  // 64 registers of samples at most
   constexpr int kBlock = S * kWarps;
   constexpr auto shared = [](int64_t rank) {
     return static_cast<int>(rank * ((32 * Packs + 1) * 16 + kBlock * int{sizeof(T)}));
   };
-  if (shared(p.rank) > 48 << 10) {
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(packed<T, Packs, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared(kMostRank)));
+  if (shared(p.rank) > kUsuallyShared) {
+    const int most = std::min(shared(kMostRank), most_shared());
+    if (shared(p.rank) > most) return false;
+    allow_shared(packed<T, Packs, S>, most);
   }
   const dim3 grid(static_cast<unsigned>((p.n + kBlock - 1) / kBlock), static_cast<unsigned>(p.layers));
   packed<T, Packs, S><<<grid, kThreads, shared(p.rank), stream>>>(w, basis, p, out);
+  return true;
 }
 
 // Whether `packed` takes the sizes: rows of whole packs, not too many, and few columns.
@@ -192,16 +195,14 @@ void launch(Tensor w_plus, const Tensor& basis, ProjectParams p, T* out, cudaStr
     p = projection_params(w_plus, basis);
   }
   const T *w = data<T>(w_plus), *b = data<T>(basis);
-  if (!fits || !is_aligned(w)) {
-    const dim3 grid(static_cast<unsigned>((p.n + kSamples - 1) / kSamples), static_cast<unsigned>(p.layers));
-    any<T><<<grid, kThreads, kSamples * p.rank * sizeof(T), stream>>>(w, b, p, out);
-  } else if (p.dim <= 32 * N) {
-    launch_packed<T, 1>(w, b, p, out, stream);
-  } else if (p.dim <= 128 * N) {
-    launch_packed<T, 4>(w, b, p, out, stream);
-  } else {
-    launch_packed<T, kMostPacks>(w, b, p, out, stream);
+  if (fits && is_aligned(w)) {
+    const auto go = p.dim <= 32 * N    ? launch_packed<T, 1>
+                    : p.dim <= 128 * N ? launch_packed<T, 4>
+                                       : launch_packed<T, kMostPacks>;
+    if (go(w, b, p, out, stream)) return;
   }
+  const dim3 grid(static_cast<unsigned>((p.n + kSamples - 1) / kSamples), static_cast<unsigned>(p.layers));
+  any<T><<<grid, kThreads, kSamples * p.rank * sizeof(T), stream>>>(w, b, p, out);
 }
 
 Tensor project_onto_basis(Tensor w_plus, Tensor basis) {

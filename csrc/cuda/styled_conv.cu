@@ -34,13 +34,16 @@ void launch(StyledConvArgs<T> a, const Tensor& image, cudaStream_t stream) {
   if (split_sums.numel()) a.split_sums = mutable_data<float>(split_sums);
   if (parts.numel()) a.image_parts = mutable_data<float>(parts);
 
-  const int bytes = ConvShared<T, kColumns>::bytes(a.tiles);
+  using Shared = ConvShared<T, kColumns>;
+  const int bytes = Shared::bytes(a.tiles.patch_rows());
+  constexpr int most = Shared::bytes(PixelTiles::kMostPatchRows);
   const auto convolve = convolve_tiles<T, kColumns>, join = join_splits<T, kColumns>;
-  for (const auto kernel : {convolve, join}) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  }
+  allow_shared(convolve, most);
   convolve<<<dim3(unsigned(blocks), unsigned(a.splits)), kConvThreads, bytes, stream>>>(a);
-  if (a.split_sums) join<<<unsigned(blocks), kConvThreads, bytes, stream>>>(a);
+  if (a.split_sums) {
+    allow_shared(join, most);
+    join<<<unsigned(blocks), kConvThreads, bytes, stream>>>(a);
+  }
   if (a.image_parts) join_image<T><<<blocks_for(image.numel(), kConvThreads), kConvThreads, 0, stream>>>(a);
 }
 

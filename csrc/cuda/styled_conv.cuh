@@ -46,8 +46,8 @@ struct ConvShared {
   int patch;
   unsigned char* at;
 
-  static int bytes(const PixelTiles& tiles) {
-    const int product = kStages * kWeights + 2 * tiles.patch_rows() * kRowBytes;
+  static constexpr int bytes(int patch_rows) {
+    const int product = kStages * kWeights + 2 * patch_rows * kRowBytes;
     const int results = kConvRows * kPitch + kShares;
     return kSources + (product > results ? product : results);
   }

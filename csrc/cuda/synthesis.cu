@@ -83,7 +83,8 @@ struct Activation {
 // pixel, a vector each, and kPixels pixels at a time.
 struct PixelGroups {
   static constexpr int kThreads = 256, kPixels = 4, kStages = 3, kStageBytes = kThreads * kPixels * 16;
-#ifdef SAGE_FAST_ON_HOST  // few, for several rounds in small tests
+  static constexpr int kMostParts = kThreads * kPixels;  // of a round, where each thread has pixels of its own
+#ifdef SAGE_FAST_ON_HOST                                 // few, for several rounds in small tests
   static constexpr int64_t kMostBlocks = 3;
 #else
   static constexpr int64_t kMostBlocks = 2048;
@@ -395,9 +396,11 @@ std::tuple<Tensor, Tensor> styled_epilogue(Tensor x, Tensor factor, Tensor bias,
     const dim3 grid(unsigned(groups.blocks(n, h * w)), unsigned(n));
     const auto launch = [&](auto sums) {
       constexpr int K = decltype(sums)::value;
-      const int bytes = PixelGroups::kStages * PixelGroups::kStageBytes + 2 * groups.parts() * K * int(sizeof(float));
-      STD_CUDA_CHECK(cudaFuncSetAttribute(styled<T, K>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      styled<T, K><<<grid, kThreads, size_t(bytes), stream>>>(a, to, groups);
+      const auto bytes = [](int parts) {
+        return PixelGroups::kStages * PixelGroups::kStageBytes + 2 * parts * K * int(sizeof(float));
+      };
+      allow_shared(styled<T, K>, bytes(PixelGroups::kMostParts));
+      styled<T, K><<<grid, kThreads, size_t(bytes(groups.parts())), stream>>>(a, to, groups);
     };
     to.channels <= 3 ? launch(std::integral_constant<int, 3>()) : launch(std::integral_constant<int, 4>());
   });

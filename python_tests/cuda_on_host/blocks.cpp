@@ -16,6 +16,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -89,7 +90,7 @@ struct SharedArray {
 std::mutex one_launch;
 Order order = Order::forward;
 std::mt19937 shuffling;
-size_t allowed_shared = kMostShared;
+size_t allowed_shared = kMostShared, device_shared = 227 << 10;
 std::set<std::string> launched;
 
 Place scheduler;
@@ -306,7 +307,12 @@ void* dynamic_shared_array() {
 
 void trap(const Where& where) { fail("__trap() at " + name_of(where)); }
 
-void allow_shared(size_t bytes) { allowed_shared = bytes; }
+void allow_shared(size_t bytes) {
+  if (bytes > device_shared) fail(std::to_string(bytes) + " bytes of shared memory are more than a block may have");
+  allowed_shared = bytes;
+}
+
+size_t most_shared() { return device_shared; }
 
 void run(const Config& config, const char* kernel, const std::function<void()>& thread, const Where& where) {
   const std::lock_guard<std::mutex> lock(one_launch);
@@ -316,7 +322,8 @@ void run(const Config& config, const char* kernel, const std::function<void()>& 
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || block.z > 64) fail("blocks of " + std::to_string(threads) + " threads");
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("a grid out of bounds");
-  if (config.shared > allowed_shared) fail(std::to_string(config.shared) + " bytes of dynamic shared memory");
+  const size_t most = std::exchange(allowed_shared, kMostShared);  // each kernel is to be allowed its own
+  if (config.shared > most) fail(std::to_string(config.shared) + " bytes of dynamic shared memory");
   launched.insert(name_of(where) + " " + kernel);
   blockDim = block, gridDim = grid, body = &thread, dynamic_bytes = config.shared;
   while (fibers.size() < threads) fibers.push_back(new_fiber());
@@ -341,6 +348,9 @@ void sage_fast_host_set_order(int order, unsigned seed) {
   sage_fast::host_cuda::order = sage_fast::host_cuda::Order(order);
   sage_fast::host_cuda::shuffling.seed(seed);
 }
+
+// The most shared memory of a block, in bytes.
+void sage_fast_host_set_most_shared(size_t bytes) { sage_fast::host_cuda::device_shared = bytes; }
 
 // Lines of "file:line kernel": what has run.
 const char* sage_fast_host_launched() {

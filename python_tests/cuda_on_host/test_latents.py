@@ -73,6 +73,15 @@ def test_project_rows_of_packs(library, n, layers, dim, rank, dtype):
     torch.testing.assert_close(OPS.project_onto_basis(shifted, basis), expected, **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("rank", [12, 23, 24, 32])
+def test_a_basis_beside_99_kib_of_shared_memory(library, rank):
+    """As on sm_86, sm_89 and sm_120: 32 columns of 1,024 values take 132 KiB, 23 fit."""
+    w, basis = normal(3, 1, 1024), normal(1, 1024, rank) / 32
+    with library.shared_memory(99 << 10):
+        ours = OPS.project_onto_basis(w, basis)
+    torch.testing.assert_close(ours, project_onto_basis_reference(w, basis), **TOLERANCE[torch.float32])
+
+
 def test_what_is_not_a_number_stays_in_its_sample(library):
     w, basis = normal(9, 2, 64), normal(2, 64, 10) / 25
     clean = OPS.project_onto_basis(w, basis)

@@ -83,7 +83,8 @@ void launch(const Where& where, const char* name, const Config& config, const Ke
   run(config, name, [&] { kernel(args...); }, where);
 }
 
-void allow_shared(size_t bytes);  // dynamic shared memory of later launches
+void allow_shared(size_t bytes);  // dynamic shared memory of the next launch
+size_t most_shared();             // of the device
 
 template <class T>
 struct Lanes {
@@ -164,6 +165,7 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // a bad launch throws
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
@@ -174,6 +176,10 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = int(sage_fast::host_cuda::most_shared()), cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(const Kernel&, cudaFuncAttribute, int bytes) {
