@@ -57,10 +57,12 @@ struct ScaledBiasActGradients {
   std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {x, scale, b, strength}; }
 
  private:
+  // Zeros, to which a CPU's kernel adds; those of a GPU write all sums where there is a pixel.
   template <class... Sizes>
   static Tensor sums(const Tensor& y, Sizes... sizes) {
-    const bool wide = y.scalar_type() == ScalarType::Double;
-    return torch::stable::new_zeros(y, {sizes...}, wide ? ScalarType::Double : ScalarType::Float);
+    const ScalarType dtype = y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    if (y.is_cuda() && y.numel() > 0) return torch::stable::new_empty(y, {sizes...}, dtype);
+    return torch::stable::new_zeros(y, {sizes...}, dtype);
   }
 };
 

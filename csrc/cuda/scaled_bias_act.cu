@@ -131,10 +131,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     of_noise[thread] = noises;
     __syncthreads();
-    if (thread == 0) {
+    if (thread < 32) {  // a block has more than 128
       A sum = 0;
-      for (int i = 0; i < lanes * rows; ++i) sum += of_noise[i];
-      row[2 * p.channels] = sum;
+      for (int i = thread; i < lanes * rows; i += 32) sum += of_noise[i];
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+      if (thread == 0) row[2 * p.channels] = sum;
     }
     __syncthreads();
   }
