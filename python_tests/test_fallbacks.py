@@ -136,7 +136,9 @@ def test_which_gpu_runs_what_was_compiled(built, capability, runs):
     assert _build.runs_on(built, capability) == runs
 
 
-@pytest.mark.parametrize("gpus, why", [([(7, 5)], "need 8.0"), ([(12, 0)], "compiled for 9.0 "), ([(7, 5), (9, 0)], "")])
+@pytest.mark.parametrize(
+    "gpus, why", [([(7, 5)], "need 8.0"), ([(12, 0)], "compiled for 9.0 "), ([(7, 5), (9, 0)], "")]
+)
 def test_gpus_that_do_not_run_the_kernels_take_the_reference(monkeypatch, tmp_path, gpus, why):
     """Asked at the first op on a GPU, not before: a context there takes memory and time."""
     (tmp_path / _build.INFO).write_text('{"architectures": "9.0"}')

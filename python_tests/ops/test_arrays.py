@@ -438,3 +438,27 @@ def test_an_op_that_changes_nothing_gives_an_array_of_its_own():
     x = numbers(2, 3)
     y = ops.bias_act(x)
     assert np.array_equal(x, y) and not np.shares_memory(x, y)
+
+
+class OnGpu(Lent):
+    """As a CuPy array where torch is a build for the CPU."""
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+
+class HalfAnArray:
+    def __dlpack__(self, **settings):
+        raise NotImplementedError("nothing is\nlent.")
+
+
+def test_arrays_that_torch_cannot_take_are_named():
+    x = torch.rand(1, 3, 8, 8)
+    given = [HalfAnArray(), Lent(x.clone().requires_grad_())]
+    if not torch.cuda.is_available():
+        given.append(OnGpu(x))
+    for array in given:
+        with pytest.raises(
+            InputError, match=rf"^images must be an array that torch can take, got .*{type(array).__name__}: \S"
+        ):
+            ops.gaussian_low_pass(array)

@@ -116,8 +116,11 @@ def _tensor(name: str, array: Any) -> Tensor:
         if isinstance(array, np.ndarray):
             return torch.from_numpy(np.require(array, requirements=("C", "W")))
         return torch.from_dlpack(array)
-    except (TypeError, ValueError, BufferError) as error:
-        raise InputError(f"{name} must be an array that torch can take, got {_name(type(array))}: {error}.") from error
+    except (
+        Exception
+    ) as error:  # of a library of any kind, and of torch (an assertion, where arrays of a GPU meet a build without)
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{name} must be an array that torch can take, got {_name(type(array))}: {reason}.") from error
 
 
 def _back(result: Tensor, like: Any) -> Any:
