@@ -102,6 +102,15 @@ def test_the_discriminator_judges_by_name_too(tmp_path, bundles):
         evaluate_folder(bundles["encoder"], generated, real, features="discriminator")
 
 
+def test_a_damaged_discriminator_is_refused_and_not_replaced_by_the_encoder(tmp_path):
+    real = write_images(tmp_path / "real", COLOURS, 4, 1)
+    generated = write_images(tmp_path / "out", ["green", "red"], 4, 2)
+    damaged = make_bundle(tmp_path / "model", True) / "discriminator.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"discriminator\.safetensors' is truncated"):
+        evaluate_folder(tmp_path / "model", generated, real)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

@@ -27,7 +27,7 @@ from sage_fast.evaluation.quality import image_features, load_features
 from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.hyperstyle import codes_of
 from sage_fast.models.stylegan2 import Discriminator
-from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder
+from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder, read_index
 
 __all__ = ["evaluate_folder", "markdown_table", "nearest_class_mean", "table", "write_report"]
 
@@ -242,13 +242,11 @@ class _Judge(NamedTuple):
 
 def _judge_of(model: StrPath | None) -> _Judge:
     """The model's own network: discriminator (mean of every map), or encoder (mean offset of coarse, middle, fine layers)."""
-    try:
-        D = load_discriminator(model)
-    except InputError:  # a bundle need not hold one
-        bundle = load_bundle(model)
-        G = bundle.generator
-        return _Judge(partial(_encoded, bundle), "encoder", G.resolution, G.n_channels)
-    return _judge_by_maps(D)
+    if "discriminator.safetensors" in read_index(model)["files"]:  # a bundle need not hold one
+        return _judge_by_maps(load_discriminator(model))
+    bundle = load_bundle(model)
+    G = bundle.generator
+    return _Judge(partial(_encoded, bundle), "encoder", G.resolution, G.n_channels)
 
 
 def _judge_by_maps(D: Discriminator) -> _Judge:
