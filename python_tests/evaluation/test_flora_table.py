@@ -147,7 +147,7 @@ def test_the_page_shows_every_main_row_and_no_path(small, tmp_path_factory):
 
 def test_another_batch_size_changes_the_table_by_rounding_alone(tiny_bundle):
     pipeline = FewShotPipeline.from_bundle(tiny_bundle)
-    settings = {"model": tiny_bundle, "n": 3, "shots": (1,), "alphas": (2.0,), "n_categories": 1}
+    settings = {"model": tiny_bundle, "n": 3, "shots": (1,), "alphas": (2.0,), "n_categories": 2}
     one, other = (measure_rows(pipeline, ColourJudge(), FloraTableConfig(batch=b, **settings)) for b in (1, 64))
     for a, b in zip(one, other, strict=True):
         assert a.name == b.name
@@ -172,7 +172,9 @@ def test_shots_reference_and_other_drawings_are_different_images(tiny_bundle, mo
     assert {label for label, _ in asked} == {200, 201}
 
 
-@pytest.mark.parametrize("wrong", [{"n": 1}, {"n_categories": 41}, {"shots": ()}, {"alphas": (0.0,)}, {"batch": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"n": 1}, {"n_categories": 41}, {"n_categories": 1}, {"shots": ()}, {"alphas": (0.0,)}, {"batch": 0}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(InputError, match="must be"):
         FloraTableConfig(**wrong)
@@ -190,7 +192,7 @@ def test_the_command_with_an_oracle_from_a_folder(tiny_bundle, tmp_path, capsys)
         oracles[resolution] = tmp_path / f"oracle{resolution}"
         oracles[resolution].mkdir()
         save_oracle(oracles[resolution] / "oracle.safetensors", Oracle(resolution, 4), OracleConfig(), {})
-    words = ["--model", str(tiny_bundle), "--out", str(tmp_path / "table"), "--n", "3", "--n-categories", "1"]
+    words = ["--model", str(tiny_bundle), "--out", str(tmp_path / "table"), "--n", "3", "--n-categories", "2"]
     words += ["--shots", "1", "--alphas", "2"]
     assert main([*words, "--oracle", str(oracles[16])]) == 2
     assert "use an oracle of their resolution" in capsys.readouterr().err

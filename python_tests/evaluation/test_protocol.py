@@ -91,6 +91,14 @@ def test_the_interval_agrees_with_scipys_percentile_bootstrap():
     assert bootstrap_interval(torch.from_numpy(values)) == bootstrap_interval(torch.from_numpy(values))
 
 
+def test_one_category_has_no_interval_over_categories():
+    scores = evaluate_sets(*draw([4], 10, 1), *draw([1, 4], 10, 2), PixelJudge())
+    assert scores.retention == 1.0 and scores.retention_interval is None
+    assert scores.as_dict()["retention_interval"] is None
+    with pytest.raises(InputError, match="at least two values, got 1"):
+        bootstrap_interval(torch.ones(1))
+
+
 def test_spreads_are_numpys_standard_deviations_and_an_angle_is_one_factor():
     factors = torch.randn(12, 3, generator=torch.Generator().manual_seed(4))
     labels = torch.tensor([0, 0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 9])  # category 9 has one image: it does not count

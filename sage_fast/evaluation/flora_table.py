@@ -57,8 +57,8 @@ class FloraTableConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n_categories <= flora.N_UNSEEN:
-            raise InputError(f"n_categories must be 1 to {flora.N_UNSEEN}, got {self.n_categories}.")
+        if not 2 <= self.n_categories <= flora.N_UNSEEN:
+            raise InputError(f"n_categories must be 2 to {flora.N_UNSEEN}, got {self.n_categories}.")
         if self.n < 2 or self.batch < 1:
             raise InputError(f"n must be at least 2 and batch at least 1, got {self.n} and {self.batch}.")
         if not self.shots or min(self.shots) < 1 or not self.alphas or min(self.alphas) <= 0:
