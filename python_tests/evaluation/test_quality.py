@@ -130,6 +130,15 @@ def test_reals_in_place_of_generated_images_score_better_than_a_generator_withou
     assert quality.of_images(reals)["fd_discriminator"] == pytest.approx(0, abs=1e-6)
 
 
+def test_of_more_images_as_many_as_are_generated_are_measured_from_all_categories(network, reals):
+    quality = Quality(CONFIG, reals, network)
+    by_category = render(np.arange(960) // 24, 1000 + np.arange(960) % 24, RESOLUTION)[0]
+    assert quality.of_images(by_category) == quality.of_images(by_category[::10])
+    assert (
+        quality.of_images(by_category)["fd_discriminator"] < quality.of_images(by_category[:96])["fd_discriminator"] / 2
+    )
+
+
 def test_features_of_the_reals_are_made_once(reals):
     network = DiscriminatorFeatures(DISCRIMINATOR)
     seen = []

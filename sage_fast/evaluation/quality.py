@@ -119,8 +119,14 @@ class Quality:
         return self._scores(torch.cat([self._features(images) for images in self.generate(generator)]))
 
     def of_images(self, images: Tensor) -> dict[str, float]:
-        """Scores of any images [N, C, R, R] in place of generated ones; training images give what can be hoped for."""
-        return self._scores(torch.cat([self._features(part) for part in images.split(self.config.batch)]))
+        """Scores of any images [N, C, R, R] in place of generated ones; training images give what can be hoped for.
+
+        Where there are more than ``n_images``, that many at equal distances: as many as are generated, and of all categories
+        of images that lie in their order.
+        """
+        n = min(self.config.n_images, len(images))
+        parts = images[torch.arange(n) * len(images) // max(n, 1)].split(self.config.batch)
+        return self._scores(torch.cat([self._features(part) for part in parts]))
 
     @torch.no_grad()
     def generate(self, generator: Generator) -> Iterator[Tensor]:
