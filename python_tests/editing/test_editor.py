@@ -230,6 +230,10 @@ def test_distributions_of_one_editor_are_independent(seen, dictionaries, shots):
         ({"n_directions": K + 1}, f"n_directions must be 1 to {K}"),
         ({"n_components": 13}, "n_components must be 1 to 12"),
         ({"n_components": ()}, "n_components must hold"),
+        ({"n_components": 3.0}, "n_components must be a whole number, got 3.0"),
+        ({"n_components": (2, "3")}, "n_components must be a whole number, got '3'"),
+        ({"n_similar": 3.0}, "n_similar must be a whole number, got 3.0"),
+        ({"n_directions": 2.5}, "n_directions must be a whole number, got 2.5"),
         ({"covariance": "full"}, "covariance must be one of joint, per_layer, diagonal"),
         ({"reading": "mine"}, "reading must be one of"),
         ({"shrinkage": 1.5}, "shrinkage must be 0 to 1"),
@@ -237,11 +241,35 @@ def test_distributions_of_one_editor_are_independent(seen, dictionaries, shots):
         ({"keep_fine_residual": True, "class_embedding_mapping": False}, "no effect without class_embedding_mapping"),
         ({"each_shot": True, "class_embedding_mapping": False}, "each_shot has no effect without"),
         ({"beta": -1.0}, "beta must not be negative"),
+        ({"beta": float("nan")}, "beta must not be negative"),
     ],
 )
 def test_refuses_settings(dictionaries, settings, message):
     with pytest.raises(InputError, match=message):
         FewShotEditor(*dictionaries, **settings)
+
+
+def test_whole_numbers_may_be_numpys(seen, dictionaries, shots):
+    plain = {"n_components": 3, "n_similar": 4, "n_directions": 2}
+    ours, numpys = (
+        _adapt(seen, dictionaries, shots, **settings)
+        for settings in (plain, {name: np.int64(value) for name, value in plain.items()})
+    )
+    assert torch.equal(ours.bases, numpys.bases) and torch.equal(ours.direction_mask, numpys.direction_mask)
+    several = FewShotEditor(*dictionaries, n_components=np.array([2, 3])).n_components
+    assert several == (2, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_dtype_is_refused_by_name(seen, dictionaries, shots, method):
+    w_plus, labels, directions = seen
+    editor = FewShotEditor(*dictionaries, **METHODS[method])
+    with pytest.raises(InputError, match="w_plus must be torch.float32, as the dictionaries are, got torch.float64"):
+        editor.fit(w_plus.double(), labels)
+    with pytest.raises(InputError, match="w_plus must be torch.float32, as the dictionaries are, got torch.float64"):
+        editor.fit(w_plus, labels).adapt(shots.double())
+    with pytest.raises(InputError, match="one dtype"):
+        FewShotEditor(dictionaries[0], CategoryIrrelevantDictionary(directions.double()), **METHODS[method])
 
 
 def test_refuses_what_does_not_fit(seen, dictionaries, shots):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -126,13 +127,15 @@ class FewShotEditor:
     ) -> None:
         self.relevant, self.irrelevant = relevant, irrelevant
         most = self._most()
-        self.n_similar = min(_N_SIMILAR, most["n_similar"]) if n_similar is None else n_similar
-        self.n_directions = min(_N_DIRECTIONS, most["n_directions"]) if n_directions is None else n_directions
+        n_similar = min(_N_SIMILAR, most["n_similar"]) if n_similar is None else n_similar
+        n_directions = min(_N_DIRECTIONS, most["n_directions"]) if n_directions is None else n_directions
+        self.n_similar, self.n_directions = _whole("n_similar", n_similar), _whole("n_directions", n_directions)
         self.class_embedding_mapping, self.adaptive_editing = class_embedding_mapping, adaptive_editing
         self.covariance, self.shrinkage = covariance, shrinkage
         if n_components is None:
             n_components = relevant.n_components
-        self.n_components = (n_components,) if isinstance(n_components, int) else tuple(n_components)
+        several = n_components if isinstance(n_components, Iterable) else (n_components,)
+        self.n_components = tuple(_whole("n_components", t_b) for t_b in several)
         self.each_shot = each_shot
         self.keep_fine_residual, self.beta, self.alpha, self.reading = keep_fine_residual, beta, alpha, reading
         self._check()
@@ -181,7 +184,8 @@ class FewShotEditor:
             InputError: tensors that do not belong together, or fewer than two latents.
         """
         embeddings = self.relevant.class_embeddings_
-        check_w_plus(w_plus, *embeddings.shape[1:])
+        _, n_latent, style_dim = embeddings.shape
+        check_w_plus(w_plus, n_latent, style_dim, embeddings.dtype)
         check_labels(labels, len(w_plus), len(embeddings))
         self.codes_ = self.irrelevant.transform(
             w_plus.detach(), self.irrelevant.transform(embeddings), labels
@@ -201,7 +205,9 @@ class FewShotEditor:
         """
         if not hasattr(self, "codes_"):
             raise InputError("this FewShotEditor is not fitted; call fit(w_plus, labels) first.")
-        check_w_plus(shots_w_plus, *self.relevant.class_embeddings_.shape[1:])
+        embeddings = self.relevant.class_embeddings_
+        _, n_latent, style_dim = embeddings.shape
+        check_w_plus(shots_w_plus, n_latent, style_dim, embeddings.dtype)
         shots = shots_w_plus.detach()
         pool = self._all or self._pool_similar(self.similar_categories(shots))
         estimates = self._estimates(shots)
@@ -303,9 +309,12 @@ class FewShotEditor:
         return {"n_similar": len(self.relevant.class_embeddings_), "n_directions": self.irrelevant.directions.shape[2]}
 
     def _check(self) -> None:
-        shapes = [tuple(self.relevant.leading().shape[:2]), tuple(self.irrelevant.directions.shape[:2])]
-        if shapes[0] != shapes[1]:
-            raise InputError(f"relevant and irrelevant must have the same L and D, got {shapes[0]} and {shapes[1]}.")
+        both = self.relevant.leading(), self.irrelevant.directions
+        kinds = [(*tensor.shape[:2], tensor.dtype) for tensor in both]
+        if kinds[0] != kinds[1]:
+            raise InputError(
+                f"relevant and irrelevant must have the same L and D and one dtype, got {kinds[0]} and {kinds[1]}."
+            )
         for name, most in self._most().items():
             if not 1 <= getattr(self, name) <= most:
                 what = "seen categories" if name == "n_similar" else "directions of a layer"
@@ -327,5 +336,13 @@ class FewShotEditor:
         for name in ("keep_fine_residual", "each_shot"):
             if getattr(self, name) and not self.class_embedding_mapping:
                 raise InputError(f"{name} has no effect without class_embedding_mapping; leave it out.")
-        if self.beta < 0:
+        if not self.beta >= 0:
             raise InputError(f"beta must not be negative, got {self.beta}.")
+
+
+def _whole(name: str, value: Any) -> int:
+    """``value`` as an int, NumPy's among them; InputError for what is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} must be a whole number, got {value!r:.60}.") from None

@@ -61,8 +61,10 @@ def residuals(w_plus: Tensor, labels: Tensor, embeddings: Tensor) -> Tensor:
     return w_plus - embeddings[labels]
 
 
-def check_w_plus(w_plus: Tensor, n_latent: int | None = None, style_dim: int | None = None) -> None:
-    """Raise InputError unless ``w_plus`` holds at least one finite latent [N, L, D], with these L and D where given."""
+def check_w_plus(
+    w_plus: Tensor, n_latent: int | None = None, style_dim: int | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError unless ``w_plus`` holds at least one finite latent [N, L, D], with these L, D and dtype where given."""
     shape = f"[N, {n_latent or 'L'}, {style_dim or 'D'}]"
     if w_plus.ndim != 3 or not w_plus.is_floating_point() or 0 in w_plus.shape:
         raise InputError(f"w_plus must be floating point {shape} with N >= 1, got {w_plus.dtype} {list(w_plus.shape)}.")
@@ -70,6 +72,10 @@ def check_w_plus(w_plus: Tensor, n_latent: int | None = None, style_dim: int | N
         raise InputError(
             f"w_plus must have shape {shape}, as the dictionaries have, got {list(w_plus.shape)}; embed the images "
             "with the encoder that these dictionaries were made with."
+        )
+    if w_plus.dtype != (dtype or w_plus.dtype):
+        raise InputError(
+            f"w_plus must be {dtype}, as the dictionaries are, got {w_plus.dtype}; convert it with .to({dtype})."
         )
     if not bool(w_plus.sum().isfinite()):
         raise InputError("w_plus holds values that are not finite; embed the images again.")
