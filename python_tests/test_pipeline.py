@@ -73,6 +73,13 @@ def test_the_batch_does_not_show(pipeline, shots, method, fusion):
         assert all(grey_levels_apart(one.fused[name], other.fused[name]) <= 1 for name in one.fused)
 
 
+@pytest.mark.parametrize("method", ["sage", "inversion"])
+def test_no_numbers_are_no_images(pipeline, shots, method):
+    none = pipeline.draw(pipeline.prepare(shots, method), [], fusion=["pixel", "frequency", "both"])
+    assert none.w_plus.shape == (0, *pipeline.codes.w_plus.shape[1:]) and none.sources.shape == (0,)
+    assert {images.shape for images in (none.images, *none.fused.values())} == {(0, *shots.shape[1:])}
+
+
 def test_a_sample_depends_on_its_number_and_not_on_its_company(pipeline, shots):
     novel = pipeline.prepare(shots)
     all_of_them = pipeline.draw(novel, range(150), seed=1, category="lily")

@@ -331,7 +331,7 @@ class FewShotPipeline:
         if novel.distribution is None:
             check_used("inversion", [] if alpha is None else ["alpha"])
             return novel.w_plus[torch.tensor(numbers, dtype=torch.int64) % len(novel.w_plus)]
-        parts = []
+        parts = [novel.w_plus[:0]]
         for run in stretches(numbers):
             noise = [normals(seed, category, number, novel.distribution.n_random) for number in run]
             parts.append(novel.distribution.sample_with(torch.stack(noise), alpha, run.start))

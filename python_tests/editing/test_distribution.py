@@ -201,5 +201,7 @@ def test_none_and_misuse():
         distribution.sample_with(torch.zeros(2, M, dtype=torch.float64))
     with pytest.raises(InputError, match="first"):
         distribution.sample(2, first=-1)
+    with pytest.raises(InputError, match="n, how many to draw, must be 0 or more, got -1"):
+        distribution.sample(-1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         distribution.alpha = 1.0

@@ -96,7 +96,11 @@ class ClassDistribution:
             first: number of the first sample; sample j edits base j mod B.
         Returns:
             offsets [n, L, D]. Drawn with one ``rng`` in batches of multiples of 16, the samples are those of one call.
+        Raises:
+            InputError: as :meth:`sample_with`, or a negative ``n``.
         """
+        if n < 0:
+            raise InputError(f"n, how many to draw, must be 0 or more, got {n}.")
         width = -(-self.n_random // 16) * 16  # torch draws in sixteens: so the stream does not depend on n
         noise = torch.randn(n, width, generator=rng, dtype=self.mean.dtype, device=rng.device if rng else None)
         return self.sample_with(noise[:, : self.n_random].to(self.mean.device), alpha, first)
