@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sage_fast import Augmenter
 from sage_fast.data.folders import scan_image_folder
+from sage_fast.errors import InputError
 from sage_fast.generation import GenerateConfig
 
 
@@ -91,6 +92,8 @@ def train(arguments: argparse.Namespace) -> list[float]:
         network, loader = network_and_loader(
             dataset, a.net, len(real.classes), a.size, a.batch, a.workers, arguments.seed
         )
+        if not len(loader):  # timm's leaves out the last batch where it is not whole
+            raise InputError(f"--batch must be at most the {len(dataset)} samples of an epoch, got {a.batch}.")
         optimizer = torch.optim.SGD(network.parameters(), lr=arguments.lr, momentum=0.9)
         for epoch in range(arguments.epochs):
             dataset.set_epoch(epoch)  # before the loader begins; a DistributedSampler has its own

@@ -6,7 +6,10 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 import train_with_generated
+
+from sage_fast.errors import InputError
 
 
 def arguments(bundle, shots, *more):
@@ -28,3 +31,12 @@ def test_without_timm_it_says_so_and_trains(tiny_bundle, tiny_shots, capsys, mon
     losses = train_with_generated.main(arguments(tiny_bundle, tiny_shots, "--workers", "0", "--lr", "0.1"))
     assert np.isfinite(losses).all()
     assert "timm is not installed" in capsys.readouterr().out
+
+
+def test_a_batch_of_more_than_all_samples_is_refused(tiny_bundle, tiny_shots, monkeypatch):
+    def of_whole_batches(dataset, net, n_classes, size, batch, workers, seed):
+        return torch.nn.Linear(1, n_classes), torch.utils.data.DataLoader(dataset, batch, drop_last=True)
+
+    monkeypatch.setattr(train_with_generated, "network_and_loader", of_whole_batches)
+    with pytest.raises(InputError, match="--batch must be at most the 13 samples of an epoch, got 64"):
+        train_with_generated.main([*arguments(tiny_bundle, tiny_shots), "--batch", "64"])
