@@ -261,6 +261,30 @@ def test_whole_numbers_may_be_numpys(seen, dictionaries, shots):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_categories_of_one_latent_each_say_nothing_of_edits(seen, dictionaries, shots, method):
+    w_plus, labels, directions = seen
+    one = slice(S)  # of each category
+    relevant = CategoryRelevantDictionary(5).fit(w_plus[one], labels[one])
+    editor = FewShotEditor(relevant, CategoryIrrelevantDictionary(directions), **METHODS[method])
+    with pytest.raises(InputError, match="how the latents of a seen category differ, and each of the 12 categories"):
+        editor.fit(w_plus[one], labels[one]).adapt(shots)
+    of_all = FewShotEditor(*dictionaries, **METHODS[method]).fit(w_plus[one], labels[one]).adapt(shots)
+    assert of_all.sample(2).diff(dim=0).abs().max() > 0.1  # embeddings of more latents: the codes are not zero
+
+
+def test_similar_categories_of_one_latent_each_are_refused(seen):
+    w_plus, labels, directions = seen
+    kept = (labels < S // 2) | (torch.arange(len(labels)) < S)  # the second family has one latent a category
+    relevant = CategoryRelevantDictionary(5).fit(w_plus[kept], labels[kept])
+    editor = FewShotEditor(relevant, CategoryIrrelevantDictionary(directions), n_similar=3).fit(
+        w_plus[kept], labels[kept]
+    )
+    assert editor.adapt(w_plus[labels == 2][:1]).sample(2).diff(dim=0).abs().max() > 0.1
+    with pytest.raises(InputError, match="each of the 3 categories to draw on has one; .* or raise n_similar"):
+        editor.adapt(w_plus[labels == 8][:1])
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_another_dtype_is_refused_by_name(seen, dictionaries, shots, method):
     w_plus, labels, directions = seen
     editor = FewShotEditor(*dictionaries, **METHODS[method])

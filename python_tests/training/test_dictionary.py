@@ -211,6 +211,10 @@ def test_refuses_what_does_not_fit(tmp_path, images):
         train_dictionary(TINY, w_plus, labels, images[:3], G, None, tmp_path)
     with pytest.raises(InputError, match=r"\[N, L, D\] and \[N\]"):
         train_dictionary(LATENT, w_plus, labels[:3], None, None, None, tmp_path)
+    with pytest.raises(
+        InputError, match="must give one category two codes at least, got 3 codes of as many categories"
+    ):
+        train_dictionary(LATENT, w_plus[:3], torch.arange(3), None, None, None, tmp_path)
 
 
 def test_another_data_set_is_refused(tmp_path, images):

@@ -24,8 +24,8 @@ def test_the_first_codes_of_each_category_are_kept():
     kept = _first_of_each(table, 2)
     assert kept.w_plus.flatten().tolist() == [0, 1, 2, 4, 5]
     assert kept.labels.tolist() == [1, 0, 1, 0, 2] and kept.files == ["0.png", "1.png", "2.png", "4.png", "5.png"]
-    with pytest.raises(InputError, match="codes_per_category must be at least 1"):
-        BundleConfig(codes_per_category=0)
+    with pytest.raises(InputError, match="codes_per_category must be at least 2, since edits are drawn from"):
+        BundleConfig(codes_per_category=1)
 
 
 def test_a_bundle_names_files_but_not_the_folders_of_its_maker(tmp_path):
@@ -53,6 +53,10 @@ def test_seen_images_may_come_from_a_data_set_object_and_lie_in_a_cache(tmp_path
     ):
         read_seen(one, 8)
     assert read_seen(one, 8, needs_two=None).categories == ["c0"]
+    apart = [row | {"label": f"c{i}"} for i, row in enumerate(rows)]
+    with pytest.raises(InputError, match=r"one image in each of its 6 categories, expected two in one at least"):
+        read_seen(apart, 8)
+    assert len(read_seen(apart, 8, needs_two="it makes a class of each").categories) == 6
 
 
 def test_two_ranks_walk_the_road_as_one_does(tmp_path, tiny_bundle):

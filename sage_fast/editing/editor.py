@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sage_fast.editing.distribution import COVARIANCES, ClassDistribution
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 from sage_fast.factorization.category_irrelevant import (
     READINGS,
     CategoryIrrelevantDictionary,
@@ -192,6 +192,8 @@ class FewShotEditor:
         )  # [N, L, K]
         self.labels_ = labels
         self._seen = self._statistics()
+        single = self._seen.counts[labels] == 1  # whose codes are zero, unless the embeddings are of other latents too
+        self._single_are_embeddings = torch.equal(w_plus[single], embeddings[labels[single]])
         self._all = None if self.adaptive_editing else self._pool_all()
         return self
 
@@ -292,6 +294,11 @@ class FewShotEditor:
         rows = torch.isin(self.labels_, categories).nonzero().flatten()
         if len(rows) < 2:
             raise InputError("a covariance needs at least 2 latents of seen categories, got 1; embed more images.")
+        if self._single_are_embeddings and int(self._seen.counts[categories].max()) < 2:
+            raise InputError(
+                "edits are drawn from how the latents of a seen category differ, and each of the "
+                f"{counted(len(categories), 'category')} to draw on has one; keep the codes of more images of each, or raise n_similar."
+            )
         edited = torch.zeros(len(used), 1, dtype=torch.bool, device=used.device)
         edited[self._edited_layers()] = True
         mean = self._seen.sums[categories].sum(0) / len(rows)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sage_fast.data.folders import ImageSet
 from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, counted
 from sage_fast.factorization.category_irrelevant import (
     READINGS,
     CategoryIrrelevantDictionary,
@@ -282,6 +282,11 @@ def _check(
             f"w_plus and labels must have shapes [N, L, D] and [N], got {list(w_plus.shape)} and {list(labels.shape)}."
         )
     check_width(config, w_plus.shape[2])
+    if len(labels.unique()) == len(labels):
+        raise InputError(
+            f"labels must give one category two codes at least, got {counted(len(labels), 'code')} of as many categories: directions "
+            "are learned from how the codes of a category differ."
+        )
     if config.rec_weight == 0:
         return
     if generator is None or images is None:

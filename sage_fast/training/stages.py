@@ -75,7 +75,8 @@ class BundleConfig:
 
     ``dtype``: how weights and codes are stored; float16 halves the files.
     ``discriminator``: keep it too, to tune further.
-    ``codes_per_category``: keep the codes of the first images of each seen category only; None keeps all.
+    ``codes_per_category``: keep the codes of the first images of each seen category only; None keeps all. Edits are drawn from
+    how the kept ones differ: of n they have 1 - 1/n of the variance of many.
     """
 
     dtype: Literal["float32", "float16"] = "float32"
@@ -83,8 +84,11 @@ class BundleConfig:
     codes_per_category: int | None = None
 
     def __post_init__(self) -> None:
-        if self.codes_per_category is not None and self.codes_per_category < 1:
-            raise InputError(f"codes_per_category must be at least 1, got {self.codes_per_category}.")
+        if self.codes_per_category is not None and self.codes_per_category < 2:
+            raise InputError(
+                "codes_per_category must be at least 2, since edits are drawn from how the codes of a category differ, got "
+                f"{self.codes_per_category}."
+            )
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,8 @@ def read_seen(
         upscale: allow a resolution above that of the images.
         needs_two: why one category is too few, for the message; None: it is not.
     Raises:
-        InputError: unusable images, or one category (images that lie in no folder of a category are one) where two are needed.
+        InputError: unusable images, or one category (images that lie in no folder of a category are one) where two are needed,
+            or no two images of one.
     """
     n_latent_of(resolution)
     listing = open_source(data, flat_ok=True)
@@ -202,6 +207,11 @@ def read_seen(
         raise InputError(
             f"Data {str(listing.root)!r} has 1 category ({listing.categories[0]}), expected at least 2, since {needs_two}; "
             "give a folder of images per category."
+        )
+    if needs_two == _EDITS and len(set(listing.labels)) == len(listing):
+        raise InputError(
+            f"Data {str(listing.root)!r} has one image in each of its {len(listing.categories)} categories, expected two in one at "
+            "least, since the dictionaries are learned from how images of a category differ; put those of a category together."
         )
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
