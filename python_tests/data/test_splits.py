@@ -16,7 +16,7 @@ from sage_fast.data.folders import ImageFolder, ImageSet
 from sage_fast.data.images import UnreadableImage
 from sage_fast.data.sources import open_source
 from sage_fast.data.splits import Split, draw_split, hold_out, load_split, split_seen_unseen, take_shots, write_split
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, SageFastWarning
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "splits"
 
@@ -186,6 +186,24 @@ def test_a_split_is_written_byte_for_byte(tmp_path, packed):
     shots, real = take_shots(folder({"été 1": 5, "桜": 6}), 2, seed=1)
     assert sorted(out["shots"]) == sorted(shots.files) and sorted(out["real"]) == sorted(real.files)
     assert load_split(tmp_path / "out" / "split.json").unseen == ("été 1", "桜")
+
+
+def test_copies_of_what_is_learned_or_generated_from_are_not_compared_with(tmp_path):
+    data = written(tmp_path / "data", {"a": 3, "b": 3, "c": 5})
+    shot = take_shots(folder({"c": 5}), 1)[0].files[0]
+    others = sorted(path for path in (data / "c").iterdir() if path.name != Path(shot).name)
+    others[0].write_bytes((data / shot).read_bytes())
+    others[1].write_bytes((data / "a" / "001.png").read_bytes())
+    split = Split("x", ("a", "b"), ("c",))
+    with pytest.warns(SageFastWarning, match="real/: 2 images of unseen categories, with the bytes of one in seen/"):
+        found = write_split(open_source(data), split, tmp_path / "out", 1)
+    assert found == {"seen": 6, "shots": 1, "real": 2}
+    assert sorted(listed(tmp_path / "out" / "real")) == [f"c/{path.name}" for path in others[2:]]
+    for path in others[2:]:
+        path.write_bytes((data / shot).read_bytes())
+    with pytest.raises(InputError, match="No image of 'c' is left beside its 1 shot"):
+        write_split(open_source(data), split, tmp_path / "none", 1)
+    assert not list((tmp_path / "none").iterdir())
 
 
 def test_a_split_that_cannot_be_written_leaves_nothing(tmp_path):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TypeVar
 from sage_fast.data.folders import ImageFolder, ImageSet
 from sage_fast.data.images import UnreadableImage
 from sage_fast.data.writers import MARKER, cannot_write, check_apart, prepare_output, write_json
-from sage_fast.errors import InputError, counted
+from sage_fast.errors import InputError, SageFastWarning, counted
 
 Images = TypeVar("Images", ImageFolder, ImageSet)
 
@@ -98,27 +99,28 @@ def write_split(
     """Copy images, byte for byte, to ``seen``, ``shots`` and ``real`` in a new folder, each ``<category>/<image>``.
 
     ``shots`` has the given images of each unseen category (:func:`take_shots`), ``real`` its others; ``split.json`` is
-    the split.
+    the split. What is learned or generated from is not to be compared with: images with the very bytes of one in ``seen`` or
+    ``shots`` are left out of ``real``, with a warning.
 
     Returns:
         The number of images in each of the three.
 
     Raises:
-        InputError: a category of the split is not there or has no more than ``n_shots`` images, ``out`` is not empty, or
-            an image is no file.
+        InputError: a category of the split is not there or has no image left for ``real``, ``out`` is not empty, or an
+            image is no file.
     """
     seen, unseen = split_seen_unseen(images, split)
     shots, real = take_shots(unseen, n_shots, seed)
-    if lacking := set(unseen.categories) - {unseen.categories[label] for label in real.labels}:
-        raise InputError(
-            f"No image of {min(lacking)!r} is left beside its {counted(n_shots, 'shot')}; take fewer shots."
-        )
+    _check_left(unseen, set(real.labels), n_shots)
     check_apart(out, {"the images": images.root})
     folder = prepare_output(out, offers=())
     parts = {"seen": seen, "shots": shots, "real": real}
+    written: dict[str, list[tuple[int, bytes]]] = {}
     try:
         for name, part in parts.items():
-            _copy(part, folder / name)
+            known = {digest for rows in written.values() for _, digest in rows}
+            written[name] = _copy(part, folder / name, known if name == "real" else set())
+        _check_left(unseen, {label for label, _ in written["real"]}, n_shots)
     except BaseException:  # nothing half-written
         for name in parts:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -126,10 +128,26 @@ def write_split(
             (folder / MARKER).unlink(missing_ok=True)
         raise
     write_json(folder / "split.json", {"name": split.name, "seen": split.seen, "unseen": split.unseen})
-    return {name: len(part) for name, part in parts.items()}
+    if copies := len(real) - len(written["real"]):
+        warnings.warn(
+            f"Left out of real/: {counted(copies, 'image')} of unseen categories, with the bytes of one in seen/ or shots/.",
+            SageFastWarning,
+            stacklevel=2,
+        )
+    return {name: len(rows) for name, rows in written.items()}
 
 
-def _copy(images: ImageFolder, folder: Path) -> None:
+def _check_left(unseen: ImageFolder, labels: set[int], n_shots: int) -> None:
+    """Raise InputError unless each category has an image among those with ``labels``."""
+    if lacking := set(unseen.categories) - {unseen.categories[label] for label in labels}:
+        raise InputError(
+            f"No image of {min(lacking)!r} is left beside its {counted(n_shots, 'shot')}; take fewer shots."
+        )
+
+
+def _copy(images: ImageFolder, folder: Path, known: set[bytes]) -> list[tuple[int, bytes]]:
+    """Write the images, without those whose SHA-256 is known; label and SHA-256 of each that was written."""
+    written = []
     for i, content in images.contents():
         category, *rest = images.categories[images.labels[i]], *PurePosixPath(images.files[i]).parts[1:]
         target = folder / category / "_".join(rest)
@@ -137,11 +155,16 @@ def _copy(images: ImageFolder, folder: Path) -> None:
             why = content.reason if isinstance(content, UnreadableImage) else "pixels, and no file to copy"
             raise InputError(f"{str(images.root)!r} cannot be split at {images.files[i]!r}: {why}; give other images.")
         data = content if isinstance(content, bytes) else content.read_bytes()
+        digest = hashlib.sha256(data).digest()
+        if digest in known:
+            continue
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
         except OSError as error:
             raise cannot_write(target, error) from error
+        written.append((images.labels[i], digest))
+    return written
 
 
 def take_shots(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:
