@@ -102,6 +102,24 @@ def test_a_label_says_what_the_image_shows(mixed, augmenter):
         assert known[image.permute(2, 0, 1).numpy().tobytes()] == CLASSES[label]
 
 
+def set_epochs(dataset):
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        samples(dataset)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_process_that_was_given_the_dataset_sets_its_epochs(mixed, start):
+    dataset = mixed(transform=to_tensor)
+    time.sleep(0.5)  # so that the thread is at rest
+    process = torch.multiprocessing.get_context(start).Process(target=set_epochs, args=(dataset,))
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0 and dataset.epoch == 2
+
+
 def test_samples_are_a_function_of_seed_epoch_index_and_rank(mixed, monkeypatch):
     dataset, order = mixed(), np.random.default_rng(1).permutation(24)
     first = samples(dataset)

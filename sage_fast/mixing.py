@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["MixedDataset", "MixedStream", "to_pil"]
 
 _POLL = 0.001  # seconds between two looks for an image that is not drawn yet
+_LOOK = 0.02  # seconds between two looks of a thread at rest for an epoch that another process has set
 _RUNNING, _CLOSED, _FAILED = 0, 1, 2
 _MESSAGE = 1000  # bytes of an error that workers can show
 
@@ -327,7 +328,7 @@ class _Thread:
                 if later is not None:
                     ahead[later] = self._draw(*later)
                 elif not self._ended.is_set():
-                    self.wake.wait()
+                    self.wake.wait(_LOOK)
             yield
 
     def _draw(self, chunk: int, version: int) -> np.ndarray:
