@@ -102,6 +102,12 @@ def test_a_label_says_what_the_image_shows(mixed, augmenter):
         assert known[image.permute(2, 0, 1).numpy().tobytes()] == CLASSES[label]
 
 
+def test_what_the_real_dataset_makes_of_its_labels_is_made_of_the_generated_ones(mixed):
+    real = Real()
+    real.target_transform = lambda label: label + 100
+    assert [mixed(real)[N_REAL + i][1] for i in range(3)] == [101, 103, 101]
+
+
 def set_epochs(dataset):
     for epoch in range(3):
         dataset.set_epoch(epoch)

@@ -57,7 +57,8 @@ class MixedDataset(torch.utils.data.Dataset[Any]):
 
     Args:
         augmenter: whose categories are drawn, all lines of its plan as often.
-        real: (image, label) by index, with a length; its ``transform``, if it has one, is applied to generated images too.
+        real: (image, label) by index, with a length; its ``transform`` and ``target_transform``, if it has them, are applied to
+            generated images and their labels too.
         ratio: share of generated samples, above 0 and below 1: there are round(len(real) * ratio / (1 - ratio)).
         classes: names of the labels, or name -> label; None: what ``real`` calls ``class_to_idx`` or ``classes``.
         transform: applied to the images of both; can be set later, as timm does.
@@ -110,8 +111,9 @@ class MixedDataset(torch.utils.data.Dataset[Any]):
         number, line = divmod(index - len(self.real), len(self.labels))
         n_each = len(self._shown.pixels) // len(self.labels)
         image = self.as_image(self._shown.read(line * n_each + number % n_each))
-        transform = self.transform or getattr(self.real, "transform", None)
-        return (image if transform is None else transform(image)), self.labels[line]
+        transform, of_labels = (getattr(self.real, name, None) for name in ("transform", "target_transform"))
+        transform, label = self.transform or transform, self.labels[line]
+        return image if transform is None else transform(image), label if of_labels is None else of_labels(label)
 
     @property
     def transform(self) -> Callable[[Any], Any] | None:
