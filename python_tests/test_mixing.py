@@ -108,6 +108,14 @@ def test_what_the_real_dataset_makes_of_its_labels_is_made_of_the_generated_ones
     assert [mixed(real)[N_REAL + i][1] for i in range(3)] == [101, 103, 101]
 
 
+@pytest.mark.parametrize("sample", [{"image": None, "label": 1}, Image.new("RGB", (8, 8)), (1,)])
+def test_a_real_sample_that_is_no_pair_is_named(mixed, sample):
+    real = Real()
+    real.__class__ = type("Others", (Real,), {"__getitem__": lambda self, index: sample})
+    with pytest.raises(InputError, match=rf"real\[3\] must be \(image, label\), got {type(sample).__name__};"):
+        mixed(real)[3]
+
+
 def set_epochs(dataset):
     for epoch in range(3):
         dataset.set_epoch(epoch)

@@ -106,7 +106,7 @@ class MixedDataset(torch.utils.data.Dataset[Any]):
             raise IndexError(f"index {index} of a dataset of {len(self)}")
         index %= len(self)
         if index < len(self.real):
-            image, label = self.real[index][:2]
+            image, label = _pair(self.real[index], index)
             return (image if self.transform is None else self.transform(image)), label
         number, line = divmod(index - len(self.real), len(self.labels))
         n_each = len(self._shown.pixels) // len(self.labels)
@@ -387,6 +387,17 @@ def _labels_of(real: Any, classes: Sequence[str] | Mapping[str, int] | None) -> 
             f"{type(real).__name__} has neither 'class_to_idx' nor 'classes'; give classes, the names of its labels."
         )
     return dict(classes) if isinstance(classes, Mapping) else {name: label for label, name in enumerate(classes)}
+
+
+def _pair(sample: Any, index: int) -> tuple[Any, Any]:
+    """Image and label of a real sample."""
+    try:
+        image, label = sample[:2]
+    except (TypeError, KeyError, ValueError) as error:  # a dictionary, a bare image
+        raise InputError(
+            f"real[{index}] must be (image, label), got {type(sample).__name__}; put a dataset around it that gives the two."
+        ) from error
+    return image, label
 
 
 def _label(labels: dict[str, int], category: str) -> int:
