@@ -116,6 +116,15 @@ def test_a_real_sample_that_is_no_pair_is_named(mixed, sample):
         mixed(real)[3]
 
 
+def test_a_cache_without_shared_memory_is_refused_in_a_sentence(mixed, monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(InputError, match=r"12 images takes .* MiB of shared memory.*No space left.*make cache smaller"):
+        mixed()
+
+
 def set_epochs(dataset):
     for epoch in range(3):
         dataset.set_epoch(epoch)

@@ -68,7 +68,7 @@ class MixedDataset(torch.utils.data.Dataset[Any]):
             they are in use up to ``cache / epochs_per_image`` of the next epoch are drawn.
         epochs_per_image: how many epochs an image is used for; then another takes its place.
     Raises:
-        InputError: a setting; a category that is no class of ``real``; or two transforms.
+        InputError: a setting; a category that is no class of ``real``; two transforms; or no shared memory for the cache.
     """
 
     def __init__(
@@ -363,8 +363,14 @@ def _start(augmenter: Augmenter, n_each: int, seed: int, epochs_per_image: int) 
         batch,
         epochs_per_image,
     )
-    for tensor in (shown.pixels, shown.versions, shown.wanted, shown.state, shown.message):
-        tensor.share_memory_()
+    try:
+        for tensor in (shown.pixels, shown.versions, shown.wanted, shown.state, shown.message):
+            tensor.share_memory_()
+    except RuntimeError as error:  # torch names a file that nobody knows
+        raise InputError(
+            f"A cache of {n_images} images takes {shown.pixels.nbytes / 2**20:.1f} MiB of shared memory, which there is not "
+            f"({str(error).rpartition(': ')[2]}); make cache smaller, or /dev/shm larger (of a container: --shm-size)."
+        ) from error
     return shown, _Thread(shown, Prepared(augmenter.pipeline, plan), plan_of_version)
 
 
