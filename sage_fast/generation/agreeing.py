@@ -26,7 +26,7 @@ from sage_fast.pipeline import FewShotPipeline
 
 __all__ = [
     "agree", "choose_config_encoder", "digest_of_lost_config", "first_images", "format_of", "prepare_output_of",
-    "read_settings", "shape_of", "take_back_missing", "with_settings",
+    "read_settings", "shape_of", "shard_of", "take_back_missing", "with_settings",
 ]  # fmt: skip
 
 _FREE = ("version", "device", "shots_dir", "n_images", "plan", "checksums")  # may differ in a run's continuation
@@ -68,7 +68,7 @@ def agree(
         plan = replace(plan, batch=int(old["batch"]))
     if config.shard_mb is not None:
         same = old is not None and old.get("shard_mb") == config.shard_mb
-        plan = replace(plan, shard=int(old["shard"]) if old and same else _shard_of(pipeline, plan, encoder, config))
+        plan = replace(plan, shard=int(old["shard"]) if old and same else shard_of(pipeline, plan, encoder, config))
     room_for(pipeline, plan, torch.get_num_threads())
     settings = _resolve(pipeline, plan, encoder, config)
     format = choose_format(config.format, store, plan, encoder, shape_of(pipeline))
@@ -155,10 +155,10 @@ def _resolve(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, con
     }
 
 
-def _shard_of(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> int:
+def shard_of(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, config: GenerateConfig) -> int:
     """How many images make a tar file of ``config.shard_mb``, by the size of the first ones: a function of the plan."""
     format = choose_format("webdataset", open_store("."), plan, encoder, shape_of(pipeline))
-    sizes = [_tar_size(image) for image in first_images(pipeline, format)]
+    sizes = [format.taken(image) for image in first_images(pipeline, format)]
     return max(1, int(float(config.shard_mb or 0) * _MB * len(sizes) / sum(sizes)))
 
 
@@ -167,11 +167,6 @@ def first_images(pipeline: FewShotPipeline, format: Format) -> list[Stored]:
     latents = draw_latents(Prepared(pipeline, format.plan), format.plan.batches(0)[0])
     contents = format.contents(draw_images(pipeline, latents))
     return [format.store(*one) for one in zip(latents.positions, contents, latents.about())]
-
-
-def _tar_size(image: Stored) -> int:
-    """Bytes that an image, its label and its description take: each a header and whole blocks of 512."""
-    return sum(512 + -(-size // 512) * 512 for size in (image.size, 1, len(json.dumps(image.about))))
 
 
 def shape_of(pipeline: FewShotPipeline) -> tuple[int, int, int]:

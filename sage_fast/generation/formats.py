@@ -1,8 +1,9 @@
 """What a shard looks like in the output: image files in folders, a tar file, or a piece of one safetensors file.
 
 Each format has the same words. ``store`` makes the bytes of one image, on any thread; ``open`` begins a shard, whose
-images are then added in their order; what is closed is whole. ``read`` gives the stored bytes back. ``contents`` is what
-``store`` takes: pixels, or files where the encoder works on the device that drew them.
+images are then added in their order; what is closed is whole. ``read`` gives the stored bytes back, ``taken`` says how many an
+image takes in the output. ``contents`` is what ``store`` takes: pixels, or files where the encoder works on the device that
+drew them.
 """
 
 from __future__ import annotations
@@ -146,6 +147,10 @@ class ImageFolders:
         self.target.place(file, data, position)
         return Stored(position, file, len(data), hashlib.sha256(data).hexdigest(), b"", about)
 
+    def taken(self, image: Stored) -> int:
+        """Bytes that an image takes in the output."""
+        return image.size
+
     def open(self, shard: int) -> OpenShard:
         """Nothing is to be begun: images go to their places by themselves."""
         return OpenShard("", None, ExitStack())
@@ -206,6 +211,11 @@ class TarFiles:
         file = self.listed(position, about["category"], about["index"])
         return Stored(position, file, len(data), hashlib.sha256(data).hexdigest(), data, about)
 
+    def taken(self, image: Stored) -> int:
+        """Bytes that an image takes in the output, with its label and its description: each a header and whole blocks."""
+        sizes = (image.size, len(self._label(image)), len(_described(image)))
+        return sum(tarfile.BLOCKSIZE - (-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for size in sizes)
+
     def open(self, shard: int) -> OpenShard:
         """Begin a tar file."""
         stack = ExitStack()
@@ -215,14 +225,16 @@ class TarFiles:
         tar = stack.enter_context(tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT))
 
         def add(image: Stored) -> None:
-            label = str(self.plan.labels[image.about["category"]]).encode()
-            about = json.dumps(image.about).encode()
-            for suffix, data in ((self.encoder.image, image.data), ("cls", label), ("json", about)):
+            parts = {self.encoder.image: image.data, "cls": self._label(image), "json": _described(image)}
+            for suffix, data in parts.items():
                 member = tarfile.TarInfo(f"{image.position:09d}.{suffix}")  # time 0, no owner: bytes of the plan alone
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
         return OpenShard(f"{self.target}/{self.file(shard)}", add, stack)
+
+    def _label(self, image: Stored) -> bytes:
+        return str(self.plan.labels[image.about["category"]]).encode()
 
     def holds(self, shard: int, images: Iterable[Stored]) -> bool:
         """Whether the file is what these images make, between them too."""
@@ -255,6 +267,10 @@ class TarFiles:
     def files(self) -> Iterator[str]:
         """Every name in the output that belongs to an image: the tar files."""
         return (self.file(shard) for shard in range(self.plan.n_shards))
+
+
+def _described(image: Stored) -> bytes:
+    return json.dumps(image.about).encode()
 
 
 class _Hash:
@@ -299,6 +315,10 @@ class ArrayFile:
         """The image's bytes [C, R, R]."""
         data = content if isinstance(content, bytes) else content.tobytes()
         return Stored(position, self.name, len(data), hashlib.sha256(data).hexdigest(), data, about)
+
+    def taken(self, image: Stored) -> int:
+        """Bytes that an image takes in the output, with its label and its index."""
+        return image.size + 16
 
     def open(self, shard: int) -> OpenShard:
         """Begin a piece."""

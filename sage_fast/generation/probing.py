@@ -11,7 +11,7 @@ import torch
 
 from sage_fast.data.writers import atomic_write, check_file, check_output, contact_sheet
 from sage_fast.errors import InputError, counted
-from sage_fast.generation.agreeing import choose_config_encoder, shape_of
+from sage_fast.generation.agreeing import choose_config_encoder, shape_of, shard_of
 from sage_fast.generation.committing import line_of
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, draw_shard
@@ -29,7 +29,10 @@ _CATEGORIES, _EACH = 8, 8  # of a preview
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan amounts to, by its first micro-batch: sizes in bytes, time in seconds for this machine."""
+    """What a plan amounts to, by its first micro-batch: sizes in bytes, time in seconds for this machine.
+
+    ``image_bytes`` are what an image takes in the output, in a tar file with its headers, label and description.
+    """
 
     n_images: int
     n_categories: int
@@ -68,7 +71,7 @@ def estimate(
     plan: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Estimate:
-    """What :func:`generate` would make of the same arguments; draws one micro-batch twice and writes nothing.
+    """What :func:`generate` would make of the same arguments; draws one micro-batch a few times and writes nothing.
 
     Args:
         out: where it would write; None: not said yet.
@@ -82,22 +85,27 @@ def estimate(
         store = open_store(out)
         if store.local:
             check_output(str(store), config.resume, config.overwrite)
+    encoder = choose_config_encoder(config, pipeline)
+    if config.shard_mb is not None:
+        made = replace(made, shard=shard_of(pipeline, made, encoder, config))
     room = room_for(pipeline, made, torch.get_num_threads())
     prepared = Prepared(pipeline, made)
-    encoder = choose_config_encoder(config, pipeline)
-    format = choose_format("webdataset", open_store("."), made, encoder, shape_of(pipeline))  # stores in memory
+    format, in_memory = (
+        choose_format(name, open_store("."), made, encoder, shape_of(pipeline))
+        for name in (config.format, "webdataset")
+    )  # the second stores nothing
     positions = made.batches(0)[0]
     draw_images(pipeline, draw_latents(prepared, positions))  # to warm up
     start = time.monotonic()
     latents = draw_latents(prepared, positions)
     images = to_host(encoder, draw_images(pipeline, latents))
     drawn = time.monotonic()
-    stored = [format.store(*one) for one in zip(positions, format.contents(images), latents.about())]
+    stored = [in_memory.store(*one) for one in zip(positions, in_memory.contents(images), latents.about())]
     seconds = drawn - start + (time.monotonic() - drawn) / (config.workers or max(2, torch.get_num_threads()))
     line_bytes = sum(len(line_of(image)) for image in stored) / len(stored)
     return Estimate(
         len(made), len(made.categories), made.n_shards, len(positions) / seconds,
-        sum(image.size for image in stored) / len(stored), line_bytes, ranks()[1],
+        sum(format.taken(image) for image in stored) / len(stored), line_bytes, ranks()[1],
         room,
     )  # fmt: skip
 
