@@ -112,6 +112,25 @@ def test_errors_behind_fsspec_are_one_sentence(monkeypatch):
         store.place("a.png", b"", 0)
 
 
+def test_a_store_that_fails_in_the_middle_of_a_file_is_one_sentence(monkeypatch):
+    store = open_store("memory://cut")
+
+    def refuse(*_, **__):
+        raise RuntimeError("Could not connect\nto the endpoint")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.write", refuse, raising=False)
+    with (
+        pytest.raises(
+            InputError, match=r"'memory://cut/a.tar' cannot be written \(Could not connect to the endpoint\)"
+        ),
+        store.writer("a.tar") as file,
+    ):
+        for _ in range(100):
+            file.write(b"x" * 10_000)
+    monkeypatch.undo()
+    assert store.names("") == [".sage_fast"] and store.names(".sage_fast/tmp") == []
+
+
 @pytest.mark.parametrize("url", ["nonsense://x", "s4://bucket/x", "://x"])
 def test_urls_of_unknown_kinds(url):
     with pytest.raises(InputError, match="cannot be opened") as error:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,6 +27,7 @@ STATE = ".sage_fast"
 """Folder in the output of what is only needed until it is complete."""
 
 _TEMPORARY = f"{STATE}/tmp"
+_BUFFER = 1 << 17  # bytes that are written at a time
 
 
 class LocalStore:
@@ -217,7 +219,8 @@ class FsspecStore:
         with self._errors("written", name):
             file = self.system.open(self._path(temporary), "wb")
         try:
-            yield cast(BinaryIO, file)
+            with io.BufferedWriter(_Written(file, partial(self._errors, "written", name)), _BUFFER) as out:
+                yield out
         except BaseException:
             with suppress(Exception):
                 file.close()
@@ -295,6 +298,21 @@ class FsspecStore:
         return InputError(
             f"{where!r} cannot be {what} ({reason}); check the address, the rights and the free space{goes_on}."
         )
+
+
+class _Written(io.RawIOBase):
+    """A file behind a URL that is written to; closing it leaves the file itself open."""
+
+    def __init__(self, file: Any, errors: Callable[[], AbstractContextManager[None]]) -> None:
+        self._file, self._errors = file, errors
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        with self._errors():
+            self._file.write(bytes(data))
+        return len(data)
 
 
 Store = LocalStore | FsspecStore
