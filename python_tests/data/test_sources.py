@@ -386,8 +386,13 @@ def test_a_data_set_that_gives_undecoded_images(tmp_path):
     [
         ([], "is empty"),
         ([{"image": None}], "has no label, an integer or a name, at 0"),
-        ([{"image": None, "label": 0}, {"image": None, "label": 1.5}], "at 1; name its columns"),
+        ([{"image": None, "label": 0}, {"image": None, "label": 1.5}], "at 1, but 1.5; name its columns"),
         ([{"image": None, "label": True}], "has no label"),
+        ([{"image": None, "label": 0.5}], "at 0, but 0.5; name its columns .* without a format or transform"),
+        (
+            {"train": [{"image": None, "label": 1}], "test": []},
+            "a mapping of data sets, 'train', 'test'; give one of them",
+        ),
         ([(1, 2)], "has no label"),
         (iter([]), "a streamed data set"),
         (7, "got int"),

@@ -234,14 +234,19 @@ def _open_dataset(data: LabelledDataset, min_categories: int) -> ImageFolder:
 
 def _labels_of(data: LabelledDataset, where: str) -> list[str]:
     """The labels, as a column where the data set has columns: a row would decode its image."""
+    if isinstance(data, Mapping):
+        raise InputError(f"{where} is a mapping of data sets, {', '.join(map(repr, data)):.120}; give one of them.")
     try:
         labels = list(data["label"])  # type: ignore[index, call-overload]
     except Exception:  # how an object says that it has no columns is its own affair
         labels = [row.get("label") if isinstance(row := data[i], Mapping) else None for i in range(len(data))]
     wrong = [i for i, label in enumerate(labels) if isinstance(label, bool) or not isinstance(label, Integral | str)]
     if wrong or len(labels) != len(data):
+        at = (wrong or [0])[0]
+        found = f", but {labels[at]!r:.60}" if at < len(labels) and labels[at] is not None else ""
         raise InputError(
-            f"{where} has no label, an integer or a name, at {(wrong or [0])[0]}; name its columns 'image' and 'label'."
+            f"{where} has no label, an integer or a name, at {at}{found}; name its columns 'image' and 'label', and leave its "
+            "rows as they are, without a format or transform."
         )
     if not labels:
         raise InputError(f"{where} is empty; give one with images.")
