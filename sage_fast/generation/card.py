@@ -21,11 +21,29 @@ __all__ = ["data_card", "draw_sheet"]
 _PARTS, _COLUMNS, _ROWS, _SIDE = 40, 12, 2, 128
 _LISTED = 50  # categories that the card names
 _LAYOUTS = {
-    "folder": "`<category>/<category>_00000.{image}`: an ImageFolder, as torchvision and Hugging Face Datasets read it.",
+    "folder": "`<category>/<category>_00000.{image}`: an ImageFolder, as torchvision reads it, and Hugging Face Datasets by the "
+    "head of this file (`load_dataset(OUT)`).",
     "webdataset": "`shard-000000.tar` ...: tar files of WebDataset, each sample a `.{image}`, a `.cls` (number of its "
-    "category) and a `.json` (how it came to be).",
+    "category) and a `.json` (how it came to be); `load_dataset(OUT)` of Hugging Face Datasets reads them too.",
     "safetensors": "`images.safetensors`: `images` uint8 [N, C, R, R], `labels` and `indices` int64 [N].",
 }
+_HEADS = {
+    "folder": """---
+configs:
+- config_name: default
+  data_files: "*/*.{image}"
+  drop_labels: false
+---
+""",
+    "webdataset": """---
+configs:
+- config_name: default
+  data_files: "shard-*.tar"
+---
+""",
+    "safetensors": "",
+}
+"""What Hugging Face Datasets is to read; else it would take the contact sheet for an image, and the folders for no labels."""
 
 
 def data_card(settings: dict[str, Any], plan: Plan) -> str:
@@ -41,7 +59,7 @@ def data_card(settings: dict[str, Any], plan: Plan) -> str:
     strengths = sorted({part.alpha for part in plan.parts if part.alpha is not None})
     side, model = settings["resolution"], "" if _is_shipped(settings["model"]) else " --model RUN"
     encoding = f"{settings['image']} by {settings['encoder']}" if settings["encoder"] else "plain arrays"
-    return f"""# Generated images
+    return f"""{_HEADS[settings["format"]].format(image=settings["image"])}# Generated images
 
 {counted(len(plan), "image")} of {counted(len(plan.categories), "category")}, {side} x {side} pixels,
 {counted(settings["n_channels"], "channel")}. **All of them are synthetic**: none is a photograph or drawing of something
