@@ -42,15 +42,11 @@ StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Settings of :func:`export`.
+    """Settings of :func:`export`."""
 
-    ``to``: "onnx" (for ONNX Runtime and its like) or "torch-export" (for ``torch.export.load``).
-    ``parts``: "generator" (mapping and synthesis), "encoder", or "all" that there is.
-    ``noise``: of the synthesis, the stored maps or none; None: as the encoder was trained, or "const" for a generator alone.
-    """
-
-    to: Literal["onnx", "torch-export"] = "onnx"
-    parts: Literal["all", "generator", "encoder"] = "all"
+    to: Literal["onnx", "torch-export"] = "onnx"  # for ONNX Runtime and its like, or for torch.export.load
+    parts: Literal["all", "generator", "encoder"] = "all"  # mapping and synthesis, the encoder, or all that there is
+    #: of the synthesis, the stored maps or none; None: as the encoder was trained, or const for a generator alone
     noise: Literal["const", "none"] | None = None
 
     def __post_init__(self) -> None:

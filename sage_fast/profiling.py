@@ -27,20 +27,15 @@ __all__ = ["LayerTime", "ProfileConfig", "profile_synthesis", "profile_table"]
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Settings of :func:`profile_synthesis`.
+    """Settings of :func:`profile_synthesis`."""
 
-    ``resolution``, ``channel_base``, ``channel_max``: of a network with random weights; None: 256, 16384, 512. A model has
-    its own.
-    ``gradients``: the differentiable road, forward only.
-    """
-
-    n: int = 4  # images a call
+    n: int = 4  # images a call; -n for short
     precision: Literal["float32", "bfloat16"] = "float32"  # of the products; bfloat16 by autocast
-    gradients: bool = False
+    gradients: bool = False  # the differentiable road, forward only
     rounds: int = 7  # calls, of which medians are taken
-    resolution: int | None = None
-    channel_base: int | None = None
-    channel_max: int | None = None
+    resolution: int | None = None  # of a network with random weights; None: 256 (a model has its own)
+    channel_base: int | None = None  # the same; min(channel_base / r, channel_max) feature maps at r px; None: 16384
+    channel_max: int | None = None  # the same; None: 512
     threads: int | None = None  # None: torch's own choice
 
     def __post_init__(self) -> None:

@@ -53,12 +53,10 @@ _FREE = ("device", "images_dir", "mask_dir", "version")  # may differ between a 
 
 @dataclass(frozen=True)
 class InvertConfig:
-    """Settings of :func:`invert` beside those of the projection.
+    """Settings of :func:`invert` beside those of the projection."""
 
-    ``perceptual``: none, discriminator (the model's own), lpips-alex, lpips-vgg, lpips-squeeze, or a weights file of SqueezeNet 1.1 or
-    a VGG; none leaves the absolute error alone.
-    """
-
+    #: none (the absolute error alone), discriminator (the model's own), lpips-alex, lpips-vgg, lpips-squeeze, or a weights file
+    #: of SqueezeNet 1.1 or a VGG
     perceptual: str = "none"
     batch: int = 8  # images projected at a time
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...

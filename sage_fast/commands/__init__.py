@@ -20,5 +20,7 @@ SUMMARIES = {
     "info": "what was built, and which kernels run where",
     "profile": "where a synthesis spends its time, layer by layer",
     "data": "write a data set: 'data flora'; divide your own: 'data split'",
+    "data flora": "drawn flowers whose factors are known",
+    "data split": "images of your own, divided into seen categories, shots of unseen ones, and the rest of these",
     "demo": "the whole road with the model that comes with the package",
 }

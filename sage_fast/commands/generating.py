@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from sage_fast.commands import SUMMARIES
 from sage_fast.commands.parsing import parse
 from sage_fast.commands.watching import bar, watched
 from sage_fast.errors import InputError, counted
@@ -162,8 +163,7 @@ def data(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(
             "usage: sage-fast data flora --out DIR [options]\n       sage-fast data split --data DATA --out DIR [options]\n\n"
-            "  flora   drawn flowers whose factors are known\n"
-            "  split   images of your own, divided into seen categories, shots of unseen ones, and the rest of these"
+            f"  flora   {SUMMARIES['data flora']}\n  split   {SUMMARIES['data split']}"
         )
         return
     if argv[0] not in kinds:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import field, make_dataclass
 from itertools import groupby
@@ -57,7 +54,7 @@ def parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
             filled: Any = tyro.cli(
                 make_dataclass("Options", fields),
                 prog=f"sage-fast {command}",
-                description=SUMMARIES[command.split()[0]],
+                description=SUMMARIES[command],
                 args=list(argv),
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -67,7 +64,7 @@ def parse(command: str, argv: Sequence[str], *parts: Any) -> tuple[Any, ...]:
         if stop.code and (complaint := _sentence_of_box(printed.getvalue(), command)) is not None:
             raise InputError(complaint) from None
         helped.seek(0)
-        sys.stdout.write(_help(helped.read(), parts))
+        sys.stdout.write("".join(map(_unmarked, helped.read().splitlines(keepends=True))))
         sys.stderr.write(printed.getvalue())
         raise
     return tuple(getattr(filled, f"part_{number}") for number in range(len(parts)))
@@ -82,23 +79,6 @@ def _words(kind: type) -> type:
             metavar = f"[{name.upper()}]" if hasattr(kind, name) else name.upper()
             kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(metavar=metavar)]
     return kind
-
-
-def _help(printed: str, parts: Sequence[Any]) -> str:
-    """The parser's help, with what the docstrings of parts say of settings: where options bear no prefix, it shows none."""
-    usage, _, rest = printed.partition("\n\n")
-    summary, _, options = rest.partition("\n\n")
-    told = "\n".join(line for part in parts for line in _details(part))
-    shown = [usage, summary, *filter(None, [told]), options]
-    return "".join(map(_unmarked, "\n\n".join(shown).splitlines(keepends=True)))
-
-
-def _details(part: Any) -> list[str]:
-    """The lines of a part's docstring behind its first paragraph: a setting each, wrapped."""
-    _, _, rest = (inspect.getdoc(part if isinstance(part, type) else type(part)) or "").partition("\n\n")
-    settings = filter(None, re.split(r"\s+(?=``\w+``:)|\n\n+", rest))
-    width = shutil.get_terminal_size().columns
-    return [textwrap.fill(_plain(" ".join(words.split())), width, subsequent_indent="  ") for words in settings]
 
 
 def _plain(text: str) -> str:

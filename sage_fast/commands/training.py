@@ -85,7 +85,8 @@ class Preset:
 class GanPreset:
     """Which settings of the generator's training the settings below start from."""
 
-    preset_gan: Literal["flora", "small", "low_shot", "paper256", "config_f", "auto"] | None = None  # docs/training.md
+    #: small: 32 or 64 px on a CPU; auto: by resolution, images and GPUs; the others and their numbers: docs/training.md
+    preset_gan: Literal["flora", "small", "low_shot", "paper256", "config_f", "auto"] | None = None
 
 
 @dataclass(frozen=True)

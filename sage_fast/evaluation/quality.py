@@ -38,22 +38,18 @@ _LATENTS = 2**32 - 1  # the stream of the latents; noise maps take 0, 1, 2, ...
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """Settings of :class:`Quality`.
+    """Settings of :class:`Quality`."""
 
-    ``n_images``: generated a measurement. ``batch``: in the networks at a time; does not change the images.
-    ``noise``: of the synthesis; "random" maps depend on ``seed`` and an image's number alone.
-    ``neighbours``: k of precision and recall.
-    ``subset_size``: None takes the kernel distance over all pairs, which is the mean over every subset of any size; a
-    number takes the mean over ``n_subsets`` random subsets of that many images, as published tables do.
-    """
-
-    n_images: int = 2048
-    batch: int = 64
+    n_images: int = 2048  # generated a measurement; -n for short
+    batch: int = 64  # images in the networks at a time; does not change the images
     seed: int = 0  # of the latents and of random noise
+    #: of the synthesis; random maps depend on the seed and an image's number alone
     noise: Literal["random", "const", "none"] = "random"
-    neighbours: int = 3
+    neighbours: int = 3  # k of precision and recall
+    #: images of a random subset, the mean over which is the kernel distance of published tables; None: all pairs, which is
+    #: the mean over every subset of any size
     subset_size: int | None = None
-    n_subsets: int = 100
+    n_subsets: int = 100  # how many, where subset_size is given
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.neighbours < 1 or self.n_images <= self.neighbours + 1:

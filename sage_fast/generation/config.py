@@ -28,31 +28,28 @@ MOST_ALPHA = 10_000.0
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Settings of :func:`generate`.
+    """Settings of :func:`generate`."""
 
-    ``method``: age, sage-q, sage-i, sage, or inversion. ``fusion``: none, pixel, frequency, or both.
-    ``preset``: the reading of the method: paper, released or default.
-    ``format``: folder (an ImageFolder), webdataset (tar shards) or safetensors (one file of uint8 arrays).
-    """
-
-    n: int = 128  # images per category
+    n: int = 128  # images per category; -n for short
     alpha: float | None = None  # strength of the edit, Eq. 20; None: the preset's, 1 (paper: 2)
-    method: str = "sage"
-    fusion: str = "none"
+    method: str = "sage"  # sage, sage-q, sage-i, age, or inversion (plain reconstructions)
+    fusion: str = "none"  # details of a given image carried over: none, pixel, frequency or both
     seed: int = 0  # the same one gives the same images
-    preset: str = "default"
+    preset: str = "default"  # the reading of the method: paper, released or default
     n_shots: int | None = None  # images of each category to use, chosen by the seed; None: all
-    n_components: int | None = (
-        None  # t_B, of sage and sage-q; None: the preset's, in "default" 40 or what a new category needs
-    )
-    n_similar: int | None = None  # t_C, of sage and sage-i; None: the preset's, or all that the model has
-    n_directions: int | None = None  # t_A, of sage and sage-i; None: the preset's, or all that the model has
+    #: sage, sage-q: t_B, components of the seen categories that an image is projected onto; None: 40, or as many as keep
+    #: 90 % of a new one, or all that there are (paper and released: 10)
+    n_components: int | None = None
+    #: sage, sage-i: t_C, nearest seen categories, whose edits are taken; None: 20, of one shot 30, or all that there are
+    n_similar: int | None = None
+    #: sage, sage-i: t_A, directions edited in each layer; None: 50, or all that there are
+    n_directions: int | None = None
     batch: int | None = None  # images the generator draws at a time; None: 64, fewer of large ones
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
     resume: bool = False  # go on where an earlier run stopped
     overwrite: bool = False  # empty the output folder first; only one that sage-fast made
     categories: tuple[str, ...] = ()  # "rose" or "rose=500": these alone, with that many images; none: all
-    format: str = "folder"
+    format: str = "folder"  # folder (an ImageFolder), webdataset (tar shards) or safetensors (one file of uint8 arrays)
     image: str = "png"  # png, jpg or webp; safetensors has none
     quality: int | None = None  # jpg, webp: 1 to 100, None: 95; png: zlib's level 0 to 9, None: the encoder's fast one
     encoder: str = "auto"  # pillow, opencv, simplejpeg, nvjpeg (on a GPU); auto: the fastest here of the first three

@@ -16,15 +16,10 @@ NOISES = ("const", "none", "optimize")
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """Settings of :func:`sage_fast.inversion.project`.
+    """Settings of :func:`sage_fast.inversion.project`."""
 
-    ``space``: one latent for all layers (w) or one a layer (w_plus). ``method``: lbfgs or adam.
-    ``noise``: the generator's stored maps (const), none, or maps optimised with the latent (optimize); None: as the model was trained,
-    where that is known (a bundle says), else const.
-    """
-
-    space: str = "w_plus"
-    method: str = "lbfgs"
+    space: str = "w_plus"  # one latent for all layers (w) or one a layer (w_plus)
+    method: str = "lbfgs"  # lbfgs or adam
     steps: int = 500  # at most so many for an image
     lr: float | None = None  # None: 1 for lbfgs, 0.1 for adam
     history: int = 10  # pairs that lbfgs remembers
@@ -33,6 +28,8 @@ class ProjectionConfig:
     pixel_weight: float = 1.0  # of the masked absolute error
     perceptual_weight: float = 1.0  # of the perceptual distance, where a feature network is given
     latent_weight: float = 0.5  # of the latent's distance from where it started
+    #: the generator's stored maps (const), none, or maps optimised with the latent (optimize); None: as the model was
+    #: trained, where that is known (a bundle says), else const
     noise: str | None = None
     noise_weight: float = 1e5  # keeps optimised noise from carrying structure
     n_candidates: int = 0  # random latents to choose the start among, where no encoder is given; 0: from latent_avg

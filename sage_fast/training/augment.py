@@ -36,7 +36,7 @@ _ADAPTIVE = ("target", "interval", "speed_kimg")
 class AugmentConfig:
     """Settings of :class:`Augment`; a setting that the kind does not read must keep its default."""
 
-    kind: str = "none"  # or "ada", "diffaugment"
+    kind: str = "none"  # none, ada (adaptive) or diffaugment
     transforms: str = "bgc"  # ada: blitting, geometric, colour, filtering, noise, cutout: "b", "bg", ... or "bgcfnc"
     p: float | None = None  # ada: probability of each transform, 0 to 1; None: adaptive, from 0
     target: float = 0.6  # adaptive: the mean sign of the real logits to hold

@@ -47,14 +47,12 @@ __all__ = ["DictionaryConfig", "check_width", "train_dictionary"]
 class DictionaryConfig:
     """Settings of :func:`train_dictionary`; :meth:`preset` gives the three readings of METHOD.
 
-    ``reading`` chooses the forms of Eq. 9, 10 and 12-13 and the layers edited: ``"paper"``, ``"released"`` or
-    ``"default"``. The image term is ``MSE + perceptual_weight * perceptual distance``, all times
-    ``rec_weight``. ``n_directions`` is K, at most D; None, which all presets have, takes the published 100, or a quarter of D when
-    that is less: with K near D the directions are nearly dependent, and codes of which some are masked (Eq. 19) explode.
+    All presets leave ``n_directions`` at None: with K near D the directions are nearly dependent, and codes of which some are
+    masked (Eq. 19) explode.
     """
 
-    n_directions: int | None = None
-    reading: str = "default"
+    n_directions: int | None = None  # K, at most D; None: the published 100, or a quarter of D when that is less
+    reading: str = "default"  # forms of Eq. 9, 10, 12 and 13, and the layers edited: paper, released or default
     total_steps: int = 15_000  # length of the training
     batch: int = 32  # images a step
     lr: float = 0.0001  # Adam, constant
@@ -62,12 +60,12 @@ class DictionaryConfig:
     lambda2: float = 0.005  # of the sparsity
     theta0: float = 0.5  # slope of the sigmoid of Eq. 10
     theta1: float = -1.0  # its offset
-    rec_weight: float = 1.0  # Eq. 11; 0: no image is generated
+    rec_weight: float = 1.0  # of the image term, Eq. 11: MSE + perceptual distance; 0: no image is generated
     perceptual_weight: float = 1.0  # of the perceptual distance in the image term
     feature_cache_gb: float = 2.0  # memory for the features of all images, computed once; more than fit: at every step
     latent_weight: float = 1.0  # MSE(A n, delta_w), as SAGE-Diffusion adds it; not in [SAGE]
     init: str = "pca"  # directions begin as principal components of the residuals ("pca") or random ("normal")
-    precision: str = "float32"  # of the image term, or "bfloat16", where the device multiplies it
+    precision: str = "float32"  # of the image term: float32, or bfloat16 where the device multiplies it
     noise: str = "none"  # of the generator in the image term, none or const: the encoder's setting
     seed: int = 0  # of everything drawn
     log_every: int = 50  # steps from one line of the log to the next

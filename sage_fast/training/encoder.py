@@ -46,16 +46,12 @@ _TUNING = ("adversarial_weight", "tune_lr", "tune_mapping", "r1_gamma", "r1_ever
 
 @dataclass(frozen=True)
 class HyperStyleConfig:
-    """Settings of kind ``"hyperstyle"``.
+    """Settings of kind ``"hyperstyle"``."""
 
-    ``w_encoder``: a bundle whose encoder gives the codes; None trains an encoder into W in the first ``w_share`` of the steps.
-    ``head_width``, ``rank``: of the hypernetwork, see :class:`sage_fast.models.hypernets.PyramidHypernet`.
-    """
-
-    w_encoder: str | None = None
-    w_share: float = 0.4
-    head_width: int = 16
-    rank: int = 8
+    w_encoder: str | None = None  # bundle whose encoder gives the codes; None: one into W is trained first
+    w_share: float = 0.4  # share of the steps that this takes
+    head_width: int = 16  # channels a layer at 4 px in the hypernetwork
+    rank: int = 8  # rank of the changes of a layer
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -70,16 +66,9 @@ class HyperStyleConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Settings of :func:`train_encoder`; resolution, styles and channels are the generator's.
+    """Settings of :func:`train_encoder`; resolution, styles and channels are the generator's."""
 
-    ``perceptual``: ``"discriminator"`` (features of the discriminator as it was given), ``"none"``, ``"lpips-..."`` or a
-    weights file: see :func:`sage_fast.models.perceptual.load_perceptual`.
-    ``identity``: ``"none"`` or a weights file: see :func:`sage_fast.models.identity.load_identity`.
-    ``n_iterations``: corrections of restyle, refinements of hyperstyle, in training and afterwards; None: 5.
-    ``noise``: the generator's noise during training and, for the same images, afterwards: ``"none"`` or ``"const"``.
-    """
-
-    kind: Literal["psp", "e4e", "restyle", "hyperstyle"] = "psp"  # docs/encoders.md
+    kind: Literal["psp", "e4e", "restyle", "hyperstyle"] = "psp"  # of encoder; docs/encoders.md compares them
     total_steps: int = 20_000  # length of the training
     batch: int = 16  # images a step
     channel_base: int = 1024  # min(3/4 channel_base / r, channel_max) feature maps at r px
@@ -90,17 +79,19 @@ class EncoderConfig:
     lr_end: float = 0.01  # share of lr left at the last step
     mse_weight: float = 1.0  # of the squared error of pixels
     perceptual_weight: float = 0.1  # of the perceptual distance
+    #: discriminator (features of the discriminator as it was given), none, lpips-alex, lpips-vgg, lpips-squeeze, or a weights
+    #: file of SqueezeNet 1.1 or a VGG
     perceptual: str = "discriminator"
     perceptual_share: float = 1.0  # of the batch that the perceptual term looks at: it costs as much as all the rest
-    identity: str = "none"
+    identity: str = "none"  # none, or a weights file: ArcFace IR-SE50 or what perceptual takes
     identity_weight: float = 0.1  # of the identity term
     norm_weight: float = 0.0005  # of the norm of the offsets from latent_avg
-    n_iterations: int | None = None
+    n_iterations: int | None = None  # corrections of restyle, refinements of hyperstyle, then and afterwards; None: 5
     e4e: E4EConfig = field(default_factory=E4EConfig)
     hyperstyle: HyperStyleConfig = field(default_factory=HyperStyleConfig)
-    noise: str = "none"
+    noise: str = "none"  # the generator's, in training and for the same images afterwards: none or const
     flip: bool = True  # mirror half of the images
-    precision: str = "float32"  # or "bfloat16", where the device multiplies it
+    precision: str = "float32"  # float32, or bfloat16 where the device multiplies it
     ema_kimg: float = 5.0  # half-life of the running average that becomes the encoder
     n_validation: int = 128  # images held out to measure val_mse; at most a twentieth of all
     seed: int = 0  # of the weights and of everything drawn

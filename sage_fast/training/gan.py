@@ -74,10 +74,10 @@ class GANConfig:
     latent_avg_decay: float = 0.998  # share of the running mean latent that stays at each step
     flip: bool = True  # mirror half of the real images
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # of what the discriminator sees
-    transfer_from: str | None = None  # bundle or published file to start from; see sage_fast.training.transfer
+    transfer_from: str | None = None  # bundle or published file to start from; docs/training.md says what is taken
     freeze_d: int = 0  # highest-resolution layers of the discriminator that stay as they are (FreezeD)
-    precision: str = "float32"  # or "bfloat16", where the device multiplies it, or "float64"
-    graphs: bool = False  # on a GPU: replay both networks as CUDA graphs; see sage_fast.training.graphed
+    precision: str = "float32"  # float32, bfloat16 where the device multiplies it, or float64
+    graphs: bool = False  # on a GPU: replay both networks as CUDA graphs; docs/training.md
     seed: int = 0  # of the weights and of everything drawn
     log_every: int = 50  # steps from one line of the log to the next
     save_every: int = 1000  # steps from one checkpoint to the next

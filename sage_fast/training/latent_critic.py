@@ -19,14 +19,10 @@ __all__ = ["E4EConfig", "LatentCritic", "delta_norm", "stage_of"]
 
 @dataclass(frozen=True)
 class E4EConfig:
-    """Settings of kind ``"e4e"``.
+    """Settings of kind ``"e4e"``: the deltas join one by one (in the paper's program at steps 20,000 to 54,000 of 200,000)."""
 
-    The deltas join one by one: none during the first ``w_share`` of the steps, all from the share ``deltas_by`` on (the paper's
-    program: steps 20,000 to 54,000 of 200,000).
-    """
-
-    w_share: float = 0.1
-    deltas_by: float = 0.3
+    w_share: float = 0.1  # share of the steps without deltas
+    deltas_by: float = 0.3  # share of the steps after which all deltas have joined
     delta_weight: float = 0.0002  # of the norm of the deltas
     adversarial_weight: float = 0.1  # of the latent discriminator's verdict
     discriminator_lr: float = 0.0002  # of the latent discriminator; Adam

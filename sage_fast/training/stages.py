@@ -71,16 +71,12 @@ _STORAGE = {"float32": torch.float32, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class BundleConfig:
-    """What :func:`bundle_stage` writes.
+    """What :func:`bundle_stage` writes."""
 
-    ``dtype``: how weights and codes are stored; float16 halves the files.
-    ``discriminator``: keep it too, to tune further.
-    ``codes_per_category``: keep the codes of the first images of each seen category only; None keeps all. Edits are drawn from
-    how the kept ones differ: of n they have 1 - 1/n of the variance of many.
-    """
-
-    dtype: Literal["float32", "float16"] = "float32"
-    discriminator: bool = False
+    dtype: Literal["float32", "float16"] = "float32"  # how weights and codes are stored; float16 halves the files
+    discriminator: bool = False  # keep it too: a judge for quality, a start for further training
+    #: keep the codes of so many first images of each seen category; None: all. Edits are drawn from how the kept ones differ:
+    #: of n they have 1 - 1/n of the variance of many
     codes_per_category: int | None = None
 
     def __post_init__(self) -> None:
@@ -93,17 +89,13 @@ class BundleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of :func:`train_all`: one part a stage.
+    """Settings of :func:`train_all`: one part a stage."""
 
-    ``resolution`` and ``n_channels``: short for ``gan.resolution`` and ``gan.n_channels``; give one or the other.
-    ``embed_batch``: images the encoder takes at a time.
-    """
-
-    resolution: int | None = None  # a power of two from 4 to 1024
-    n_channels: int | None = None  # 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA
+    resolution: int | None = None  # short for gan.resolution; give one or the other
+    n_channels: int | None = None  # short for gan.n_channels; give one or the other
     gan: GANConfig = field(default_factory=GANConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    embed_batch: int = 64
+    embed_batch: int = 64  # images the encoder takes at a time
     dictionary: DictionaryConfig = field(default_factory=lambda: DictionaryConfig.preset("default"))
     bundle: BundleConfig = field(default_factory=BundleConfig)
 
