@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -291,13 +292,14 @@ def test_the_road_with_classes(seen, tmp_path):
     assert generator.c_dim == 3 and generator.mapping(torch.randn(3, 8), torch.eye(3)).shape == (3, 8)
 
 
-def test_stages_one_by_one_give_the_same_model(run, seen, tmp_path):
-    words = [f"--data={seen}", f"--out={tmp_path / 'run'}"]
-    assert cli.main(["train-gan", *words, "--resolution=8", *TINY_GAN]) == 0
-    assert cli.main(["train-encoder", *words, *TINY_ENCODER]) == 0
-    assert cli.main(["embed", *words]) == 0
-    assert cli.main(["train-dictionary", *words, *TINY_DICTIONARY]) == 0
-    assert bundle_files(tmp_path / "run") == bundle_files(run)
+def test_stages_one_by_one_name_the_next_and_give_the_same_model(run, seen, tmp_path, capsys):
+    out = tmp_path / "a run"
+    words = ["train-gan", f"--data={seen}", f"--out={out}", "--resolution=8"]
+    for options in (TINY_GAN, TINY_ENCODER, [], TINY_DICTIONARY):
+        assert cli.main([*words, *options]) == 0
+        said = capsys.readouterr().out
+        words = shlex.split(said.rpartition("next: sage-fast ")[2])
+    assert f"sage-fast generate --model {out}" in said and bundle_files(out) == bundle_files(run)
 
 
 @pytest.mark.parametrize("kind", ["psp", "e4e", "restyle", "hyperstyle"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import partial
@@ -112,7 +113,7 @@ def train(argv: Sequence[str]) -> None:
     with join_ranks(device) as ranks:
         folder = train_all(config, paths.data, paths.out, *places, partial(_to_measure, options, ranks))
     if ranks.is_first:
-        print(f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it.")
+        print(_finished(folder))
 
 
 def train_gan(argv: Sequence[str]) -> None:
@@ -137,6 +138,10 @@ def train_gan(argv: Sequence[str]) -> None:
         with holding(paths.out, ranks):
             folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
             gan_stage(config, watched.images, folder, paths.resume, device, watched.measure, watched.held_out)
+    if ranks.is_first:
+        print(
+            f"The generator is in {folder}, some of its images in {folder / 'grids'}; {_next('train-encoder', paths)}"
+        )
 
 
 def train_encoder(argv: Sequence[str]) -> None:
@@ -160,6 +165,9 @@ def train_encoder(argv: Sequence[str]) -> None:
                 folder = open_run_folder(paths.out, ranks, paths.resume, paths.overwrite)
                 ranks.once(lambda: adopt_generator(source, folder))
             encoder_stage(config, images, paths.out, paths.resume, device)
+    if ranks.is_first:
+        grids = paths.out / "grids"
+        print(f"The encoder is in {paths.out}, some reconstructions in {grids}; {_next('embed', paths)}")
 
 
 def embed(argv: Sequence[str]) -> None:
@@ -178,7 +186,8 @@ def embed(argv: Sequence[str]) -> None:
             table = embed_stage(images, paths.out, options.batch, paths.resume, device)
     if ranks.is_first:
         codes, categories = counted(len(table), "code"), counted(len(table.categories), "category")
-        print(f"{codes} of {categories} {'is' if len(table) == 1 else 'are'} in {paths.out}.")
+        are = "is" if len(table) == 1 else "are"
+        print(f"{codes} of {categories} {are} in {paths.out}; {_next('train-dictionary', paths)}")
 
 
 def train_dictionary(argv: Sequence[str]) -> None:
@@ -207,7 +216,16 @@ def train_dictionary(argv: Sequence[str]) -> None:
             dictionary_stage(config, images, paths.out, paths.resume, device)
             folder = bundle_stage(paths.out, written.bundle, ranks)
     if ranks.is_first:
-        print(f"The model is in {folder}.")
+        print(_finished(folder))
+
+
+def _next(command: str, paths: Data) -> str:
+    """What to type after a stage that has run alone."""
+    return f"next: {shlex.join(['sage-fast', command, '--data', str(paths.data), '--out', str(paths.out)])}"
+
+
+def _finished(folder: Path) -> str:
+    return f"The model is in {folder}; 'sage-fast generate --model {folder} --shots ... --out ...' uses it."
 
 
 def _check_measured(config: Any, options: MeasureOptions) -> None:
