@@ -68,6 +68,19 @@ def test_losses_share_a_panel_and_scores_have_their_own():
     assert draw_curves({"loss": (x, x)}).size == (curves._WIDTH, curves._HEIGHT)
 
 
+def test_names_stand_above_their_lines_and_titles_say_what_the_positions_count(tmp_path, monkeypatch):
+    x = [1.0, 2.0, 3.0]
+    lines = draw_curves({name: (x, [0.0, 1.0, 2.0]) for name in ("a_loss", "b_loss", "c_loss", "d_loss")})
+    rows, _ = np.nonzero(ink(lines, curves._COLOURS[3][0]))  # drawn last
+    assert rows.min() >= 4 * curves._NAME
+    titles = []
+    monkeypatch.setattr(curves, "_draw_panel", lambda pen, corner, title, series: titles.append(title))
+    write_log(tmp_path, [{"step": 1, "loss": 1}], "encoder")
+    write_log(tmp_path, [{"step": 1, "kimg": 1, "g_loss": 1, "d_loss": 2}], "gan")
+    write_curves(tmp_path)
+    assert titles == ["encoder loss over steps", "gan losses over kimg"]
+
+
 def test_a_rising_line_rises_from_the_left_bottom_to_the_right_top():
     pixels = ink(draw_curves({"loss": ([0.0, 10.0], [0.0, 5.0])}), curves._COLOURS[0][0])
     rows, columns = np.nonzero(pixels)

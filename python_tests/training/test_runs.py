@@ -70,7 +70,7 @@ def test_for_programs_and_for_people(runs, capsys, monkeypatch):
     row = next(line for line in text.splitlines() if "gan" in line)
     for word in ("deep/a", "110 / 500", "g_loss 0.5", "fd_oracle 7", "0:02", "0.0 MB"):
         assert word in row, row
-    assert "loss not finite" in text and "0 / ?" in text
+    assert "loss not finite" in text and "0 / ?" in text and "h:mm" in text.splitlines()[0]
 
 
 def test_no_runs(tmp_path, capsys):

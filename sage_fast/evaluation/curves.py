@@ -20,7 +20,8 @@ Series = dict[str, tuple[list[float], list[float]]]
 
 _SKIPPED = {"step", "kimg", "seconds", "time"}
 _WIDTH, _HEIGHT, _COLUMNS = 420, 260, 3  # pixels of a panel, panels side by side
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 30, 28  # margins of a panel
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 30, 28  # margins of a panel, the top one where two names fit
+_NAME = 13  # height of a series' name
 _COLOURS = (("#1f5fa8", "#c3d5ea"), ("#c8502d", "#f3d0c5"), ("#3b8a3e", "#cae3cb"), ("#7b4fa3", "#ddcfe9"))
 _MANY = 60  # values: more are drawn pale, with their running mean on top
 _GREY, _LIGHT = "#555555", "#dddddd"
@@ -41,7 +42,8 @@ def write_curves(run: str | os.PathLike[str], stage: str | None = None) -> list[
     for log in logs:
         path = Path(run) / "grids" / f"{log.stem}_curves.png"
         path.parent.mkdir(exist_ok=True)
-        picture = draw_curves(read_series(log), log.stem)
+        axis = "kimg" if any("kimg" in line for line in read_log(log)) else "steps"
+        picture = draw_curves(read_series(log), log.stem, axis)
         with atomic_write(path) as file:
             picture.save(file, format="png")
         written.append(path)
@@ -78,8 +80,8 @@ def read_series(path: str | os.PathLike[str]) -> Series:
     return series
 
 
-def draw_curves(series: Series, title: str = "") -> Image.Image:
-    """One panel for the losses, one for each score, and one for every other value."""
+def draw_curves(series: Series, title: str = "", axis: str = "") -> Image.Image:
+    """One panel for the losses, one for each score, and one for every other value; ``axis``: what the positions count."""
     panels: dict[str, list[str]] = {}
     for name in sorted(series, key=_order):
         panels.setdefault(_panel(name), []).append(name)
@@ -89,8 +91,8 @@ def draw_curves(series: Series, title: str = "") -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for i, (panel, names) in enumerate(panels.items()):
         corner = (i % columns * _WIDTH, i // columns * _HEIGHT)
-        words = panel if len(names) > 1 else names[0]
-        _draw_panel(pen, corner, f"{title} {words}".strip(), {name: series[name] for name in names})
+        words = f"{title} {panel if len(names) > 1 else names[0]}".strip() + (f" over {axis}" if axis else "")
+        _draw_panel(pen, corner, words, {name: series[name] for name in names})
     return picture
 
 
@@ -113,7 +115,7 @@ def _order(name: str) -> tuple[int, str]:
 def _draw_panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, series: Series) -> None:
     """Axes with round numbers, grid lines, one line a series and their names."""
     font = ImageFont.load_default(12)
-    x0, y0 = corner[0] + _LEFT, corner[1] + _TOP
+    x0, y0 = corner[0] + _LEFT, corner[1] + max(_TOP, 4 + _NAME * len(series))
     x1, y1 = corner[0] + _WIDTH - _RIGHT, corner[1] + _HEIGHT - _BOTTOM
     x_ticks = round_ticks(*_extent([x for xs, _ in series.values() for x in xs]))
     y_ticks = round_ticks(*_extent([y for _, ys in series.values() for y in ys]))
@@ -143,7 +145,7 @@ def _draw_panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, s
         for x, y in points if len(points) <= _MANY else ():
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
         if len(series) > 1:
-            pen.text((x1, corner[1] + 1 + 13 * i), name, fill=colour, font=font, anchor="ra")
+            pen.text((x1, corner[1] + 1 + _NAME * i), name, fill=colour, font=font, anchor="ra")
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -72,8 +72,8 @@ def find_runs(folder: str | Path) -> list[StageOfRun]:
 def table_of_runs(stages: Iterable[StageOfRun]) -> Table:
     """The same for people: one row a stage, with two of its losses."""
     table = Table(box=None, pad_edge=False)
-    for name in ("run", "stage", "steps", "last", "best", "time", "size"):
-        table.add_column(name, justify="right" if name in ("steps", "time", "size") else "left", overflow="fold")
+    for name in ("run", "stage", "steps", "last", "best", "h:mm", "size"):
+        table.add_column(name, justify="right" if name in ("steps", "h:mm", "size") else "left", overflow="fold")
     for stage in stages:
         steps = f"{stage.step} / {'?' if stage.total is None else stage.total}"
         hours, minutes = divmod(round(stage.seconds / 60), 60)
