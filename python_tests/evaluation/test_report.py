@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from sklearn.neighbors import NearestCentroid
 
 from sage_fast.cli import main
 from sage_fast.data.latent_table import LatentTable
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.evaluation.protocol import Scores
 from sage_fast.evaluation.report import evaluate_folder, markdown_table, nearest_class_mean, table, write_report
 from sage_fast.generation import GenerateConfig, generate
@@ -146,6 +148,16 @@ def test_outputs_of_every_format_are_judged_alike(tmp_path, tiny_bundle, tiny_sh
         found[format] = evaluate_folder(tiny_bundle, tmp_path / format, tiny_shots)
     assert found["folder"].categories == ("lily", "rose") and found["folder"].n_images == 8
     assert all(one.as_dict() == found["folder"].as_dict() for one in found.values())
+
+
+def test_what_another_model_drew_is_not_judged_in_silence(tmp_path, tiny_bundle, tiny_shots, bundles):
+    generate(tiny_bundle, tiny_shots, tmp_path / "out", GenerateConfig(n=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SageFastWarning)
+        evaluate_folder(tiny_bundle, tmp_path / "out", tiny_shots)
+    for other, name in ((None, "comes with the package"), (bundles["discriminator"], str(bundles["discriminator"]))):
+        with pytest.warns(SageFastWarning, match=f"drawn by another model than .*{re.escape(name)}"):
+            evaluate_folder(other, tmp_path / "out", tiny_shots)
 
 
 def test_a_report_of_what_is_no_folder_needs_a_place(tmp_path, tiny_bundle, tiny_shots, capsys):

@@ -6,7 +6,9 @@ Every number stands beside the name of the network it rests on and one sentence 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,11 +22,12 @@ from sage_fast.data import flora
 from sage_fast.data.folders import ImageFolder, read_images
 from sage_fast.data.sources import open_source
 from sage_fast.data.writers import atomic_write, write_json
-from sage_fast.errors import InputError, counted
+from sage_fast.errors import InputError, SageFastWarning, counted
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Measurements, Scores, as_written, measure, score
 from sage_fast.evaluation.quality import image_features, load_features
 from sage_fast.factorization.category_irrelevant import layer_groups
+from sage_fast.models.bundles import bundle_hash, read_index
 from sage_fast.models.hyperstyle import codes_of
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder, read_index
@@ -64,7 +67,7 @@ def evaluate_folder(
     the features are those of the network named by ``features``, or of the model's own discriminator, or of its encoder
     when it has none, and an image counts as of the category whose real images' mean feature is nearest, among all
     categories of ``real`` (a real image is left out of its own category's mean). Features of the model that is judged
-    compare settings of one model, not models.
+    compare settings of one model, not models; a warning says so where another model drew the images.
 
     Args:
         model: bundle folder; None: the model that comes with the package.
@@ -100,16 +103,33 @@ def evaluate_folder(
         )
     if known and spec in (None, "oracle"):
         measured = _by_oracle(oracle or load_oracle(), ours, theirs, batch)
-    elif spec is None:
-        measured = _by_class_means(_judge_of(model), ours, theirs, batch)
-    elif spec == "discriminator":
-        measured = _by_class_means(_judge_by_maps(load_discriminator(model)), ours, theirs, batch)
+    elif spec in (None, "discriminator"):
+        _warn_of_another_model(model, generated)
+        own = _judge_of(model) if spec is None else _judge_by_maps(load_discriminator(model))
+        measured = _by_class_means(own, ours, theirs, batch)
     else:
         network = load_features(spec, partial(load_discriminator, model))
         assert not isinstance(network, Oracle)
         judge = _Judge(partial(image_features, network), network.name, encoder.resolution, encoder.n_channels)
         measured = _by_class_means(judge, ours, theirs, batch)
     return dataclasses.replace(score(*measured), categories=tuple(ours.categories))
+
+
+def _warn_of_another_model(model: StrPath | None, generated: StrPath) -> None:
+    """Warn where a network of ``model`` is to judge what another model drew, as far as both say who they are."""
+    try:
+        drawn_by = json.loads((Path(generated) / "config.json").read_bytes())["model"]
+        judge = bundle_hash(read_index(model))
+    except (OSError, ValueError, LookupError, TypeError):  # no output of generate, or a file of networks
+        return
+    if drawn_by != judge:
+        name = "the model that comes with the package" if model is None else f"the model {str(model)!r}"
+        warnings.warn(
+            f"{str(generated)!r} was drawn by another model than {name}, whose own network judges it here; give the model that drew "
+            "it (--model), or a network of neither (--features).",
+            SageFastWarning,
+            stacklevel=3,
+        )
 
 
 def _check_pairs(folder: ImageFolder, categories: list[str], name: str, remedy: str) -> None:
