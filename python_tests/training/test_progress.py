@@ -84,13 +84,19 @@ def test_the_last_value_of_each_name_stays_in_sight(monkeypatch):
     assert "g_loss 2  fd_oracle 7" in to.file.getvalue().splitlines()[-1]
 
 
-def test_a_terminal_gets_a_bar_with_the_words():
-    to = console(True)
-    stage = StageProgress("gan", 0, 3, console=to)
-    for step in stage:
-        stage.show(step + 1, {"g_loss": 1.5, "ada_p": 0.25})
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", to.file.getvalue())
-    assert "gan" in shown and "3/3" in shown and "g_loss 1.5  ada_p 0.25" in shown
+def test_a_terminal_of_any_width_gets_a_whole_bar_with_the_words_below():
+    values = {"g_loss": 1.5, "ada_p": 0.25, "precision_squeezenet1_1": 0.5, "recall_squeezenet1_1": 0.5}
+    for width in (80, 200):
+        to = Console(file=io.StringIO(), force_terminal=True, width=width)
+        stage = StageProgress("gan", 0, 3, console=to)
+        for step in stage:
+            stage.show(step + 1, values)
+        shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", to.file.getvalue()).rpartition(" gan ")[2]
+        bar, *words = shown.splitlines()
+        assert re.search("━{40} 3/3 0:00:0[0-9] 0:00:00", bar), bar
+        assert " ".join(" ".join(words).split()).endswith(
+            "g_loss 1.5 ada_p 0.25 precision_squeezenet1_1 0.5 recall_squeezenet1_1 0.5"
+        )
 
 
 def test_quiet_is_quiet():

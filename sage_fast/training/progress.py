@@ -7,18 +7,34 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 __all__ = ["StageProgress", "memory", "progress_line"]
 
 _EVERY_S = 60.0  # between two lines where there is no terminal
 _UNSEEN = ("step", "time", "seconds")  # known to the bar or of no use to a reader
+
+
+class _BarOverWords(Progress):
+    """A progress bar with what ``words()`` says below it, on as many lines as it takes; beside it, words would crowd it out."""
+
+    def __init__(self, words: Callable[[], str], *columns: Any, **options: Any) -> None:
+        self._words = words
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if words := self._words():
+            yield Padding(Text(words), (0, 0, 0, 3))
 
 
 class StageProgress:
@@ -56,17 +72,17 @@ class StageProgress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
         )
         hidden = self.quiet or not self.console.is_terminal
-        with Progress(*columns, console=self.console, refresh_per_second=2, disable=hidden) as bar:
+        options = dict(console=self.console, refresh_per_second=2, disable=hidden)
+        with _BarOverWords(lambda: self._status, *columns, **options) as bar:
             task = bar.add_task("", total=self.total, completed=self.start)
             for step in range(self.start, self.total):
                 yield step
-                bar.update(task, completed=step + 1, description=self._status)
+                bar.update(task, completed=step + 1)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """Put ``values`` and speed and memory beside what was shown before, each name with its last value.
+        """Put ``values`` and speed and memory under the bar, beside what was shown before, each name with its last value.
 
         Speed is in seconds for a thousand images where ``values`` have ``kimg``, else for a step, since the last call.
         """
