@@ -30,7 +30,7 @@ from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.bundles import bundle_hash, read_index
 from sage_fast.models.hyperstyle import codes_of
 from sage_fast.models.stylegan2 import Discriminator
-from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder, read_index
+from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder
 
 __all__ = ["evaluate_folder", "markdown_table", "nearest_class_mean", "table", "write_report"]
 
