@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -200,6 +201,20 @@ def test_the_road_and_its_reason(device):
         H = generator(CHANNELS["8 px"]).to(device)
         assert "inference mode" in choose_road(H, w_plus)[1]
         H.synthesis(w_plus)
+
+
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)
+def test_whatever_the_defaults_of_torch(default):
+    """As with ``torch.set_default_device("cuda")``; the device that holds no numbers stands for every other."""
+    G = generator(CHANNELS["8 px"])
+    w_plus, mean = latents(G, 2), G.mean_latent(20)
+    expected, G = G.synthesis(w_plus), copy.deepcopy(G)  # nothing is kept of a copy
+    try:
+        (torch.set_default_device if default == "meta" else torch.set_default_dtype)(default)
+        assert torch.equal(G.synthesis(w_plus), expected) and torch.equal(G.mean_latent(20), mean)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
 
 
 def test_gradients_of_noise_are_recorded(device):

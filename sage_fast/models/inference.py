@@ -166,7 +166,7 @@ def _are_binomial(generator: Generator, filters: list[Tensor]) -> bool:
     key = _key(filters)
     found = _binomial.get(generator)
     if found is None or found[0] != key:
-        taps = torch.tensor([0.25, 0.75, 0.75, 0.25])
+        taps = torch.tensor([0.25, 0.75, 0.75, 0.25], dtype=torch.float32, device="cpu")
         same = all(torch.allclose(f.float().cpu(), torch.outer(taps, taps), atol=1e-6) for f in filters)
         found = _binomial[generator] = (key, same)
     return found[1]

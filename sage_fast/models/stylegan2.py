@@ -151,9 +151,11 @@ class Generator(nn.Module):
     @torch.no_grad()
     def mean_latent(self, n: int = 10_000, seed: int = 0) -> Tensor:
         """Mean of ``mapping`` over ``n`` prior samples drawn on the CPU with ``seed``, the labels taken in turn: [D]."""
-        like = self.input.input
-        z = torch.randn(n, self.style.z_dim, generator=torch.Generator().manual_seed(seed)).to(like)
-        labels = torch.eye(self.c_dim)[torch.arange(n) % self.c_dim].to(like) if self.c_dim else None
+        like, rng, cpu = self.input.input, torch.Generator("cpu").manual_seed(seed), torch.device("cpu")
+        z = torch.randn(n, self.style.z_dim, generator=rng, dtype=torch.float32, device=cpu).to(like)
+        labels = None
+        if self.c_dim:
+            labels = nn.functional.one_hot(torch.arange(n, device=cpu) % self.c_dim, self.c_dim).to(like)
         return self.mapping(z, labels).mean(0)
 
     def synthesis(self, w_plus: Tensor, noise: Noise = "const", rng: torch.Generator | None = None) -> Tensor:
