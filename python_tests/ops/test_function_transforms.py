@@ -4,6 +4,8 @@ lost.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -87,3 +89,13 @@ def test_networks_by_torch_func():
         alone = image[None].clone().requires_grad_()
         (wanted,) = torch.autograd.grad(D(alone).sum(), alone)
         assert (gradient - wanted[0]).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("network", [Generator, Discriminator])
+def test_an_ensemble_of_networks_in_one_call(network):
+    torch.manual_seed(4)
+    x = torch.randn(2, 6, 512) if network is Generator else torch.randn(4, 3, 16, 16)
+    models = [network(16, channel_base=64, channel_max=16) for _ in range(3)]
+    state, empty = torch.func.stack_module_state(models), copy.deepcopy(models[0]).to("meta")
+    together = torch.vmap(lambda *state: torch.func.functional_call(empty, state, (x,)))(*state)
+    torch.testing.assert_close(together, torch.stack([model(x) for model in models]), atol=1e-4, rtol=1e-4)
