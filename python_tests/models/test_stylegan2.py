@@ -174,7 +174,7 @@ def test_noise_that_does_not_fit(recorded):
             refused(r"noise map 1 must be .* \[1 or 2, 1, 8, 8\], got", g.synthesis, w_plus, [good[0], bad, good[2]])
         elsewhere = [*good[:2], good[2].to("meta")]
         refused("noise map 2 must be on cpu, as w_plus is, got meta", g.synthesis, w_plus, elsewhere)
-        for bad in (None, 1.0, good[:2], torch.zeros(3), "some"):
+        for bad in (None, 1.0, good[:2], torch.zeros(3), torch.zeros(3).numpy(), "some"):
             refused("noise must be 'const', 'none', 'random' or 3 tensors", g.synthesis, w_plus, bad)
         refused("rng must be a torch.Generator on cpu, .* got 3", g.synthesis, w_plus, "random", rng=3)
 

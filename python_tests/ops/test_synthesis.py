@@ -217,6 +217,16 @@ def test_whatever_the_defaults_of_torch(default):
         torch.set_default_dtype(torch.float32)
 
 
+def test_weights_that_lie_otherwise(device):
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus = latents(G, 2).to(device)
+    expected = G.synthesis(w_plus)
+    for weight in G.parameters():
+        weight.data = weight.data.movedim(0, -1).contiguous().movedim(-1, 0)
+    G.input.input.data = G.input.input.data.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(G.synthesis(w_plus), expected)
+
+
 def test_gradients_of_noise_are_recorded(device):
     G = generator(CHANNELS["8 px"]).to(device)
     w_plus = latents(G, 1).to(device)

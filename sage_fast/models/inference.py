@@ -123,7 +123,7 @@ def _build(generator: Generator) -> SynthesisNetwork:
         images.append(ImageLayer(weight, *_affine(conv), to_rgb.bias.float().flatten().clone()))
     # without skip connections the smaller sizes add nothing to the image
     nothing = [_zeros(images[-1], channels) for channels in generator.channels[: -len(images)]]
-    input, skips = generator.input.input.float().clone(), not nothing
+    input, skips = generator.input.input.float().clone(memory_format=torch.contiguous_format), not nothing
     return SynthesisNetwork(input, layers, nothing + images, clamp=generator.clamp, skips=skips)
 
 

@@ -216,12 +216,13 @@ class Generator(nn.Module):
 
     def _noise_maps(self, noise: Noise, like: Tensor, rng: torch.Generator | None) -> Sequence[Tensor | None]:
         n_maps = self.n_latent - 1
-        if noise == "none":
+        mode = noise if isinstance(noise, str) else None  # an array would be compared number by number
+        if mode == "none":
             return [None] * n_maps
         stored = [getattr(self.noises, f"noise_{i}") for i in range(n_maps)]
-        if noise == "const":
+        if mode == "const":
             return stored
-        if noise == "random":
+        if mode == "random":
             if rng is not None and (not isinstance(rng, torch.Generator) or rng.device.type != like.device.type):
                 raise InputError(f"rng must be a torch.Generator on {like.device}, as w_plus is, got {rng!r:.60}.")
             shapes = [(like.shape[0], *m.shape[1:]) for m in stored]
