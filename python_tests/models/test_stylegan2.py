@@ -53,7 +53,8 @@ def test_demodulation_keeps_unit_variance():
     torch.manual_seed(0)
     g = Generator(16, 32, 2, channel_base=1024, channel_max=64)
     x = torch.randn(8, 64, 16, 16)
-    y = g.convs[-1].conv(x, torch.randn(8, 32) * 5)
+    y, factor = g.convs[-1].conv(x, torch.randn(8, 32) * 5)
+    y = y * factor[:, :, None, None]
     assert y.shape[1] == 64
     assert 0.8 < y[:, :, 2:-2, 2:-2].std() < 1.2
 

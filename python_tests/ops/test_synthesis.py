@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.utils.prune
 
 from sage_fast.errors import InputError
 from sage_fast.models.inference import choose_road, counter_noise, fused_network, layer_by_layer, wanted_dtype
@@ -201,6 +202,74 @@ def test_the_road_and_its_reason(device):
         H = generator(CHANNELS["8 px"]).to(device)
         assert "inference mode" in choose_road(H, w_plus)[1]
         H.synthesis(w_plus)
+
+
+class Adapter(torch.nn.Module):
+    """As adapters of low rank: the layer inside is called, and there is no weight of its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base, torch.nn.Parameter(torch.randn(19, 16) * 0.1, requires_grad=False)
+
+    def forward(self, w):
+        return self.base(w) + w @ self.down
+
+
+class Ramp(torch.nn.Module):
+    def forward(self, weight):
+        return weight * torch.arange(weight.shape[2], device=weight.device).view(-1, 1, 1)
+
+
+def change_a_method(G):
+    plain = G.convs[1].forward
+    G.convs[1].forward = lambda *args: 2 * plain(*args)
+
+
+CHANGES = {
+    "hook": lambda G: G.convs[1].register_forward_hook(lambda _, inputs, output: 2 * output),
+    "hook before": lambda G: G.to_rgb1.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0], *inputs[1:])),
+    "method": change_a_method,
+    "layer": lambda G: setattr(G.convs[0].conv, "modulation", Adapter(G.convs[0].conv.modulation)),
+    "parametrized": lambda G: torch.nn.utils.parametrize.register_parametrization(G.convs[1].conv, "weight", Ramp()),
+    "pruned": lambda G: torch.nn.utils.prune.l1_unstructured(G.convs[1].conv, "weight", amount=0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_layers_that_were_changed_are_called(device, change):
+    """The fused kernels read weights; a layer that does more than them has to run."""
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus = latents(G, 2).to(device)
+    before = G.synthesis(w_plus)
+    change(G)
+    G.to(device).requires_grad_(False)
+    assert choose_road(G, w_plus)[1] == "layers have hooks or were replaced"
+    after = G.synthesis(w_plus)
+    assert relative(after, before) > 1e-3
+    with layer_by_layer():
+        assert torch.equal(after, G.synthesis(w_plus))
+
+
+def test_a_mask_is_taken_anew_at_each_call(device):
+    """torch.nn.utils.prune multiplies in a hook of the convolution."""
+    G = generator(CHANNELS["8 px"]).to(device)
+    w_plus = latents(G, 2).to(device)
+    torch.nn.utils.prune.identity(conv := G.convs[1].conv, "weight")
+    before = G.synthesis(w_plus)
+    conv.weight_mask[:, :, 1:] = 0
+    after = G.synthesis(w_plus)
+    torch.nn.utils.prune.remove(conv, "weight")
+    G.requires_grad_(False)
+    assert choose_road(G, w_plus)[0] == "fused"
+    assert relative(after, before) > 1e-3 and relative(after, G.synthesis(w_plus)) < 1e-5
+
+
+def test_who_listens_at_all_modules_hears_the_layers(device):
+    G, heard = generator(CHANNELS["8 px"]).to(device), []
+    w_plus = latents(G, 1).to(device)
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module)):
+        G.synthesis(w_plus)
+    assert {G.conv1, *G.convs, G.to_rgb1, *G.to_rgbs} <= set(heard)
 
 
 @pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)

@@ -17,9 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sage_fast import _native
+from sage_fast.models.stylegan2_layers import GENERATOR_LAYERS
 from sage_fast.ops.counter_normal import counter_normal
 from sage_fast.ops.synthesis import ImageLayer, StyledLayer, SynthesisNetwork, has_products
 from sage_fast.ops.synthesis_cuda import MAX_CHANNELS
@@ -64,10 +66,13 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", "weights change from call to call"
     if generator.connections == "resnet":
         return "differentiable", "the fused kernels have no residual connections"
-    tensors, filters = _weights(generator), _filters(generator)
+    layers = _layers_of(generator)
+    if _has_any_global_hook() or not all(map(_is_plain, layers)):
+        return "differentiable", "layers have hooks or were replaced"
+    tensors, filters = _weights(layers), _filters(generator)
     maps = generator.noises.buffers() if noise is None else (m for m in noise if m is not None)
-    if any(type(t) is Tensor for t in tensors):  # parameters are of a class of their own
-        return "differentiable", "weights were replaced for this call"
+    if any(type(t) is not nn.Parameter for t in tensors):  # for this call, or by sharded and quantised ones
+        return "differentiable", "weights were replaced"
     if torch.is_grad_enabled() and any(t.requires_grad for t in chain([w_plus], tensors, maps)):
         return "differentiable", "gradients are recorded"
     if w_plus.dtype not in _DTYPES or any(t.dtype not in _DTYPES for t in tensors):
@@ -101,7 +106,7 @@ def counter_noise(generator: Generator, samples: Tensor, seed: int = 0) -> list[
 
 def fused_network(generator: Generator) -> SynthesisNetwork:
     """The generator's synthesis weights for :func:`sage_fast.ops.synthesis.synthesis`; made anew when a weight has changed."""
-    key = _key(_weights(generator))
+    key = _key(_weights(_layers_of(generator)))
     found = _networks.get(generator)
     if found is None or found[0] != key:
         found = _networks[generator] = (key, _build(generator))
@@ -143,15 +148,22 @@ def _affine(conv: Any) -> tuple[Tensor, Tensor]:
     return linear.weight.float() * linear.scale, linear.bias.float() * linear.lr_mul
 
 
-def _weights(generator: Generator) -> list[Tensor]:
-    """Every parameter that synthesis reads."""
-    todo: list[nn.Module] = [generator.input, generator.conv1, generator.convs, *_to_rgbs(generator)]
-    found: list[Tensor] = []
-    while todo:  # by hand: ``parameters()`` takes twice as long, a good part of a small synthesis
-        module = todo.pop()
-        found += [p for p in module._parameters.values() if p is not None]
-        todo += [m for m in module._modules.values() if m is not None]
+def _layers_of(generator: Generator) -> list[nn.Module]:
+    """Every module that synthesis calls."""
+    found: list[nn.Module] = [generator.input, generator.conv1, generator.convs, *_to_rgbs(generator)]
+    for module in found:  # it grows meanwhile; ``modules()`` takes twice as long, a good part of a small synthesis
+        found += [m for m in module._modules.values() if m is not None]
     return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what the kernels do: it is no other than was made, and nobody listens at it or changes it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return not hooked and type(module) in GENERATOR_LAYERS
+
+
+def _weights(layers: list[nn.Module]) -> list[Tensor]:
+    return [p for module in layers for p in module._parameters.values() if p is not None]
 
 
 def _filters(generator: Generator) -> list[Tensor]:

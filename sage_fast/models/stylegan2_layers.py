@@ -22,7 +22,7 @@ from sage_fast.ops.modulated_conv2d import unscaled_conv2d
 from sage_fast.ops.scaled_bias_act import scaled_bias_act
 
 __all__ = [
-    "CONNECTIONS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
+    "CONNECTIONS", "GENERATOR_LAYERS", "BiasAct", "ConstantInput", "Conv", "DownBlock", "Linear", "MappingNetwork", "Resample",
     "StyledConv", "ToRGB", "UpSkip", "channel_list", "channels_last", "check_channels", "check_choice", "check_label",
     "check_positive", "check_resolution", "exact", "normal", "sparing", "wide",
 ]  # fmt: skip
@@ -95,7 +95,7 @@ class StyledConv(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """x [N, C_in, H, W], w [N, D], noise [N or 1, 1, up H, up W] or None -> [N, C_out, up H, up W]."""
-        x, scale = self.conv.unscaled(x, w)
+        x, scale = self.conv(x, w)
         strength = None if noise is None else self.noise.weight
         return scaled_bias_act(x, scale, noise, strength, self.activate.bias, clamp=self.activate.clamp)
 
@@ -118,7 +118,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, skip: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], w [N, D], skip [N, 3, H/2, W/2] or None -> [N, 3, H, W]."""
-        image = self.conv(x, w) + self.bias
+        image = self.conv(x, w)[0] + self.bias  # without demodulation there is no factor
         image = image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
         return image if skip is None else image + self.upsample(skip)
 
@@ -250,11 +250,7 @@ class _ModulatedConv(nn.Module):
         if up == 2:
             self.blur = Resample(up=2)
 
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        y, scale = self.unscaled(x, w)
-        return y if scale is None else y * scale[:, :, None, None].to(y.dtype)
-
-    def unscaled(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
         """The result but for the factor [N, C_out] that demodulates it, and that factor; None: nothing is left to do."""
         style = self.modulation(w)
         # the op applies the gain up^2 itself; the stored kernel has it folded in, as the common port's files do
@@ -283,6 +279,12 @@ class _Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+#: what a generator's synthesis is made of, but for residual connections
+GENERATOR_LAYERS = frozenset(
+    (nn.ModuleList, ConstantInput, StyledConv, ToRGB, Linear, BiasAct, Resample, _ModulatedConv, _NoiseStrength)
+)
 
 
 def normal(*shape: int, divisor: float = 1.0) -> Tensor:
