@@ -30,6 +30,7 @@ STABLE_TORCH_LIBRARY(sage_fast, m) {
   m.def("conv3x3_transposed(Tensor y, Tensor weight, int stride, float scale=1.0) -> Tensor");
   m.def("conv3x3_taps(Tensor x, Tensor y, int stride, float scale=1.0) -> Tensor");
   m.def("synthesis_pack(Tensor weight, bool up, bool bf16) -> Tensor");
+  m.def("synthesis_fingerprint(Tensor[] weights) -> int");
   m.def("has_bf16_products(Tensor any) -> bool");
   m.def(
       "styled_epilogue(Tensor x, Tensor factor, Tensor bias, Tensor? noise, float strength, Tensor? next_style, "

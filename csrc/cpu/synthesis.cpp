@@ -3,11 +3,14 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "../tensor.h"
 #include "isa.h"
+#include "parallel.h"
 #include "workspace.h"
 
 SAGE_DECLARE(void synthesis(const SynthesisNetwork& net, Workspace& workspace))
@@ -153,6 +156,53 @@ Tensor synthesis_pack(Tensor weight, bool up, bool bf16) {
   return out;
 }
 
+int64_t bytes_of(const Tensor& x) {
+  const Dtype dtype = dtype_of(x);
+  return x.numel() * (dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2);
+}
+
+// One to one in either argument, so no single change goes unseen.
+uint64_t mixed(uint64_t state, uint64_t word) { return std::rotl(state ^ word, 27) * 0x9E3779B97F4A7C15; }
+
+uint64_t hash(const unsigned char* bytes, int64_t n) {
+  constexpr int64_t kLanes = 8, kStep = 8 * kLanes;  // chains of products side by side
+  uint64_t lanes[kLanes] = {}, words[kLanes];
+  const auto take = [&](int64_t at, int64_t count) {
+    std::memcpy(words, bytes + at, size_t(count));
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = mixed(lanes[l], words[l]);
+  };
+  int64_t at = 0;
+  for (; at + kStep <= n; at += kStep) take(at, kStep);
+  std::fill(words, words + kLanes, 0);
+  take(at, n - at);
+  uint64_t sum = uint64_t(n);
+  for (const uint64_t lane : lanes) sum = mixed(sum, lane);
+  return sum;
+}
+
+// 64 bits that differ when a weight has another value than before, whoever wrote it and how.
+int64_t synthesis_fingerprint(std::vector<Tensor> weights) {
+  struct Piece {
+    const unsigned char* bytes;
+    int64_t n;
+    uint64_t hash;
+  };
+  constexpr int64_t kPiece = 1 << 15, kGrain = 8;  // bytes, pieces
+  std::vector<Piece> pieces;
+  for (Tensor& weight : weights) {
+    weight = torch::stable::contiguous(weight);
+    const auto* bytes = static_cast<const unsigned char*>(weight.const_data_ptr());
+    const int64_t n = bytes_of(weight);
+    for (int64_t at = 0; at < n; at += kPiece) pieces.push_back({bytes + at, std::min(kPiece, n - at), 0});
+  }
+  parallel(int64_t(pieces.size()), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pieces[i].hash = hash(pieces[i].bytes, pieces[i].n);
+  });
+  uint64_t sum = 0;
+  for (const Piece& piece : pieces) sum = mixed(sum, piece.hash);
+  return int64_t(sum);
+}
+
 // Whether bf16=True is possible here; a tensor only carries the question to the device's kernels.
 bool has_bf16_products(Tensor) { return has_bf16(); }
 
@@ -161,6 +211,7 @@ bool has_bf16_products(Tensor) { return has_bf16(); }
 STABLE_TORCH_LIBRARY_IMPL(sage_fast, CPU, m) {
   m.impl("synthesis", TORCH_BOX(&synthesis));
   m.impl("synthesis_pack", TORCH_BOX(&synthesis_pack));
+  m.impl("synthesis_fingerprint", TORCH_BOX(&synthesis_fingerprint));
   m.impl("has_bf16_products", TORCH_BOX(&has_bf16_products));
 }
 

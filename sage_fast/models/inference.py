@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,9 +33,10 @@ __all__ = ["choose_road", "counter_noise", "fused_network", "layer_by_layer", "w
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _layers: ContextVar[bool] = ContextVar("layer by layer", default=False)
-_Key = tuple[tuple[int, int], ...]
-_networks: WeakKeyDictionary[nn.Module, tuple[_Key, SynthesisNetwork]] = WeakKeyDictionary()
-_binomial: WeakKeyDictionary[nn.Module, tuple[_Key, bool]] = WeakKeyDictionary()
+_Made = TypeVar("_Made")
+_Key = int | tuple[tuple[int, int], ...]
+_networks: WeakKeyDictionary[nn.Module, tuple[_Key, SynthesisNetwork, list[Tensor]]] = WeakKeyDictionary()
+_binomial: WeakKeyDictionary[nn.Module, tuple[_Key, bool, list[Tensor]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def choose_road(generator: Generator, w_plus: Tensor, noise: Sequence[Tensor | N
         return "differentiable", "gradients are recorded"
     if w_plus.dtype not in _DTYPES or any(t.dtype not in _DTYPES for t in tensors):
         return "differentiable", "the fused kernels take weights and latents of at most 32 bits"
-    if any(t.is_inference() for t in chain(tensors, filters)):
+    if device != "cpu" and any(t.is_inference() for t in chain(tensors, filters)):
         return "differentiable", "weights made in inference mode do not say when they change"
     most = MAX_CHANNELS if device == "cuda" else 4096
     if max(generator.channels) > most:
@@ -105,12 +106,11 @@ def counter_noise(generator: Generator, samples: Tensor, seed: int = 0) -> list[
 
 
 def fused_network(generator: Generator) -> SynthesisNetwork:
-    """The generator's synthesis weights for :func:`sage_fast.ops.synthesis.synthesis`; made anew when a weight has changed."""
-    key = _key(_weights(_layers_of(generator)))
-    found = _networks.get(generator)
-    if found is None or found[0] != key:
-        found = _networks[generator] = (key, _build(generator))
-    return found[1]
+    """The generator's synthesis weights for :func:`sage_fast.ops.synthesis.synthesis`; made anew when a weight has changed.
+
+    On the CPU whoever changed it and how; elsewhere writes through ``.data`` go unseen, as autograd does not see them.
+    """
+    return _kept(_networks, generator, _weights(_layers_of(generator)), lambda: _build(generator))
 
 
 @torch.no_grad()
@@ -175,21 +175,39 @@ def _filters(generator: Generator) -> list[Tensor]:
 
 def _are_binomial(generator: Generator, filters: list[Tensor]) -> bool:
     """Whether all are [1, 3, 3, 1] x [1, 3, 3, 1] with a gain of 4; looked at again when one has changed."""
-    key = _key(filters)
-    found = _binomial.get(generator)
-    if found is None or found[0] != key:
+
+    def look() -> bool:
         taps = torch.tensor([0.25, 0.75, 0.75, 0.25], dtype=torch.float32, device="cpu")
-        same = all(torch.allclose(f.float().cpu(), torch.outer(taps, taps), atol=1e-6) for f in filters)
-        found = _binomial[generator] = (key, same)
+        return all(torch.allclose(f.float().cpu(), torch.outer(taps, taps), atol=1e-6) for f in filters)
+
+    return _kept(_binomial, generator, filters, look)
+
+
+def _kept(
+    cache: MutableMapping[nn.Module, tuple[_Key, _Made, list[Tensor]]],
+    generator: Generator,
+    tensors: list[Tensor],
+    make: Callable[[], _Made],
+) -> _Made:
+    """What ``make`` made of ``tensors``, made anew when one has changed."""
+    key, found = _key(tensors), cache.get(generator)
+    if found is None or found[0] != key:
+        # while they are kept, nothing else comes to lie at the addresses of a key
+        alive = [] if isinstance(key, int) else [t.detach() for t in tensors]
+        found = cache[generator] = (key, make(), alive)
     return found[1]
 
 
 def _key(tensors: list[Tensor]) -> _Key:
+    """What changes with the tensors: on the CPU a hash of their numbers; on a GPU, where reading them would wait for the
+    device, addresses and versions."""
+    if tensors and tensors[0].is_cpu and _native.has_kernel("synthesis", "cpu"):
+        return torch.ops.sage_fast.synthesis_fingerprint(tensors)
     return tuple((t.data_ptr(), t._version) for t in tensors)
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """The fused kernels of torch's optimizers write weights without counting up their version, by which :func:`_key` knows.
+    """The fused kernels of torch's optimizers write weights without counting up their version, by which :func:`_key` knows on a GPU.
 
     Only weights that were packed are counted up: an optimizer of other networks stays as it was.
     """
