@@ -262,6 +262,7 @@ def test_shots_that_are_no_images_are_refused(pipeline, shots, bad, words):
         ({"method": "magic"}, "method must be one of"),
         ({"fusion": "magic"}, "fusion must be one of"),
         ({"fusion": ("pixel", "magic")}, "fusion must be one of"),
+        ({"fusion": None}, "fusion must be one of .* got 'None'"),
         ({"n_components": 7}, "n_components must be 1 to 6"),
         ({"n_similar": 500}, "n_similar must be 1 to 6"),
         ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -429,7 +429,7 @@ def stretches(numbers: Sequence[int], longest: int = 64) -> list[range]:
 
 def _fusions(fusion: str | Sequence[str]) -> list[str]:
     """The fusions asked for, without ``"none"``."""
-    names = [fusion] if isinstance(fusion, str) else list(fusion)
+    names = list(fusion) if isinstance(fusion, Iterable) and not isinstance(fusion, str) else [fusion]
     for name in names:
         if name not in FUSIONS:
             raise InputError(f"fusion must be one of {', '.join(FUSIONS)}, got '{name}'.")
