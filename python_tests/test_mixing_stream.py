@@ -11,6 +11,7 @@ from test_mixing import CLASSES, Real, to_tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sage_fast.augmenter import Augmenter
+from sage_fast.errors import InputError
 from sage_fast.generation import GenerateConfig
 from sage_fast.mixing import MixedStream, _Thread
 
@@ -30,10 +31,10 @@ def flat(batches):
     return torch.cat([images for images, _ in batches]).flatten(1).tolist()
 
 
-def of_rank(dataset, monkeypatch, rank, world_size):
+def of_rank(stream, monkeypatch, rank, world_size, workers):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    return MixedStream(dataset)
+    return len(stream), [place.item() for place, _ in DataLoader(stream, batch_size=None, num_workers=workers)]
 
 
 def test_it_has_every_sample_once_in_an_order_of_the_epochs_own(dataset):
@@ -66,16 +67,36 @@ def test_persistent_workers_share_the_samples_of_each_epoch(dataset, method):
 
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_ranks_have_samples_of_their_own_and_as_many(dataset, monkeypatch, world_size):
-    labels = Labels(dataset)
-    streams = [of_rank(labels, monkeypatch, rank, world_size) for rank in range(world_size)]
-    places = [[place for place, _ in stream] for stream in streams]
-    assert {len(own) for own in places} == {24 // world_size} == {len(stream) for stream in streams}
-    together = [place for own in places for place in own]
+    stream = MixedStream(Labels(dataset))
+    alone, in_workers = (
+        [of_rank(stream, monkeypatch, rank, world_size, workers) for rank in range(world_size)] for workers in (0, 2)
+    )
+    assert {length for length, _ in alone} == {24 // world_size} == {len(own) for _, own in alone}
+    together = [place for _, own in alone for place in own]
     assert len(set(together)) == len(together) == 24 // world_size * world_size
-    in_workers = [
-        [place.item() for place, _ in DataLoader(stream, batch_size=None, num_workers=2)] for stream in streams
-    ]
-    assert [sorted(own) for own in in_workers] == [sorted(own) for own in places]
+    assert [sorted(own) for _, own in in_workers] == [sorted(own) for _, own in alone]
+
+
+def test_the_ranks_are_those_that_lightning_names_before_the_stream_is_read(dataset, monkeypatch):
+    stream = MixedStream(Labels(dataset))
+    for name, value in (("WORLD_SIZE", "2"), ("NODE_RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    first = [place.item() for place, _ in stream]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    second = [place.item() for place, _ in stream]
+    assert sorted(first + second) == list(range(24)) and len(first) == len(second)
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(InputError, match="RANK and WORLD_SIZE must be"):
+        MixedStream(dataset)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_that_know_the_batch_size_give_the_batches_of_none(dataset, workers):
+    stream = MixedStream(Labels(dataset), batch_size=5)
+    alone, together = ([places.tolist() for places, _ in DataLoader(stream, 5, num_workers=n)] for n in (0, workers))
+    assert alone == together and len(together) == len(DataLoader(stream, 5)) == 5
+    with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
+        MixedStream(dataset, batch_size=0)
 
 
 class Labels:
@@ -134,7 +155,7 @@ def test_the_trainer_of_lightning(dataset, tmp_path):
         max_epochs=2, accelerator="cpu", callbacks=[Epochs()], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.fit(Watch(), DataLoader(MixedStream(dataset), batch_size=4, num_workers=2))
+    trainer.fit(Watch(), DataLoader(MixedStream(dataset, batch_size=5), batch_size=5, num_workers=2))
     for epoch in range(2):
         dataset.set_epoch(epoch)
         expected = sorted(dataset[i][0].flatten().tolist() for i in range(24))

@@ -175,20 +175,27 @@ def _in_worker(shared: dict[str, Any]) -> MixedDataset:
 class MixedStream(torch.utils.data.IterableDataset[Any]):
     """The samples of a :class:`MixedDataset` one after another, each in one worker of one rank alone: for loaders without sampler.
 
-    Their order is a function of the dataset's seed and the epoch. All ranks get as many, so that up to one sample less than there
-    are ranks is left out, in each epoch others.
+    Their order is a function of the dataset's seed and the epoch. All ranks, which are those of the environment when the stream is
+    read, get as many, so that up to one sample less than there are ranks is left out, in each epoch others.
 
     Args:
         dataset: with the same real samples on all ranks; its epoch is set, and it is closed, as without the stream.
         shuffle: False leaves the order as it is.
+        batch_size: that of the loader. Its workers then take whole batches in turns, so its batches are those of a loader without
+            workers and as many as its ``len`` says. Without it each worker ends with a part of a batch; whoever stops at the
+            loader's length, as Lightning does, misses some.
+    Raises:
+        InputError: a batch size below 1.
     """
 
-    def __init__(self, dataset: MixedDataset, shuffle: bool = True) -> None:
-        self.dataset, self.shuffle = dataset, shuffle
-        self._rank, self._world_size = ranks()
+    def __init__(self, dataset: MixedDataset, shuffle: bool = True, batch_size: int | None = None) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}; give that of the loader.")
+        self.dataset, self.shuffle, self.batch_size = dataset, shuffle, batch_size
+        ranks()  # named now if they cannot be
 
     def __len__(self) -> int:
-        return len(self.dataset) // self._world_size
+        return len(self.dataset) // ranks()[1]
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         info = torch.utils.data.get_worker_info()
@@ -196,7 +203,9 @@ class MixedStream(torch.utils.data.IterableDataset[Any]):
         order = np.arange(len(self.dataset))
         if self.shuffle:
             order = np.random.default_rng([self.dataset.seed % 2**64, self.dataset.epoch]).permutation(order)
-        for index in order[self._rank :: self._world_size][: len(self)][worker::n_workers]:
+        rank, world_size = ranks()
+        turns = np.arange(len(self)) // (self.batch_size or 1) % n_workers
+        for index in order[rank::world_size][: len(self)][turns == worker]:
             yield self.dataset[int(index)]
 
     def set_epoch(self, epoch: int) -> None:

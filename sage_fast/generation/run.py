@@ -159,10 +159,14 @@ def _clear(store: Store, setup: Path) -> None:
 def ranks() -> tuple[int, int]:
     """This process's number and how many there are, as torchrun puts them into the environment; (0, 1) without.
 
+    Lightning's own launcher names no ``RANK``; on its first node that is ``LOCAL_RANK``.
+
     Raises:
         InputError: one of the two without the other, or numbers that cannot be.
     """
     words = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    if words[0] is None and words[1] is not None and os.environ.get("NODE_RANK") == "0":
+        words[0] = os.environ.get("LOCAL_RANK")
     if words == [None, None]:
         return 0, 1
     try:
