@@ -100,6 +100,12 @@ def test_version(capsys):
         (["train", "--data=a", "--out=b", "--encoder.lr=0"], "lr"),
         (["train", "--data=a", "--out=b", "--dictionary.lambda1=nan"], "lambda1"),
         (["train", "--data=a", "--out=b", "--dictionary.n-directions=500"], "n_directions"),
+        (
+            ["train", "--data=a", "--out=b", "--encoder.perceptual=none", "--dictionary.perceptual-weight=3"],
+            "no effect",
+        ),
+        (["train-dictionary", "--data=a", "--out=b", "--rec-weight=0", "--perceptual-weight=3"], "perceptual_weight"),
+        (["train-dictionary", "--data=a", "--out=b", "--rec-weight=0", "--precision=bfloat16"], "precision"),
         (["train-gan", "--data=a", "--out=b", "--total-kimg=inf"], "total_kimg"),
         (["train-gan", "--data=a", "--out=b", "--freeze-d=2"], "transfer_from"),
         (["train-encoder", "--data=a", "--out=b", "--norm-weight=nan"], "norm_weight"),
@@ -311,6 +317,9 @@ def test_every_kind_of_encoder_on_a_given_generator(run, seen, tmp_path, kind, c
     start = ["train-encoder", *words, f"--generator={run}", f"--kind={kind}", *few]
     assert cli.main(start) == 0
     assert cli.main(["embed", *words]) == 0
+    capsys.readouterr()
+    assert cli.main(["train-dictionary", *words, "--perceptual-weight=3", *TINY_DICTIONARY]) == 2
+    assert "perceptual_weight = 3.0 has no effect without a network in the enc" in capsys.readouterr().err
     assert cli.main(["train-dictionary", *words, "--perceptual-weight=0", *TINY_DICTIONARY]) == 0
     bundle = load_bundle(out)
     assert bundle.encoder.kind == kind and bundle.about["settings"]["encoder"]["kind"] == kind

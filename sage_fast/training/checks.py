@@ -62,5 +62,6 @@ def check_road(config: TrainConfig, ranks: Ranks, resume: bool = False) -> None:
     check_encoder(config.encoder, G, D, ranks)
     ranks.share(dictionary.batch)
     check_tensorboard(dictionary.tensorboard)
+    dictionary.check_network(config.encoder.perceptual)
     if dictionary.rec_weight and dictionary.perceptual_weight:
         load_perceptual(config.encoder.perceptual, D)

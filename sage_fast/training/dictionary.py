@@ -31,7 +31,7 @@ from sage_fast.factorization.category_irrelevant import (
 from sage_fast.factorization.class_embeddings import class_embeddings, residuals
 from sage_fast.models.perceptual import FeatureNetwork, perceptual_distance
 from sage_fast.models.stylegan2 import Generator
-from sage_fast.settings import check_numbers
+from sage_fast.settings import check_ignored, check_numbers
 from sage_fast.training.batches import to_pixels
 from sage_fast.training.feature_cache import cached_features
 from sage_fast.training.losses import pixel_mse
@@ -61,7 +61,7 @@ class DictionaryConfig:
     theta0: float = 0.5  # slope of the sigmoid of Eq. 10
     theta1: float = -1.0  # its offset
     rec_weight: float = 1.0  # of the image term, Eq. 11: MSE + perceptual distance; 0: no image is generated
-    perceptual_weight: float = 1.0  # of the perceptual distance in the image term
+    perceptual_weight: float = 1.0  # of the perceptual distance in the image term, by the encoder's network
     feature_cache_gb: float = 2.0  # memory for the features of all images, computed once; more than fit: at every step
     latent_weight: float = 1.0  # MSE(A n, delta_w), as SAGE-Diffusion adds it; not in [SAGE]
     init: str = "pca"  # directions begin as principal components of the residuals ("pca") or random ("normal")
@@ -94,6 +94,17 @@ class DictionaryConfig:
             raise InputError(f"noise must be 'none' or 'const', the encoder's setting, got '{self.noise}'.")
         if self.rec_weight == 0 and self.latent_weight == 0:
             raise InputError("rec_weight and latent_weight are both 0; the dictionary needs one of them to learn from.")
+        if self.rec_weight == 0:
+            check_ignored(self, ("precision", *self._perceptual()), "rec_weight")
+
+    def check_network(self, perceptual: str) -> None:
+        """Raise InputError for settings of the perceptual distance where ``perceptual``, the encoder's network, is "none"."""
+        if perceptual == "none":
+            check_ignored(self, self._perceptual(), "a network in the encoder's perceptual")
+
+    def _perceptual(self) -> tuple[str, ...]:
+        """The settings of the perceptual distance; none where it is off."""
+        return ("perceptual_weight", "feature_cache_gb") if self.perceptual_weight else ()
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DictionaryConfig:

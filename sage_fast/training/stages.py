@@ -345,9 +345,10 @@ def dictionary_stage(
     trained, table = _load_trained(folder, "dictionary"), _load_codes(folder)
     _check_noise(config, _config(folder, "encoder")["noise"])
     _check_embedded(table, images, folder)
-    perceptual = None
+    network, perceptual = _config(folder, "encoder")["perceptual"], None
+    config.check_network(network)
     if config.rec_weight and config.perceptual_weight:
-        perceptual = load_perceptual(_config(folder, "encoder")["perceptual"], trained.discriminator)
+        perceptual = load_perceptual(network, trained.discriminator)
     join_ranks(device).once(lambda: _claim(folder, "dictionary", "codes"))
     return train_dictionary(
         config, table.w_plus, table.labels, images, trained.generator, perceptual, folder, resume, device
