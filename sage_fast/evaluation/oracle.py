@@ -127,7 +127,7 @@ class Oracle(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (3, self.resolution, self.resolution):
             raise InputError(
                 f"images must have shape [N, 3, {self.resolution}, {self.resolution}] for this oracle, "
-                f"got {list(images.shape)}; use an oracle of their resolution."
+                f"got {list(images.shape)}; use an oracle of their resolution, or another network."
             )
         maps = self.classifier.maps(images)
         features = maps.mean(dim=(2, 3))

@@ -39,7 +39,8 @@ StrPath = str | os.PathLike[str]
 _MEANING = {
     "Category retention": "share of the generated images that the network puts into the category they were made for, "
     "mean over categories; in brackets the 95 % bootstrap interval over categories, where there are several: too narrow for "
-    "fewer than twenty. The share for real images, above, is what can be reached. Higher is better.",
+    "fewer than twenty. The share for real images, above, is what can be reached. Higher is better. It takes real images of two "
+    "categories at least.",
     "FD-{network}": "Fréchet distance between the features of generated and of real images: how far the two clouds of "
     "images lie apart, in place and in shape. Lower is better. Comparable only for this network, these categories and "
     "sets of these sizes; it is not the FID, which is defined by another network.",

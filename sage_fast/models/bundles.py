@@ -132,9 +132,10 @@ def read_bundle_file(folder: StrPath | None, name: str) -> bytes:
     folder = bundle_folder(folder)
     expected = read_index(folder)["files"].get(name)
     if expected is None:
-        judge = (
-            ", which train and train-dictionary keep with --bundle.discriminator" if name.startswith("discr") else ""
+        keep = (
+            ", which train and train-dictionary keep with --bundle.discriminator (--resume adds it to a finished run)"
         )
+        judge = keep if name.startswith("discr") else ""
         raise InputError(f"Model folder {str(folder)!r} has no {name}{judge}; train that part or give another model.")
     try:
         data = (folder / name).read_bytes()
