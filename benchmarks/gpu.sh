@@ -87,7 +87,7 @@ workers=
   # shellcheck disable=SC2086 # words
   tests tests 110 $workers -k "cuda or replayed or nvjpeg or timm or lightning" python_tests/ops python_tests/models \
     python_tests/training/test_augment.py python_tests/training/test_graphed.py python_tests/training/test_ranks.py \
-    python_tests/generation/test_nvjpeg.py \
+    python_tests/training/test_batches.py python_tests/generation/test_nvjpeg.py \
     python_tests/test_mixing_stream.py python_tests/test_train_with_generated.py &
   part tests_large 60 env SAGE_FAST_LARGE_TESTS=1 "$PYTHON" -m pytest -q -p no:cacheprovider -k "31 and cuda" python_tests/ops/test_upfirdn2d.py &
   part demo 110 "$PYTHON" -m sage_fast.demo --out "$OUT/demo" &

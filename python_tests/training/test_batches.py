@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from sage_fast.data.sampling import EpochSampler
+from sage_fast.models.stylegan2 import Generator
+from sage_fast.training.augment import Augment, AugmentConfig
 from sage_fast.training.batches import deal, to_pixels
+from sage_fast.training.prior import draw_prior, mixed_w_plus
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -26,6 +29,29 @@ def test_shares_make_up_the_batch(flip):
         assert torch.equal(torch.stack(shares, 2).flatten(1), whole[step])
     mirrored = torch.cat([step[1] for step in whole])
     assert bool(mirrored.any()) == flip and not mirrored.all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="whether a GPU is waited for shows on one")
+@pytest.mark.parametrize("augment", ["ada", "diffaugment"])
+def test_nothing_of_a_step_that_is_drawn_on_the_host_waits_for_cuda(augment):
+    G = Generator(16, 16, 2, channel_base=256, channel_max=32).to("cuda")
+    augmented, like = Augment(AugmentConfig(augment, p=0.9 if augment == "ada" else None)), G.latent_avg
+    rng, noise_rng = torch.Generator().manual_seed(0), torch.Generator("cuda").manual_seed(0)
+    images, index = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8), torch.tensor([3, 1, 8, 2])
+
+    def drawn() -> None:
+        prior = draw_prior(G, 4, 0.9, rng, noise_rng)
+        for share in (torch.tensor([0, 2]), torch.tensor([1, 3])):
+            mixed_w_plus(G, prior.take(share))
+        flips = torch.tensor([True, False, True, False])
+        augmented.apply(to_pixels(images, index, flips, like), augmented.draw(4, rng))
+
+    drawn()  # kernels are loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_pixels():

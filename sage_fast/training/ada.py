@@ -101,7 +101,7 @@ def _only(on: Tensor, images: Tensor, transform: Callable[[Tensor], Tensor]) -> 
         return images
     if on.all():
         return transform(images)
-    index = on.nonzero()[:, 0].to(images.device)
+    index = on.nonzero()[:, 0].to(images.device, non_blocking=True)
     return images.index_copy(0, index, transform(images[index]))
 
 
@@ -133,7 +133,7 @@ def _diagonal(x: Tensor, y: Tensor) -> Tensor:
 def _recolour(images: Tensor, amounts: Tensor) -> Tensor:
     if not amounts[:, _GEOMETRIC:_COLOUR].any():
         return images
-    matrix, offset = (part.to(images) for part in colour_maps(amounts, images.shape[1]))
+    matrix, offset = (part.to(images, non_blocking=True) for part in colour_maps(amounts, images.shape[1]))
     return torch.baddbmm(offset, matrix, images.flatten(2)).view(images.shape)
 
 

@@ -32,7 +32,10 @@ def filter_bands(images: Tensor, log_gains: Tensor) -> Tensor:
     """
     gains = torch.exp2(log_gains)
     gains = gains / (1 + _POWER * (gains.square() - 1)).sqrt().prod(1, keepdim=True)
-    rows, columns = ((gains[:, :, None, None] * _band_matrices(side)).sum(1).to(images) for side in images.shape[2:])
+    rows, columns = (
+        (gains[:, :, None, None] * _band_matrices(side)).sum(1).to(images, non_blocking=True)
+        for side in images.shape[2:]
+    )
     # image by image: the bits of a batched product can depend on the batch
     return torch.stack([row @ image @ column.mT for row, image, column in zip(rows, images, columns)])
 
@@ -65,8 +68,9 @@ def _band_matrices(side: int) -> Tensor:
 
 def add_noise(images: Tensor, sigma: Tensor, number: Tensor) -> Tensor:
     """Add normal noise of deviation |sigma| [N] to the images; ``number`` [N] says which noise each of them gets."""
-    noise = counter_normal(number.long().to(images.device), 0, 0, images[0].numel()).view(images.shape)
-    return images + noise.to(images.dtype) * sigma.to(images)[:, None, None, None]
+    number, sigma = number.long().to(images.device, non_blocking=True), sigma.to(images, non_blocking=True)
+    noise = counter_normal(number, 0, 0, images[0].numel()).view(images.shape)
+    return images + noise.to(images.dtype) * sigma[:, None, None, None]
 
 
 def cut_out(images: Tensor, size: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -76,4 +80,5 @@ def cut_out(images: Tensor, size: Tensor, x: Tensor, y: Tensor) -> Tensor:
         ((torch.arange(side) + 0.5) / side - 0.5 - centre[:, None]).abs() < size[:, None] / 2
         for side, centre in ((height, y), (width, x))
     ]
-    return images.masked_fill((inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(images.device), 0)
+    hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return images.masked_fill(hole.to(images.device, non_blocking=True), 0)

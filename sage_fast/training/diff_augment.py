@@ -46,7 +46,9 @@ def _colour(images: Tensor, uniform: Tensor) -> Tensor:
     brightness, saturation, contrast = (uniform[:, :3, None, None] * torch.tensor([1.0, 2, 1]).view(3, 1, 1)).unbind(1)
     mixing = saturation * torch.eye(n_colours) + (1 - saturation) / n_colours
     contrast = contrast + 0.5
-    matrix, offset, rest = (part.to(images) for part in (contrast * mixing, brightness - 0.5, 1 - contrast))
+    matrix, offset, rest = (
+        part.to(images, non_blocking=True) for part in (contrast * mixing, brightness - 0.5, 1 - contrast)
+    )
     offset = offset + rest * x.mean((1, 2), keepdim=True)
     y = torch.baddbmm(offset.expand(-1, n_colours, 1), matrix, x).view(len(images), n_colours, *images.shape[2:])
     return y if images.shape[1] == n_colours else torch.cat([y, images[:, n_colours:]], 1)
@@ -59,8 +61,8 @@ def _translate(images: Tensor, uniform: Tensor) -> Tensor:
         most = int(side / 8 + 0.5)
         source = torch.arange(side) - ((share * (2 * most + 1)).floor() - most)[:, None]  # [N, side]
         shape = (-1, 1, 1, side) if axis == 3 else (-1, 1, side, 1)
-        inside = ((source >= 0) & (source < side)).view(shape).to(images.device)
-        index = source.clamp(0, side - 1).long().view(shape).to(images.device)
+        inside = ((source >= 0) & (source < side)).view(shape).to(images.device, non_blocking=True)
+        index = source.clamp(0, side - 1).long().view(shape).to(images.device, non_blocking=True)
         images = images.gather(axis, index.expand_as(images)) * inside
     return images
 
@@ -73,5 +75,7 @@ def _cut_out(images: Tensor, uniform: Tensor) -> Tensor:
         first = (share * (side + 1 - size % 2)).floor()[:, None] - size // 2  # [N, 1]
         at = torch.arange(side)
         inside.append((at >= first) & (at < first + size))  # [N, side]
-    hole = (inside[1][:, None, :, None] & inside[0][:, None, None, :]).to(images.device)  # [N, 1, H, W]
+    hole = (inside[1][:, None, :, None] & inside[0][:, None, None, :]).to(
+        images.device, non_blocking=True
+    )  # [N, 1, H, W]
     return images.masked_fill(hole, 0)

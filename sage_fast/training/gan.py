@@ -174,6 +174,7 @@ def train_gan(
     others = None if held_out is None else as_reals(held_out, config, least=1)
     shares = share_out(config.batch, config.mbstd_group, ranks.rank, ranks.world, config.accumulate)
     path_shares = [path_share(share, config.mbstd_group) for share in shares]
+    shares_there = [share.to(ranks.device) for share in shares]
     G, D = new_networks(config, data.n_classes, ranks.device)
     average = copy.deepcopy(G).eval().requires_grad_(False)
     if config.transfer_from is not None and Checkpoints(Path(folder) / "checkpoints", "gan").latest() is None:
@@ -247,7 +248,9 @@ def train_gan(
             for share, c in zip(path_shares, labels):
                 w_plus, _ = mixed_w_plus(G, prior.take(share), None if c is None else c[: len(share)])
                 with second_derivatives(), autocast(config.precision, ranks.device):
-                    penalty, mean = path_length_penalty(G(w_plus), w_plus, path_mean, y[share])
+                    penalty, mean = path_length_penalty(
+                        G(w_plus), w_plus, path_mean, y[share.to(y.device, non_blocking=True)]
+                    )
                 path_update.add(penalty, config.pl_weight * config.pl_every)
                 length = length + mean / config.accumulate
             path_update.apply(length)
@@ -258,7 +261,7 @@ def train_gan(
         prior = draw_prior(G, config.batch, config.style_mixing, rng, noise_rng)
         logits, draws = zero.new_zeros(2, config.batch), augment.draw(config.batch, rng)  # of reals and fakes
         fake_draws = augment.draw(config.batch, rng)
-        for share, real, c in zip(shares, reals, labels):
+        for share, there, real, c in zip(shares, shares_there, reals, labels):
             part = prior.take(share)
             with autocast(config.precision, ranks.device):
                 with torch.no_grad():
@@ -267,7 +270,7 @@ def train_gan(
                 of_reals, of_fakes = networks.logits_of_both(*shown, c)
                 loss = d_loss_of(of_reals, of_fakes)
             d_update.add(loss)
-            logits[:, share] = torch.stack([of_reals, of_fakes]).detach().flatten(1).to(logits)
+            logits[:, there] = torch.stack([of_reals, of_fakes]).detach().flatten(1).to(logits)
         d_loss = d_update.apply(logits)
         real_logits, fake_logits = logits * ranks.world  # each rank had zeros for the others' shares
 

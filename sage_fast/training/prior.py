@@ -34,7 +34,7 @@ class Prior:
         """The samples at the indices ``share``."""
         if len(share) == len(self.cut):  # a share of everything is the batch in its order
             return self
-        here = share.to(self.z.device)
+        here = share.to(self.z.device, non_blocking=True)
         return Prior(self.z[:, here], self.cut[share], [noise[here] for noise in self.noise])
 
 
@@ -48,7 +48,7 @@ def draw_prior(
         noise_rng: a generator on the network's device; None: no noise maps.
     """
     like = G.latent_avg
-    z = torch.randn(2, n, G.style.z_dim, generator=rng, dtype=like.dtype).to(like.device)
+    z = torch.randn(2, n, G.style.z_dim, generator=rng, dtype=like.dtype).to(like.device, non_blocking=True)
     cut = torch.randint(1, G.n_latent, (n,), generator=rng)
     cut[torch.rand(n, generator=rng) >= style_mixing] = G.n_latent
     maps = [] if noise_rng is None else [buffer.shape[1:] for buffer in G.noises.buffers()]
@@ -66,4 +66,5 @@ def mixed_w_plus(G: Generator, prior: Prior, labels: Tensor | None = None) -> tu
     """w_plus [N, L, D] of the prior's samples (of ``labels`` [N, c_dim]), mixed at its cuts, and the first w [N, D] of each."""
     w, w2 = G.mapping(prior.z.flatten(0, 1), None if labels is None else labels.repeat(2, 1)).chunk(2)
     first = torch.arange(G.n_latent) < prior.cut.unsqueeze(1)  # [N, L]
-    return torch.where(first.unsqueeze(2).to(w.device), w.unsqueeze(1), w2.unsqueeze(1)), w
+    first = first.unsqueeze(2).to(w.device, non_blocking=True)
+    return torch.where(first, w.unsqueeze(1), w2.unsqueeze(1)), w

@@ -55,7 +55,7 @@ class Reals:
         if not self.n_classes:
             return None
         assert self.labels is not None
-        return F.one_hot(self.labels[index], self.n_classes).to(like)
+        return F.one_hot(self.labels[index], self.n_classes).to(like, non_blocking=True)
 
 
 def as_reals(images: Tensor | ImageSet, config: GANConfig, least: int | None = None) -> Reals:

@@ -54,7 +54,7 @@ def resample(images: Tensor, inverse: Tensor, margins: tuple[int, int, int, int]
     height, width = images.shape[2:]
     padded = F.pad(images, margins, mode="reflect")
     # pixel i of the padded image is pixel 2i of the upsampled one: the filter's centre is its tap 5
-    taps = _LOW_PASS.to(images.device)
+    taps = _LOW_PASS.to(images.device, non_blocking=True)
     fine = upfirdn2d(padded, taps, up=2, padding=(6, 5, 6, 5), gain=4.0)
     grid = _grid(inverse, (height, width), margins, fine)
     # sample m of these is at pixel (m - 5) / 2 of the result
