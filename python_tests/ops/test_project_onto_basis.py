@@ -125,6 +125,15 @@ def test_nan_and_infinity_stay_in_their_sample_and_layer(device, value):
     assert not y[1, 2].isfinite().any() and y.isfinite().sum() == y.numel() - 20
 
 
+@pytest.mark.parametrize("rank", [5, 40])
+def test_autocast_rounds_nothing(device, rank):
+    """Whichever of the kernel and two products the sizes choose."""
+    w_plus, basis = arguments(3, 2, 64, rank, device=device)
+    with torch.autocast(w_plus.device.type, torch.bfloat16):
+        under = project_onto_basis(w_plus, basis)
+    assert torch.equal(under, project_onto_basis(w_plus, basis))
+
+
 def test_threads(same_bits_for_all_thread_counts):
     w_plus, basis = arguments(70, 3, 59, 7)
     same_bits_for_all_thread_counts(lambda: project_onto_basis(w_plus, basis))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -26,14 +27,16 @@ def project_onto_basis(w_plus: Tensor, basis: Tensor) -> Tensor:
         w_plus: [N, L, D], floating.
         basis: [L, D, R], columns orthonormal in each layer (not checked).
     Returns:
-        [N, L, D].
+        [N, L, D] in the dtype of ``w_plus``, under autocast too.
     Raises:
         InputError: shapes or dtypes that do not belong together.
     """
     _check(w_plus, basis)
     device_type, shape = "cpu" if w_plus.is_cpu else w_plus.device.type, basis.shape
     if _products_are_ahead(device_type, shape, w_plus.element_size()):
-        return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
+        # as the kernel, which autocast does not reach
+        with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
+            return torch.bmm(torch.bmm(w_plus.transpose(0, 1), basis), basis.mT).transpose(0, 1)
     native = w_plus.dtype in (torch.float32, torch.float64) and shape[2] > 0
     if native and _native.has_kernel("project_onto_basis", device_type):
         return _native.call(torch.ops.sage_fast.project_onto_basis.default, (w_plus, basis))
