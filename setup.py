@@ -1,8 +1,8 @@
 """Build of the compiled objects; everything else is in pyproject.toml.
 
-torch importable: the objects are built now, against it. Not importable (pip's isolated build): a plain Python install, and one build
-at first use. ``SAGE_FAST_BUILD``: auto (default; a failed build leaves a working package without kernels), aot (a failed build is an
-error), jit and none (nothing is built here).
+torch importable: the objects are built now, against it. Not importable (pip's isolated build), or older than the package asks for
+(pip is about to replace it): a plain Python install, and one build at first use. ``SAGE_FAST_BUILD``: auto (default; a failed build
+leaves a working package without kernels), aot (a failed build is an error), jit and none (nothing is built here).
 """
 
 import json
@@ -16,6 +16,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("SAGE_FAST_BUILD", "auto")
 build = runpy.run_path(str(ROOT / "sage_fast" / "_build.py"))
+if MODE not in build["MODES"]:
+    sys.exit(f"SAGE_FAST_BUILD must be one of {', '.join(build['MODES'])}, got '{MODE}'.")
 
 
 def extensions():
@@ -24,7 +26,7 @@ def extensions():
         return {}
     try:
         found, command = build["extensions"](ROOT), build["build_command"]()
-    except ImportError as error:
+    except (ImportError, build["BuildError"]) as error:
         if MODE == "aot":
             raise
         print(f"sage_fast: nothing is compiled now ({error}); the kernels are built at first use.", file=sys.stderr)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import platform
+import pwd
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -124,6 +129,134 @@ def test_a_broken_cuda_object_leaves_the_others(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("SAGE_FAST_BUILD", "aot")
     with pytest.raises(RuntimeError, match="Error compiling objects"):
         _build.compile_into(tmp_path / "again")
+
+
+def _finish(folder: Path) -> None:
+    target = folder / "sage_fast"
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "_ops_cpu.abi3.so").write_bytes(b"whole")
+    (target / _build.INFO).write_text('{"failure": null}')
+
+
+def test_what_a_killed_build_left_is_built_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAGE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_build, "_run_build", _finish)
+    half = _build._cache() / "sage_fast" / "_ops_cpu.abi3.so"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"ha")
+    assert _build.build_cached() == half.parent and half.read_bytes() == b"whole"
+    half.unlink()
+    assert _build.build_cached() == half.parent and half.exists(), "what somebody deleted is built again"
+    assert capsys.readouterr().err.count("building its kernels once") == 2
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_half_an_object_is_no_reason_to_skip_a_build(tmp_path, monkeypatch):
+    """As a build that was killed while it linked leaves one, newer than every source; without ninja too."""
+    (tmp_path / "good.cpp").write_text("int x;")
+    extension = Extension("sage_fast._ops_cpu", [str(tmp_path / "good.cpp")])
+    monkeypatch.setattr(_build, "extensions", lambda root: [extension])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    (tmp_path / "sage_fast").mkdir()
+    half = tmp_path / "sage_fast" / f"_ops_cpu{EXTENSION_SUFFIXES[0]}"
+    half.write_bytes(b"ha")
+    _build.compile_into(tmp_path)
+    assert half.read_bytes()[:4] == b"\x7fELF"
+
+
+def test_a_cache_that_is_there_is_only_read(tmp_path, monkeypatch):
+    """One on a disk that cannot be written: the lock cannot be opened there, nor a log written."""
+    monkeypatch.setenv("SAGE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_build, "_run_build", _finish)
+    folder = _build._cache()
+    (folder / "lock").mkdir(parents=True)
+    with pytest.raises(_build.BuildError, match=r"cache .* cannot be written \(Is a directory\); set SAGE_FAST_CACHE"):
+        _build.build_cached()
+    _finish(folder)
+    assert _build.build_cached() == folder / "sage_fast"
+
+
+def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setenv("SAGE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_build, "_run_build", _finish)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert _build.find(_build.build_cached(), "_ops_cpu")
+
+
+def test_a_user_without_a_home_is_asked_for_a_cache(tmp_path, monkeypatch):
+    """As in a container that runs under a bare number."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "SAGE_FAST_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(_build, "_run_build", _finish)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(_build.BuildError, match=r"home folder in ~/.cache/sage_fast is not known; set SAGE_FAST_CACHE"):
+        _build.build_cached()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_objects_of_other_pythons_are_passed_over(tmp_path):
+    for version in ("30", "399"):
+        (tmp_path / f"_host.cpython-{version}-x86_64-linux-gnu.so").write_bytes(b"")
+    assert _build.find(tmp_path, "_host") is None
+    mine = tmp_path / f"_host{EXTENSION_SUFFIXES[0]}"
+    mine.write_bytes(b"")
+    assert _build.find(tmp_path, "_host") == mine
+
+
+def test_an_older_torch_is_not_built_against(monkeypatch):
+    """pip builds first and then replaces it by the one that the package asks for."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0+cpu"))
+    for build in (lambda: _build.extensions(ROOT), _build.build_cached):
+        with pytest.raises(_build.BuildError, match=r"torch 2\.10\.0\+cpu is older than 2\.11"):
+            build()
+    assert f'"torch>={_build.OLDEST_TORCH}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_ninja_is_found_in_an_environment_that_is_not_active(tmp_path, monkeypatch):
+    pytest.importorskip("ninja")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("ninja") is None
+    _build.build_command()
+    assert shutil.which("ninja") is not None
+
+
+def test_a_compiler_may_have_words_before_it(monkeypatch):
+    monkeypatch.setenv("CXX", f"env {sys.executable}")
+    assert _build.no_compiler() is None and _build.describe()["compiler"] == f"Python {platform.python_version()}"
+    for missing in ("/nonexistent/c++ -m64", "c++ '"):
+        monkeypatch.setenv("CXX", missing)
+        assert "was not found" in str(_build.no_compiler())
+
+
+def test_a_compiler_may_speak_in_bytes_of_its_own(bare, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\ncase $1 in -*version) echo 12.0.0; exit;; esac\nprintf '\\303\\266\\377.cpp: error: no\\n' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (warning,) = _run(bare, SAGE_FAST_CACHE=str(tmp_path), SAGE_FAST_BUILD="auto", CXX=str(compiler), **locale)[
+        "warnings"
+    ]
+    (log,) = tmp_path.glob("*/build.log")
+    assert f"(log: {log}; delete its folder to have it tried again)" in warning
+    assert "error: no" in log.read_text(encoding="utf-8")
+
+
+def test_an_installation_refuses_a_mode_that_does_not_exist():
+    command = [sys.executable, str(ROOT / "setup.py"), "--version"]
+    env = {**os.environ, "SAGE_FAST_BUILD": "AOT"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "SAGE_FAST_BUILD must be one of auto, aot, jit, none, got 'AOT'."
 
 
 def test_none_is_silent(bare):

@@ -8,22 +8,28 @@ package exists.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
+import importlib.machinery
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 INFO = "_build_info.json"
+#: what SAGE_FAST_BUILD may say
+MODES = ("auto", "aot", "jit", "none")
 #: stable ABI of torch 2.11 and later
+OLDEST_TORCH = "2.11"
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CUDA_ARCHS = ("80", "90")
 #: asynchronous copies and products of bfloat16 begin with it
@@ -44,8 +50,9 @@ def csrc() -> Path:
 
 
 def find(folder: Path, stem: str) -> Path | None:
-    """The compiled object ``stem`` of a folder, or None."""
-    return next(iter(sorted(folder.glob(f"{stem}.*so"))), None)
+    """The compiled object ``stem`` of a folder that this Python can load, or None; those of other Pythons may lie beside it."""
+    names = (folder / f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in names if path.is_file()), None)
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -96,8 +103,21 @@ def runs_on(built: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def check_torch() -> None:
+    """Refuse a torch whose stable ABI is not there yet.
+
+    Raises:
+        BuildError: it is older than what the package asks for; pip may be about to replace it.
+    """
+    import torch
+
+    if torch.__version__ < OLDEST_TORCH:
+        raise BuildError(f"torch {torch.__version__} is older than {OLDEST_TORCH}, which the kernels are for")
+
+
 def extensions(root: Path) -> list[Any]:
     """The setuptools extensions, for :func:`build_command`; sources relative to ``root``."""
+    check_torch()
     import pybind11
     from setuptools import Extension
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
@@ -148,6 +168,12 @@ def build_command() -> type:
 
     They know neither torch nor Python, and take most of the time of a build.
     """
+    with contextlib.suppress(
+        ImportError
+    ):  # installed with the package, and on no PATH where an environment is not active
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildOnce(BuildExtension):
@@ -155,6 +181,7 @@ def build_command() -> type:
 
         def finalize_options(self):
             super().finalize_options()
+            self.force = True  # headers are in no list, and a killed build may have left half an object
             self.parallel = None  # one object after the other, each in parallel by ninja: _host takes from _ops_cpu
             self.no_cuda = None
             self.building = ""
@@ -202,7 +229,7 @@ def describe(failure: str | None = None, no_cuda: str | None = None) -> dict[str
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "compiler": _version_of(os.environ.get("CXX", "c++")),
-        "nvcc": _version_of("nvcc") if has_cuda() is None else None,
+        "nvcc": _version_of(_nvcc()) if has_cuda() is None else None,
         "architectures": architectures() if has_cuda() is None else None,
         "no_cuda_because": no_cuda or has_cuda(),
         "failure": failure,
@@ -222,6 +249,7 @@ def compile_into(folder: Path) -> None:
     command.build_lib, command.build_temp = str(folder), str(folder / "temp")
     command.ensure_finalized()
     command.run()
+    # last: objects without it are of a build that was killed
     (folder / "sage_fast" / INFO).write_text(json.dumps(describe(None, command.no_cuda), indent=2))
 
 
@@ -229,34 +257,43 @@ def build_cached() -> Path:
     """Build in a process of its own into the cache, once for these sources, this torch and this compiler.
 
     The lock is the kernel's (flock), so a killed process cannot leave it behind; a failure is remembered and not tried
-    again until the sources, torch or the compiler change.
+    again until the sources, torch or the compiler change, or its folder is deleted. What is there is only read.
 
     Raises:
-        BuildError: with the first line of the compiler's complaint.
+        BuildError: with the first line of the compiler's complaint, or why the cache cannot be written.
     """
+    check_torch()
     folder = _cache()
-    with _locked(folder):
-        target = folder / "sage_fast"
-        if reason := failure(folder):
-            raise BuildError(reason)
-        if find(target, "_ops_cpu"):
-            return target
-        print("sage_fast: building its kernels once (about a minute) ...", file=sys.stderr)
-        reason = _run_build(folder)
-        if reason is not None:
-            (folder / INFO).write_text(json.dumps(describe(reason), indent=2))
-            raise BuildError(reason)
-        return target
+    try:
+        if not _is_done(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder):
+                if not _is_done(folder):
+                    print("sage_fast: building its kernels once (about a minute) ...", file=sys.stderr)
+                    if reason := _run_build(folder):
+                        (folder / INFO).write_text(json.dumps(describe(reason), indent=2))
+    except OSError as error:
+        raise BuildError(f"the cache {folder} cannot be written ({error.strerror}); set SAGE_FAST_CACHE") from error
+    if reason := failure(folder):
+        raise BuildError(reason)
+    return folder / "sage_fast"
+
+
+def _is_done(folder: Path) -> bool:
+    """Whether a build in the cache came to its end, a good one or a bad one."""
+    target = folder / "sage_fast"
+    return failure(folder) is not None or (read_info(target) != {} and find(target, "_ops_cpu") is not None)
 
 
 def _run_build(folder: Path) -> str | None:
     script = "import runpy, sys, pathlib; m = runpy.run_path(sys.argv[1]); m['compile_into'](pathlib.Path(sys.argv[2]))"
     command = [sys.executable, "-c", script, __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    (folder / "build.log").write_text(done.stdout + done.stderr)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", cwd=folder)
+    (folder / "build.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode == 0:
         return None
-    return no_compiler() or complaint(done.stdout + done.stderr) + f" (log: {folder / 'build.log'})"
+    again = f" (log: {folder / 'build.log'}; delete its folder to have it tried again)"
+    return no_compiler() or complaint(done.stdout + done.stderr) + again
 
 
 def no_compiler() -> str | None:
@@ -276,32 +313,44 @@ def _cache() -> Path:
     import torch
 
     root = os.environ.get("SAGE_FAST_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sage_fast"
+        os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "sage_fast"
     )
+    root = os.path.expanduser(root)
+    if root.startswith("~"):  # a user without a name, as containers have them, and no HOME
+        raise BuildError(f"the home folder in {root} is not known; set SAGE_FAST_CACHE")
     key = hashlib.sha256()
     for path in sorted(csrc().rglob("*.*")):
         key.update(path.name.encode() + path.read_bytes())
     compiler = _version_of(os.environ.get("CXX", "c++"))
-    cuda = has_cuda() or [_version_of("nvcc"), architectures()]
+    cuda = has_cuda() or [_version_of(_nvcc()), architectures()]
     key.update(json.dumps([torch.__version__, sys.version, compiler, cuda, *_sanitize()]).encode())
-    folder = Path(root).absolute() / key.hexdigest()[:16]  # the build runs in the folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"the cache {folder} cannot be written ({error.strerror}); set SAGE_FAST_CACHE") from error
-    return folder
+    return Path(root).absolute() / key.hexdigest()[:16]  # absolute: the build runs in the folder
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # file systems without such locks
+                raise
         yield
 
 
+def _nvcc() -> str:
+    """The compiler that torch calls, which need not be on the PATH."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return shlex.quote(os.path.join(CUDA_HOME or "", "bin", "nvcc"))
+
+
 def _version_of(command: str) -> str | None:
+    """What a compiler says of itself; ``command`` may have words before and behind, as ``CXX="ccache g++"`` has."""
     try:
-        lines = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
+        words = [*shlex.split(command), "--version"]
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=20)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
+    lines = done.stdout.splitlines()
     return next((line for line in reversed(lines) if "release" in line), lines[0] if lines else None)

@@ -57,7 +57,6 @@ NATIVE_OPS = (
 )
 #: ops with a kernel on CUDA alone: parts of its fused synthesis
 CUDA_OPS = ("styled_epilogue", "blur_epilogue", "styled_conv", "counter_normal")
-BUILD_MODES = ("auto", "aot", "jit", "none")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 _NEEDED = {"cuda": "the CUDA toolkit (nvcc) beside a CUDA build of torch"}
 _TOO_OLD = "the kernels need 8.0 (Ampere) or later"
@@ -208,9 +207,11 @@ def when_loaded(register: Callable[[], None]) -> Callable[[], None]:
 
 def build_mode() -> str:
     """``SAGE_FAST_BUILD``: auto (installed objects, else a first-use build), aot, jit (always the cache), none."""
+    from sage_fast import _build
+
     mode = os.environ.get("SAGE_FAST_BUILD", "auto")
-    if mode not in BUILD_MODES:
-        raise InputError(f"SAGE_FAST_BUILD must be one of {', '.join(BUILD_MODES)}, got '{mode}'.")
+    if mode not in _build.MODES:
+        raise InputError(f"SAGE_FAST_BUILD must be one of {', '.join(_build.MODES)}, got '{mode}'.")
     return mode
 
 
