@@ -221,6 +221,15 @@ def test_a_split_that_cannot_be_written_leaves_nothing(tmp_path):
         write_split(data, split, tmp_path / "out", 1)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.timeout(60)
+def test_a_pipe_among_the_images_is_named_not_waited_at(tmp_path):
+    data = written(tmp_path / "data", {"a": 3, "b": 3, "c": 3})
+    os.mkfifo(data / "b" / "z.png")
+    with pytest.raises(InputError, match=r"cannot be split at 'b/z.png': not a regular file; give other images"):
+        write_split(open_source(data), Split("x", ("a", "b"), ("c",)), tmp_path / "out", 1)
+
+
 def test_unseen_categories_are_drawn_by_seed_and_name():
     names = [f"c{i}" for i in range(30)]
     drawn = draw_split(names, seed=3)

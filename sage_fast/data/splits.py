@@ -151,6 +151,8 @@ def _copy(images: ImageFolder, folder: Path, known: set[bytes]) -> list[tuple[in
     for i, content in images.contents():
         category, *rest = images.categories[images.labels[i]], *PurePosixPath(images.files[i]).parts[1:]
         target = folder / category / "_".join(rest)
+        if isinstance(content, Path) and not content.is_file():  # a pipe would be waited at for ever
+            content = UnreadableImage(content, "not a regular file")
         if not isinstance(content, Path | bytes):
             why = content.reason if isinstance(content, UnreadableImage) else "pixels, and no file to copy"
             raise InputError(f"{str(images.root)!r} cannot be split at {images.files[i]!r}: {why}; give other images.")
