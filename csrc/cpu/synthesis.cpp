@@ -10,7 +10,6 @@
 
 #include "../tensor.h"
 #include "isa.h"
-#include "parallel.h"
 #include "workspace.h"
 
 SAGE_DECLARE(void synthesis(const SynthesisNetwork& net, Workspace& workspace))
@@ -156,50 +155,36 @@ Tensor synthesis_pack(Tensor weight, bool up, bool bf16) {
   return out;
 }
 
-int64_t bytes_of(const Tensor& x) {
-  const Dtype dtype = dtype_of(x);
-  return x.numel() * (dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2);
-}
-
-// One to one in either argument, so no single change goes unseen.
-uint64_t mixed(uint64_t state, uint64_t word) { return std::rotl(state ^ word, 27) * 0x9E3779B97F4A7C15; }
-
-uint64_t hash(const unsigned char* bytes, int64_t n) {
-  constexpr int64_t kLanes = 8, kStep = 8 * kLanes;  // chains of products side by side
-  uint64_t lanes[kLanes] = {}, words[kLanes];
-  const auto take = [&](int64_t at, int64_t count) {
-    std::memcpy(words, bytes + at, size_t(count));
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = mixed(lanes[l], words[l]);
-  };
-  int64_t at = 0;
-  for (; at + kStep <= n; at += kStep) take(at, kStep);
-  std::fill(words, words + kLanes, 0);
-  take(at, n - at);
-  uint64_t sum = uint64_t(n);
-  for (const uint64_t lane : lanes) sum = mixed(sum, lane);
-  return sum;
-}
-
-// 64 bits that differ when a weight has another value than before, whoever wrote it and how.
+// What differs when weights have other values than before, whoever wrote them and how: a hash of a sample of them. Of a
+// large matrix each row gives lines in other places than its neighbours, so that a write to rows or to columns shows
+// too.
 int64_t synthesis_fingerprint(std::vector<Tensor> weights) {
-  struct Piece {
-    const unsigned char* bytes;
-    int64_t n;
-    uint64_t hash;
+  constexpr int64_t kLine = 64, kLanes = kLine / 8, kWhole = 1 << 14;  // bytes, chains of products side by side, bytes
+  uint64_t lanes[kLanes] = {};
+  const auto take = [&](const unsigned char* at, int64_t count) {
+    uint64_t words[kLanes] = {};
+    std::memcpy(words, at, size_t(count));
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = std::rotl(lanes[l] ^ words[l], 27) * 0x9E3779B97F4A7C15;
   };
-  constexpr int64_t kPiece = 1 << 15, kGrain = 8;  // bytes, pieces
-  std::vector<Piece> pieces;
   for (Tensor& weight : weights) {
     weight = torch::stable::contiguous(weight);
     const auto* bytes = static_cast<const unsigned char*>(weight.const_data_ptr());
-    const int64_t n = bytes_of(weight);
-    for (int64_t at = 0; at < n; at += kPiece) pieces.push_back({bytes + at, std::min(kPiece, n - at), 0});
+    const Dtype dtype = dtype_of(weight);
+    const int64_t n = weight.numel() * (dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2);
+    int64_t dim = 0;
+    while (dim + 1 < weight.dim() && weight.size(dim) == 1) ++dim;
+    const int64_t rows = weight.dim() ? std::max<int64_t>(1, weight.size(dim)) : 1, row = n / rows;
+    if (n <= kWhole || row < kLine) {
+      for (int64_t at = 0; at < n; at += kLine) take(bytes + at, std::min(kLine, n - at));
+      continue;
+    }
+    const int64_t lines = (row + kLine - 1) / kLine;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t l = r % lines; l < lines; l += rows) take(bytes + r * row + std::min(l * kLine, row - kLine), kLine);
+    }
   }
-  parallel(int64_t(pieces.size()), kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pieces[i].hash = hash(pieces[i].bytes, pieces[i].n);
-  });
   uint64_t sum = 0;
-  for (const Piece& piece : pieces) sum = mixed(sum, piece.hash);
+  for (const uint64_t lane : lanes) sum = std::rotl(sum ^ lane, 27) * 0x9E3779B97F4A7C15;
   return int64_t(sum);
 }
 

@@ -34,7 +34,7 @@ __all__ = ["choose_road", "counter_noise", "fused_network", "layer_by_layer", "w
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _layers: ContextVar[bool] = ContextVar("layer by layer", default=False)
 _Made = TypeVar("_Made")
-_Key = int | tuple[tuple[int, int], ...]
+_Key = tuple[object, ...]
 _networks: WeakKeyDictionary[nn.Module, tuple[_Key, SynthesisNetwork, list[Tensor]]] = WeakKeyDictionary()
 _binomial: WeakKeyDictionary[nn.Module, tuple[_Key, bool, list[Tensor]]] = WeakKeyDictionary()
 
@@ -108,7 +108,8 @@ def counter_noise(generator: Generator, samples: Tensor, seed: int = 0) -> list[
 def fused_network(generator: Generator) -> SynthesisNetwork:
     """The generator's synthesis weights for :func:`sage_fast.ops.synthesis.synthesis`; made anew when a weight has changed.
 
-    On the CPU whoever changed it and how; elsewhere writes through ``.data`` go unseen, as autograd does not see them.
+    On the CPU by writes too that autograd does not see, through ``.data`` or an array, to more than a few numbers of a tensor; such
+    writes elsewhere go unseen.
     """
     return _kept(_networks, generator, _weights(_layers_of(generator)), lambda: _build(generator))
 
@@ -120,11 +121,11 @@ def _build(generator: Generator) -> SynthesisNetwork:
     for layer in chain([generator.conv1], generator.convs):
         conv = layer.conv
         strength, bias = float(layer.noise.weight), layer.activate.bias.float().clone()
-        weight, rounded = conv.weight[0].float() * conv.scale, conv.weight.dtype != torch.float32
+        weight, rounded = _scaled(conv.weight[0], conv.scale), conv.weight.dtype != torch.float32
         layers.append(StyledLayer(weight, *_affine(conv), bias, strength, rounded))
     for to_rgb in _to_rgbs(generator):
         conv = to_rgb.conv
-        weight = conv.weight[0, :, :, 0, 0].float() * conv.scale
+        weight = _scaled(conv.weight[0, :, :, 0, 0], conv.scale)
         images.append(ImageLayer(weight, *_affine(conv), to_rgb.bias.float().flatten().clone()))
     # without skip connections the smaller sizes add nothing to the image
     nothing = [_zeros(images[-1], channels) for channels in generator.channels[: -len(images)]]
@@ -145,7 +146,11 @@ def _zeros(like: ImageLayer, channels: int) -> ImageLayer:
 def _affine(conv: Any) -> tuple[Tensor, Tensor]:
     """The map from w to the style: [C_in, D] and [C_in]."""
     linear = conv.modulation
-    return linear.weight.float() * linear.scale, linear.bias.float() * linear.lr_mul
+    return _scaled(linear.weight, linear.scale), _scaled(linear.bias, linear.lr_mul)
+
+
+def _scaled(weight: Tensor, scale: float) -> Tensor:
+    return (weight.float() * scale).contiguous()
 
 
 def _layers_of(generator: Generator) -> list[nn.Module]:
@@ -193,21 +198,21 @@ def _kept(
     key, found = _key(tensors), cache.get(generator)
     if found is None or found[0] != key:
         # while they are kept, nothing else comes to lie at the addresses of a key
-        alive = [] if isinstance(key, int) else [t.detach() for t in tensors]
-        found = cache[generator] = (key, make(), alive)
+        found = cache[generator] = (key, make(), [t.detach() for t in tensors])
     return found[1]
 
 
 def _key(tensors: list[Tensor]) -> _Key:
-    """What changes with the tensors: on the CPU a hash of their numbers; on a GPU, where reading them would wait for the
-    device, addresses and versions."""
+    """What changes with the tensors: addresses, versions and, on the CPU, where that does not wait for the device, a hash of
+    a sample of their numbers: writes through ``.data``, through an array or by another process count up no version."""
+    key: _Key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     if tensors and tensors[0].is_cpu and _native.has_kernel("synthesis", "cpu"):
-        return torch.ops.sage_fast.synthesis_fingerprint(tensors)
-    return tuple((t.data_ptr(), t._version) for t in tensors)
+        return (torch.ops.sage_fast.synthesis_fingerprint(tensors), *key)
+    return key
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """The fused kernels of torch's optimizers write weights without counting up their version, by which :func:`_key` knows on a GPU.
+    """The fused kernels of torch's optimizers write weights without counting up their version, by which :func:`_key` knows.
 
     Only weights that were packed are counted up: an optimizer of other networks stays as it was.
     """
