@@ -312,9 +312,12 @@ def test_a_wheel_holds_objects_and_sources(tmp_path):
     ]
     subprocess.run(command, check=True, timeout=500, env={**os.environ, "SAGE_FAST_BUILD": "aot"})
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    packed = zipfile.ZipFile(wheel)
+    names = packed.namelist()
     for pattern in (r"_ops_cpu.*\.so", r"_host.*\.so", r"csrc/library\.cpp", r"csrc/cuda/upfirdn2d\.cu", r"py\.typed"):
         assert any(re.search(pattern, name) for name in names), pattern
+    objects = [name for name in names if name.endswith(".so")]
+    assert not any(b".debug_info" in packed.read(name) for name in objects), "Python's own -g is left out"
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: the CUDA sources are not compiled here")
