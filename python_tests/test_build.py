@@ -259,6 +259,18 @@ def test_an_installation_refuses_a_mode_that_does_not_exist():
     assert done.stderr.strip() == "SAGE_FAST_BUILD must be one of auto, aot, jit, none, got 'AOT'."
 
 
+@pytest.mark.parametrize("compiler", ["g++-11", "g++-12", "g++-13", "g++-14", "clang++"])
+@pytest.mark.parametrize("isa", _native.INSTRUCTION_SETS if platform.machine() == "x86_64" else ["portable"])
+def test_kernels_are_understood_by_the_compilers_of_others(compiler, isa):
+    """The oldest is that of Ubuntu 22.04."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} on this machine")
+    source = ROOT / "csrc" / "cpu" / f"isa_{isa}.cpp"
+    command = [compiler, "-fsyntax-only", "-std=c++20", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[:2000]
+
+
 def test_none_is_silent(bare):
     got = _run(bare, SAGE_FAST_BUILD="none")
     assert got["devices"] == [] and got["warnings"] == []

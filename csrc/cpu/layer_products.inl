@@ -28,19 +28,11 @@ struct Products {
 
   template <size_t... i>
   static V low(V a, V b, std::index_sequence<i...>) {
-#ifdef __clang__
-    return __builtin_shufflevector(a, b, (i % 2 * lanes + i / 2)...);
-#else
-    return __builtin_shuffle(a, b, Bits{Lane(i % 2 * lanes + i / 2)...});
-#endif
+    return lanes_of<(i % 2 * lanes + i / 2)...>(a, b);
   }
   template <size_t... i>
   static V high(V a, V b, std::index_sequence<i...>) {
-#ifdef __clang__
-    return __builtin_shufflevector(a, b, (i % 2 * lanes + (lanes + i) / 2)...);
-#else
-    return __builtin_shuffle(a, b, Bits{Lane(i % 2 * lanes + (lanes + i) / 2)...});
-#endif
+    return lanes_of<(i % 2 * lanes + (lanes + i) / 2)...>(a, b);
   }
   static constexpr auto all = std::make_index_sequence<lanes>();
 

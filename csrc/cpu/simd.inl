@@ -22,6 +22,16 @@ inline void store(typename Vector<T>::type v, T* p) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// Lanes of two vectors: those of `b` are numbered on from those of `a`.
+template <int... I, class V>
+inline V lanes_of(V a, V b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else  // GCC has that from 12 on
+  return __builtin_shuffle(a, b, decltype(a < b){I...});
+#endif
+}
+
 // To memory, past the caches: `p` is aligned to the vector, and finish_stores() comes before others may look.
 template <class T>
 inline void store_past_caches(typename Vector<T>::type v, T* p) {

@@ -66,19 +66,19 @@ inline void weighted_sum(const In* in, int64_t step, const A* taps, int64_t tap_
 
 template <class V, int... I>
 inline V evens(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (2 * I)...);
+  return lanes_of<(2 * I)...>(a, b);
 }
 template <class V, int... I>
 inline V odds(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (2 * I + 1)...);
+  return lanes_of<(2 * I + 1)...>(a, b);
 }
 template <class V, int... I>  // a0 b0 a1 b1 ..., the lower or the upper half
 inline V zipped_low(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * int(sizeof...(I)))...);
+  return lanes_of<(I / 2 + I % 2 * int(sizeof...(I)))...>(a, b);
 }
 template <class V, int... I>
 inline V zipped_high(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (int(sizeof...(I)) / 2 + I / 2 + I % 2 * int(sizeof...(I)))...);
+  return lanes_of<(int(sizeof...(I)) / 2 + I / 2 + I % 2 * int(sizeof...(I)))...>(a, b);
 }
 
 template <class A, class Out>
