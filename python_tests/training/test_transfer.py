@@ -10,7 +10,7 @@ import torch
 
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator
-from sage_fast.models.weights import load_discriminator, load_generator
+from sage_fast.models.weights import load_discriminator, load_encoder, load_generator, save_bundle
 from sage_fast.training.gan import GANConfig, train_gan
 from sage_fast.training.transfer import transfer
 
@@ -128,6 +128,19 @@ def test_a_file_without_a_discriminator(tiny_bundle, tmp_path):
     torch.save({"g_ema": old.state_dict(), "latent_avg": old.latent_avg}, path)
     line = transfer(path, *fresh())
     assert "G took 100 %" in line and "D is fresh (" in line and "discriminator" in line
+
+
+def test_a_run_whose_bundle_has_no_discriminator_gives_that_of_its_checkpoint(tiny_bundle, tmp_path):
+    config = GANConfig(
+        resolution=8, style_dim=16, n_mapping=2, channel_base=64, channel_max=8, batch=4, total_kimg=0.004
+    )
+    _, trained = train_gan(config, torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), tmp_path)
+    save_bundle(tmp_path, generator=load_generator(tiny_bundle), encoder=load_encoder(tiny_bundle))
+    G, D, average = fresh()
+    line = transfer(tmp_path, G, D, average)
+    assert "D took 100 %" in line
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in D.state_dict().items())
+    assert torch.equal(G.input.input, load_generator(tiny_bundle).input.input)
 
 
 def test_training_starts_from_it_once(tiny_bundle, tmp_path, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ def transfer(source: str | os.PathLike[str], G: Generator, D: Discriminator, ave
     from one of the same depth.
 
     Args:
-        source: a bundle, or a file that ``load_generator`` reads; a discriminator may be missing.
+        source: a bundle, or a file that ``load_generator`` reads; a discriminator may be missing. A run whose bundle has none
+            gives that of its GAN.
     Returns:
         One line that says what was taken and what is fresh.
     Raises:
@@ -48,11 +50,22 @@ def transfer(source: str | os.PathLike[str], G: Generator, D: Discriminator, ave
     average.load_state_dict(G.state_dict())
     parts = [_report("G", G, taken)]
     try:
-        parts.append(_report("D", D, _into_discriminator(load_discriminator(source), D)))
+        parts.append(_report("D", D, _into_discriminator(_discriminator_of(source), D)))
     except InputError as error:  # many files hold none
         parts.append(f"D is fresh ({str(error).rstrip('.')})")
     what = f"{old.resolution} px, {counted(old.n_channels, 'channel')}"
     return f"started from {str(source)!r} ({what}): {'; '.join(parts)}."
+
+
+def _discriminator_of(source: str | os.PathLike[str]) -> Discriminator:
+    """That of a bundle or file; of a run whose bundle has none, that of its GAN."""
+    try:
+        return load_discriminator(source)
+    except InputError:
+        checkpoint = Path(source) / "checkpoints" / "gan.pt"
+        if not checkpoint.is_file():
+            raise
+        return load_discriminator(checkpoint)
 
 
 def _into_generator(old: Generator, G: Generator) -> set[str]:
