@@ -332,6 +332,14 @@ def test_a_wheel_holds_objects_and_sources(tmp_path):
     assert not any(b".debug_info" in packed.read(name) for name in objects), "Python's own -g is left out"
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake on this machine")
+def test_cmake_finds_what_it_needs(tmp_path):
+    """With nvcc where there is one, whatever the torch."""
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: the CUDA sources are not compiled here")
 @pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
 def test_cuda_sources_compile_without_spills(source, tmp_path):
