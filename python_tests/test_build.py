@@ -53,6 +53,17 @@ def _run(folder: Path, script: str = CHECK, **env: str):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("built", [{"sources": "of last week"}, {"sources": _build.sources()}, {}])
+def test_objects_of_other_sources_are_said_to_be_old(built, monkeypatch, recwarn):
+    monkeypatch.setenv("SAGE_FAST_BUILD", "aot")
+    monkeypatch.setattr(_build, "read_info", lambda folder: built)
+    monkeypatch.setattr(_native, "_load_from", lambda folder: _native.Native(folder=folder))
+    assert _native._load().folder == Path(_native.__file__).parent
+    assert ["built from other sources" in str(w.message) for w in recwarn] == [True] * (
+        built.get("sources") == "of last week"
+    )
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """A copy of the package and its sources as a plain Python install leaves them: nothing compiled."""

@@ -49,6 +49,14 @@ def csrc() -> Path:
     return inside if inside.is_dir() else beside
 
 
+def sources() -> str:
+    """A digest of the C++ and CUDA sources, by which objects know whether they were made from others."""
+    key = hashlib.sha256()
+    for path in sorted(csrc().rglob("*.*")):
+        key.update(path.name.encode() + path.read_bytes())
+    return key.hexdigest()[:16]
+
+
 def find(folder: Path, stem: str) -> Path | None:
     """The compiled object ``stem`` of a folder that this Python can load, or None; those of other Pythons may lie beside it."""
     names = (folder / f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
@@ -233,6 +241,7 @@ def describe(failure: str | None = None, no_cuda: str | None = None) -> dict[str
         "nvcc": _version_of(_nvcc()) if has_cuda() is None else None,
         "architectures": architectures() if has_cuda() is None else None,
         "no_cuda_because": no_cuda or has_cuda(),
+        "sources": sources(),
         "failure": failure,
     }
 
@@ -319,13 +328,11 @@ def _cache() -> Path:
     root = os.path.expanduser(root)
     if root.startswith("~"):  # a user without a name, as containers have them, and no HOME
         raise BuildError(f"the home folder in {root} is not known; set SAGE_FAST_CACHE")
-    key = hashlib.sha256()
-    for path in sorted(csrc().rglob("*.*")):
-        key.update(path.name.encode() + path.read_bytes())
     compiler = _version_of(os.environ.get("CXX", "c++"))
     cuda = has_cuda() or [_version_of(_nvcc()), architectures()]
-    key.update(json.dumps([torch.__version__, sys.version, compiler, cuda, *_sanitize()]).encode())
-    return Path(root).absolute() / key.hexdigest()[:16]  # absolute: the build runs in the folder
+    made_of = json.dumps([sources(), torch.__version__, sys.version, compiler, cuda, *_sanitize()])
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    return Path(root).absolute() / key  # absolute: the build runs in the folder
 
 
 @contextlib.contextmanager
