@@ -11,6 +11,7 @@ from rank_processes import finish, free_port, start, start_ranks
 from torch import distributed as dist
 
 from sage_fast.errors import InputError
+from sage_fast.training import ranks as module
 from sage_fast.training.ranks import Ranks, join_ranks, restarted, seed_of_rank
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1"}
@@ -46,6 +47,28 @@ def test_averages_do_not_wait_for_cuda(monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert p.grad.tolist() == [5, 5, 5] and statistics.tolist() == [1, 1]
+
+
+class _EndsAsItsTimeIsOver:
+    """A collective that ends, or fails, between the end of a wait and the look whether it has."""
+
+    def __init__(self, failure: str | None) -> None:
+        self.failure = failure
+
+    def wait(self, *timeout: object) -> None:
+        if timeout:
+            raise RuntimeError("Operation timed out!")
+        if self.failure:
+            raise RuntimeError(self.failure)
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_collective_that_ends_just_after_a_wait_has_not_failed():
+    assert module._ended(_EndsAsItsTimeIsOver(None))
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        module._ended(_EndsAsItsTimeIsOver("Connection closed"))
 
 
 def test_seeds_differ_by_rank():

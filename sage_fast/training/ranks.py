@@ -278,9 +278,9 @@ def _ended(work: dist.Work) -> bool:
     try:
         work.wait(_POLL)
     except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
+        if not work.is_completed():
+            return False
+        work.wait()  # ended meanwhile, or failed: then it raises, and not that it took longer
     return True
 
 
