@@ -177,9 +177,8 @@ def build_command() -> type:
 
     They know neither torch nor Python, and take most of the time of a build.
     """
-    with contextlib.suppress(
-        ImportError
-    ):  # installed with the package, and on no PATH where an environment is not active
+    # ninja is installed with the package, and on no PATH where an environment is not active
+    with contextlib.suppress(ImportError):
         import ninja
 
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])

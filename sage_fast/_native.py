@@ -235,10 +235,8 @@ def _load() -> Native:
             folder = _build.build_cached()
         except _build.BuildError as error:
             return Native(reasons=dict.fromkeys(("cpu", "cuda"), str(error)))
-    elif _build.read_info(folder).get("sources") not in (
-        None,
-        _build.sources(),
-    ):  # a checkout that was brought up to date
+    elif (made_of := _build.read_info(folder).get("sources")) is not None and made_of != _build.sources():
+        # a checkout that was brought up to date
         warnings.warn(
             f"sage_fast's kernels in {str(folder)!r} were built from other sources than those in {str(_build.csrc())!r}; "
             "build them again (pip install --no-build-isolation -e .).",

@@ -17,8 +17,8 @@ ENOUGH = 0.9
 def usual_components(relevant: CategoryRelevantDictionary, w_plus: Tensor, labels: Tensor) -> int:
     """t_B of the preset ``"default"``: its 40, or more where these keep less than ``ENOUGH`` of an image of a new category.
 
-    The fewest that keep as much, or all that there are. Measured on the seen categories, each left out in turn; arguments of
-    :func:`mapping_warning`.
+    The fewest that keep as much, or all that there are, min(S, D). Measured on the seen categories, each left out in turn
+    (:func:`sage_fast.factorization.held_shares.fewest_components`); arguments as of :func:`mapping_warning`.
     """
     return fewest_components(relevant, w_plus, labels, ENOUGH, int(PRESETS["default"]["n_components"]))
 

@@ -57,6 +57,15 @@ def fewest_components(
     """The smallest R of ``at_least`` and more whose :func:`mean_held_share` is ``share``, or min(S, D) where none is.
 
     The directions of a basis without a category are found one by one, so none beyond the last that is needed are.
+
+    Args:
+        relevant, w_plus, labels: as of :func:`held_shares`.
+        share: to be held, 0 to 1.
+        at_least: the smallest R that is looked at, from 1.
+    Returns:
+        R, 1 to min(S, D).
+    Raises:
+        InputError: not fitted, or tensors that do not belong together.
     """
     S, _, D = relevant.class_embeddings_.shape
     check_labels(labels, len(w_plus), S)

@@ -92,9 +92,8 @@ class ImageEncoder(nn.Module):
 
     def correction(self, images: Tensor, rendered: Tensor) -> Tensor:
         """One step of ReStyle: what to add to the offsets [N, L, D] whose reconstructions are ``rendered``."""
-        return self(
-            torch.cat([images, F.adaptive_avg_pool2d(rendered, self.resolution)], dim=1)
-        )  # repeats pixels of smaller ones
+        shown = F.adaptive_avg_pool2d(rendered, self.resolution)  # repeats pixels of smaller ones
+        return self(torch.cat([images, shown], dim=1))
 
 
 def check_encoder(encoder: ImageEncoder, generator: Generator) -> None:

@@ -116,9 +116,8 @@ def _tensor(name: str, array: Any) -> Tensor:
         if isinstance(array, np.ndarray):
             return torch.from_numpy(np.require(array, requirements=("C", "W")))
         return torch.from_dlpack(array)
-    except (
-        Exception
-    ) as error:  # of a library of any kind, and of torch (an assertion, where arrays of a GPU meet a build without)
+    # of a library of any kind, and of torch: an assertion, where arrays of a GPU meet a build without
+    except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"{name} must be an array that torch can take, got {_name(type(array))}: {reason}.") from error
 
