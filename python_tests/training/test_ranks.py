@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 
 import pytest
 import rank_programs
@@ -79,6 +81,29 @@ def test_seeds_differ_by_rank():
 def test_a_program_that_ends_closes_its_ranks(tmp_path):
     finish(start_ranks(rank_programs.ends_without_closing, 2, tmp_path, tmp_path))
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+
+_ENDS_WHILE_THE_STORE_IS_SLOW = """
+import time
+from datetime import timedelta
+from torch import distributed as dist
+from sage_fast.training.heartbeat import Heartbeat
+
+class Slow(Heartbeat):
+    def _round(self):
+        print("calls the store", flush=True)
+        self._store.wait(["a key that nobody sets"], timedelta(seconds=3.5))
+
+heartbeat = Slow(dist.HashStore(), 0, 1, lost_seconds=5)
+heartbeat.start()
+time.sleep(1.2)
+heartbeat.end()
+"""
+
+
+def test_a_slow_store_does_not_abort_a_process_that_ends():
+    ended = subprocess.run([sys.executable, "-c", _ENDS_WHILE_THE_STORE_IS_SLOW], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "calls the store\n"), ended.stderr
 
 
 def test_a_port_in_use(tmp_path):

@@ -76,10 +76,14 @@ class Heartbeat(threading.Thread):
             )
 
     def end(self) -> None:
-        """Stop beating; the others must have stopped listening, or take this rank for dead."""
+        """Stop beating; the others must have stopped listening, or take this rank for dead.
+
+        Waits for the call that is under way, which the store ends after ``lost_seconds``: an interpreter that ends takes
+        its threads along, and one inside C++ takes the process along too, by ``std::terminate``.
+        """
         self._ended.set()
         if self.is_alive():
-            self.join(2 * _BEAT)
+            self.join(self.lost_seconds + 2 * _BEAT)
 
     def _round(self) -> None:
         self._beats += 1
