@@ -48,11 +48,16 @@ struct Products {
     }
   }
 
-  // Lane i: the sum of all lanes of v[i]. The rounds of transpose, with the two halves added.
+  // Lane i: the sum of all lanes of v[i]. Two vectors become one, in whose lanes with bit `half` the second goes on: a
+  // pair costs one permutation, of the lanes that change their place; those that keep it are blended.
+  template <int64_t half, size_t... i>
+  static V halves(V a, V b, std::index_sequence<i...>) {
+    return lanes_of<(i & half ? lanes + i : i)...>(a, b) + lanes_of<(i & half ? lanes + i - half : i + half)...>(a, b);
+  }
   template <int64_t half = lanes / 2>
   static V sum_of_each(const V* v) {
     V w[half];
-    for (int64_t i = 0; i < half; ++i) w[i] = low(v[i], v[i + half], all) + high(v[i], v[i + half], all);
+    for (int64_t i = 0; i < half; ++i) w[i] = halves<half>(v[i], v[i + half], all);
     if constexpr (half == 1) {
       return w[0];
     } else {
@@ -223,7 +228,7 @@ struct Products {
 
   // Rows of samples lie far apart, where the processor does not look ahead by itself.
   static void prefetch(const T* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
   }
 
   // Whether rows of `dim` values in `bytes` from `out` on go past the caches to memory: they would not stay in any,
@@ -266,7 +271,7 @@ struct Products {
   }
 
   // out [n, dim] from codes [n, count] over the columns `kept` of a packed matrix; base may be null. Rows `ahead` [n]
-  // are fetched meanwhile.
+  // are fetched meanwhile: all of them from memory; of rows that a cache holds the beginning, the processor goes on.
   template <bool past = false>
   static void expand(const T* codes, int64_t n, int64_t count, const int64_t* kept, const T* panels, int64_t cols,
                      int64_t dim, const T* const* base, T alpha, T* const* out, const T* const* ahead,
@@ -274,7 +279,7 @@ struct Products {
     for (int64_t d = 0; d < dim; d += width) {
       const T* panel = panels + d * cols;
       const int64_t held = std::min(width, dim - d);
-      for (int64_t s = 0; s < n_ahead; ++s) prefetch(ahead[s] + d, held);
+      for (int64_t s = 0; (past || d == 0) && s < n_ahead; ++s) prefetch(ahead[s] + d, held);
       int64_t s = 0;
       for (; s + tile <= n; s += tile) {
         expand_panel<tile, past>(codes + s * count, count, count, kept, panel, base ? base + s : nullptr, alpha,

@@ -27,24 +27,29 @@ void project_onto_basis(const T* w, const T* basis, const ProjectParams& p, T* o
     });
     return;
   }
+  // Samples of a run go through one layer after the other. A run is long, since each fetches its layer's panels; but of
+  // many samples, where the L2 cache holds the panels of all layers, it is one group: its rows lie side by side.
   const int64_t size = P::panels_size(p.dim, p.rank);
-  Scratch<T> all_panels(p.layers * size);
-  T* panels = all_panels.data();
-  parallel(p.layers, 1 + 20000 / work, [=](int64_t begin, int64_t end_layer) {
-    for (int64_t layer = begin; layer < end_layer; ++layer) P::pack(layer_basis(layer), panels + layer * size);
-  });
+  const bool few = p.n <= 16 * P::group;  // then a task packs what it needs, in its own cache
+  const bool wide = p.layers * size * sizeof(T) > (int64_t(512) << 10);
+  const int64_t run = P::group * (wide ? 16 : few ? 8 : 1);
+  Scratch<T> all_panels(few ? 0 : p.layers * size);
+  T* shared = all_panels.data();
+  if (!few) {
+    parallel(p.layers, 1 + 20000 / work, [=](int64_t begin, int64_t end_layer) {
+      for (int64_t layer = begin; layer < end_layer; ++layer) P::pack(layer_basis(layer), shared + layer * size);
+    });
+  }
   const bool past = P::streams(out, p.dim, p.n * p.layers * p.dim * sizeof(T));
-  // Samples of a run go through one layer after the other. Where the L2 cache cannot hold the panels of all layers, a
-  // run is long enough to be worth fetching them.
-  const int64_t run = p.layers * size * sizeof(T) > (int64_t(512) << 10) ? 8 * P::group : P::group;
   const int64_t tasks = p.layers * ((p.n + run - 1) / run);
   parallel(tasks, 1 + 20000 / (work * std::clamp<int64_t>(p.n, 1, run)), [=](int64_t begin, int64_t end_task) {
-    Scratch<T> sums(P::sums_size(p.rank)), codes(P::codes_size(p.rank));
+    Scratch<T> sums(P::sums_size(p.rank)), codes(P::codes_size(p.rank)), own(few ? size : 0);
     Buffer<int64_t> kept(p.rank);
     for (int64_t r = 0; r < p.rank; ++r) kept[r] = r;
     for (int64_t task = begin; task < end_task; ++task) {
       const int64_t layer = task % p.layers, last = std::min((task / p.layers + 1) * run, p.n);
-      const T* panel = panels + layer * size;
+      const T* panel = few ? own.data() : shared + layer * size;
+      if (few) P::pack(layer_basis(layer), own.data());
       for (int64_t first = task / p.layers * run; first < last; first += P::group) {
         const int64_t n = std::min(P::group, last - first), next = std::min(task + 1, end_task - 1);
         const bool more = first + P::group < last;  // in this run: else the next one's samples are fetched

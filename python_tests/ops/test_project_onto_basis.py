@@ -9,7 +9,8 @@ import torch
 from sage_fast.errors import InputError
 from sage_fast.ops import project_onto_basis, project_onto_basis_reference
 
-SHAPES = [(1, 1, 1, 1), (3, 2, 5, 5), (5, 3, 59, 7), (33, 2, 97, 10), (64, 2, 16, 1), (2, 8, 128, 40)]  # N, L, D, R
+SHAPES = [(1, 1, 1, 1), (3, 2, 5, 5), (5, 3, 59, 7), (33, 2, 97, 10), (64, 2, 16, 1), (2, 8, 128, 40), (300, 2, 65, 3)]
+SHAPES += [(150, 4, 512, 70)]  # N, L, D, R; panels of a basis beyond what a CPU's L2 cache is taken to hold
 
 
 def arguments(n: int, n_latent: int, dim: int, r: int, dtype=torch.float32, device="cpu") -> list[torch.Tensor]:
@@ -37,6 +38,15 @@ def test_more_than_a_cache_holds(device, dim):
     assert w_plus.nbytes > 24 << 20
     expected = project_onto_basis_reference(w_plus, basis)
     torch.testing.assert_close(torch.ops.sage_fast.project_onto_basis(w_plus, basis), expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(300, 2, 65, 3), (150, 4, 512, 70)])
+def test_bits_do_not_depend_on_how_many(shape):
+    """From two samples on: one is summed as the basis lies."""
+    w_plus, basis = arguments(*shape)
+    expected = torch.ops.sage_fast.project_onto_basis(w_plus, basis)
+    for n in (2, 9, 64, 65, 128, 129):
+        assert torch.equal(torch.ops.sage_fast.project_onto_basis(w_plus[:n], basis), expected[:n]), n
 
 
 @pytest.mark.parametrize("op", [project_onto_basis, project_onto_basis_reference])
