@@ -47,6 +47,25 @@ def test_loading_does_not_depend_on_the_default_device(device):
     assert done.stdout.strip() == str(_native.load().devices)
 
 
+@pytest.mark.skipif(_build.find(ROOT / "sage_fast", "_ops_cpu") is None, reason="no objects beside the package")
+def test_an_exported_program_is_read_after_the_import_of_the_ops(tmp_path):
+    """By a process that has called none."""
+
+    class Blur(torch.nn.Module):
+        def forward(self, x, f):
+            return ops.upfirdn2d(x, f)
+
+    x, f = torch.arange(64.0).reshape(1, 1, 8, 8), torch.ones(2, 2)
+    torch.export.save(torch.export.export(Blur(), (x, f)), tmp_path / "blur.pt2")
+    run = "import sys, torch, sage_fast.ops; program = torch.export.load(sys.argv[1]).module(); "
+    run += "x = torch.arange(64.0).reshape(1, 1, 8, 8); print(program(x, torch.ones(2, 2)).sum().item())"
+    command = [sys.executable, "-c", run, str(tmp_path / "blur.pt2")]
+    env = {**os.environ, "SAGE_FAST_BUILD": "auto"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert float(done.stdout) == ops.upfirdn2d(x, f).sum().item()
+
+
 def test_an_instruction_set_that_does_not_exist_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(_native, "_native", None)
     for wrong in ("avx", "AVX2", ""):

@@ -1,8 +1,8 @@
 """Loading of the compiled objects: which op has a native kernel on which device, and why not.
 
-Nothing is compiled or loaded at import. The first op that runs calls :func:`load`, which takes the objects built at
-installation or, when there are none, builds them once into a cache (``SAGE_FAST_BUILD=auto``). Whatever goes wrong leaves the
-reference ops working, with one :class:`~sage_fast.errors.SageFastWarning` that names the reason and the remedy.
+Nothing is compiled at import. ``import sage_fast.ops`` loads the objects built at installation; when there are none, the
+first op that runs builds them once into a cache (``SAGE_FAST_BUILD=auto``). Whatever goes wrong leaves the reference ops
+working, with one :class:`~sage_fast.errors.SageFastWarning` that names the reason and the remedy.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = [
     "has_schemas",
     "host",
     "load",
+    "load_installed",
     "register_autograd",
     "when_loaded",
     "without_kernels",
@@ -190,6 +191,16 @@ def load() -> Native:
             if _native is None:
                 _native = _load()
     return _native
+
+
+def load_installed() -> None:
+    """Load the objects of the installation, if it has some: torch then knows the ops by name, as ``torch.export.load`` of a
+    program that holds them needs."""
+    from sage_fast import _build
+
+    if os.environ.get("SAGE_FAST_BUILD", "auto") in ("auto", "aot") and _build.find(Path(__file__).parent, "_ops_cpu"):
+        with contextlib.suppress(InputError):  # of another setting: the first op says it
+            load()
 
 
 def host() -> Any:

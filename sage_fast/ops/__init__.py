@@ -1,5 +1,6 @@
 """Differentiable functions of tensors, device-blind: native kernels where there are some, plain PyTorch elsewhere."""
 
+from sage_fast import _native
 from sage_fast.ops.bias_act import bias_act, bias_act_reference
 from sage_fast.ops.combine_rows import combine_rows, combine_rows_reference
 from sage_fast.ops.conv3x3 import conv3x3, conv3x3_reference, conv3x3_transposed, conv3x3_transposed_reference
@@ -47,3 +48,5 @@ __all__ = [
     "upfirdn2d",
     "upfirdn2d_reference",
 ]
+
+_native.load_installed()
