@@ -247,6 +247,29 @@ def test_a_run_can_ask_for_more_images_and_categories(pipeline, tiny_shots, tmp_
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("format", ["folder", "webdataset", "safetensors"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_new_category_that_sorts_first_moves_the_labels_of_the_others(
+    pipeline, tiny_shots, tmp_path, monkeypatch, format, whole
+):
+    config, plans = GenerateConfig(n=6, shard=4, format=format), {"old": ["lily", "rose"]}
+    plans["new"] = [*plans["old"], "aster"]
+    for name, words in plans.items():
+        lines = [{"category": word, "shots": "rose"} for word in words]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"categories": lines}))
+    with monkeypatch.context() as patch:
+        if not whole:
+            patch.setenv("RANK", "0")
+            patch.setenv("WORLD_SIZE", "2")
+        generate(pipeline, tiny_shots, tmp_path / "out", config, plan=tmp_path / "old.json")
+    resumed = replace(config, resume=True)
+    summary = generate(pipeline, tiny_shots, tmp_path / "out", resumed, plan=tmp_path / "new.json")
+    generate(pipeline, tiny_shots, tmp_path / "whole", config, plan=tmp_path / "new.json")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and verify(tmp_path / "out").problems == []
+    if format == "folder":  # whose files hold no labels
+        assert summary.n_kept == (12 if whole else 8)
+
+
 def test_images_without_a_manifest_line_are_drawn_again(pipeline, tiny_shots, tmp_path):
     out = tmp_path / "out"
     generate(pipeline, tiny_shots, out, GenerateConfig(n=3, shard=2))

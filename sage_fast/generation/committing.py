@@ -66,6 +66,8 @@ def reopen(format: Format, without: Collection[int] = (), plan: Plan | None = No
     kept = committed(store, old) - set(without)
     if plan is not None:
         kept = {k for k in kept if k < plan.n_shards and _alike(old, plan, k)}
+        if format.labelled:  # a new category can move the labels of those that were there
+            kept = {k for k in kept if _labels(old, k) == _labels(plan, k)}
     if is_complete(store):
         lines = lines_of(store)
         for shard in range(old.n_shards):
@@ -159,6 +161,10 @@ def _alike(old: Plan, new: Plan, shard: int) -> bool:
     """Whether both plans draw the same images in a shard, in the same micro-batches."""
     same = old.positions(shard) == new.positions(shard) and old.shard == new.shard and old.batch == new.batch
     return same and _stretches(old, shard) == _stretches(new, shard)
+
+
+def _labels(plan: Plan, shard: int) -> list[int]:
+    return [plan.labels[plan.parts[span.part].category] for span in plan.spans(plan.positions(shard))]
 
 
 def _stretches(plan: Plan, shard: int) -> list[tuple[Any, ...]]:

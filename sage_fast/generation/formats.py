@@ -112,6 +112,7 @@ class ImageFolders:
     """``<category>/<category>_00000.png``: an image is there before its shard is; it counts when its shard does."""
 
     separate = True  # a shard can be replaced after the end
+    labelled = False  # a shard's files hold no numbers of categories
 
     def __init__(self, store: Store, plan: Plan, encoder: Encoder, shape: tuple[int, int, int]) -> None:
         self.target, self.plan, self.encoder, self.shape = store, plan, encoder, shape
@@ -185,6 +186,7 @@ class TarFiles:
     """``shard-000000.tar`` as WebDataset reads them: .png (.jpg, .webp), .cls and .json under one number each."""
 
     separate = True
+    labelled = True
 
     def __init__(self, store: Store, plan: Plan, encoder: Encoder, shape: tuple[int, int, int]) -> None:
         self.target, self.plan, self.encoder, self.shape = store, plan, encoder, shape
@@ -288,6 +290,7 @@ class ArrayFile:
     """``images.safetensors``: ``images`` uint8 [N, C, R, R], ``labels`` and ``indices`` int64 [N], in the plan's order."""
 
     separate = False
+    labelled = False  # its pieces; labels are written when they are joined
     name = "images.safetensors"
     encoder: Encoder | None = None
 
