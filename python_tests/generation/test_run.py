@@ -437,6 +437,16 @@ def test_output_and_shots_or_model_must_lie_apart(tiny_bundle, pipeline, shots, 
     assert len(list(shots.rglob("*.png"))) == 5
 
 
+def test_a_url_of_a_folder_here_is_that_folder(tiny_bundle, shots, tmp_path):
+    pytest.importorskip("fsspec")
+    model = Path(shutil.copytree(tiny_bundle, tmp_path / "model"))
+    (model / MARKER).write_text("{}")
+    for out, words in ((shots / "out", "overlap"), (model, "holds the model")):
+        with pytest.raises(InputError, match=words):
+            generate(model, shots, f"file://{out}", GenerateConfig(n=2, overwrite=True))
+    assert {path.name for path in model.iterdir()} == {MARKER, *(path.name for path in tiny_bundle.iterdir())}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

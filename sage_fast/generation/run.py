@@ -230,8 +230,10 @@ def check(
         )
     if config.metrics is not None:
         check_file(config.metrics, "metrics")
-    if "://" in os.fspath(out):
+    store = open_store(out)
+    if not store.local:
         return
+    out = str(store)  # of a URL like file:///folder the folder
     models = [None if isinstance(model, FewShotPipeline) else model]
     if shots_dir is not None:
         check_apart(out, {"the shots": shots_dir}, models)
