@@ -140,3 +140,7 @@ def test_urls_of_unknown_kinds(url):
 
 def test_a_file_url_is_a_folder_of_this_machine(tmp_path):
     assert open_store(f"file://{tmp_path}/out").root == tmp_path / "out"
+
+
+def test_a_url_has_one_lock_whether_or_not_it_ends_in_a_slash():
+    assert open_store("memory://a/out/").locks == open_store("memory://a/out").locks != open_store("memory://a").locks

@@ -166,7 +166,8 @@ class FsspecStore:
     def locks(self) -> tuple[Path, Path, Path]:
         """Files of this machine: runs of another are not told apart, and write the same bytes."""
         user = os.getuid() if hasattr(os, "getuid") else 0
-        folder = Path(tempfile.gettempdir()) / f"sage_fast-{user}" / hashlib.sha256(self.url.encode()).hexdigest()[:24]
+        name = hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:24]
+        folder = Path(tempfile.gettempdir()) / f"sage_fast-{user}" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder / LOCK, folder, folder / SETUP_LOCK
 
