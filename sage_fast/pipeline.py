@@ -58,9 +58,9 @@ class NovelCategory:
     """What drawing needs to know of a novel category.
 
     Attributes:
-        shots: the given images [K, C, R, R] in [-1, 1], on the CPU.
+        shots: the given images [K, C, R, R] in [-1, 1], on the CPU; none where nothing is fused.
         w_plus: their offsets from ``latent_avg`` [K, L, D].
-        inverted: their reconstructions [K, C, R, R] in [-1, 1].
+        inverted: their reconstructions [K, C, R, R] in [-1, 1]; as the shots.
         distribution: of the category's latents; None for the method ``"inversion"``.
         weight_deltas: what HyperStyle changes in the generator for each shot, and for what is drawn from it; else None.
     """
@@ -208,13 +208,21 @@ class FewShotPipeline:
         if sentence is not None:
             warnings.warn(sentence, SageFastWarning, stacklevel=3)
 
-    def prepare(self, shots: Tensor, method: str = "sage", batch: int = 64, **options: Any) -> NovelCategory:
-        """What :meth:`draw` needs of a novel category; arguments of :meth:`adapt`, or method ``"inversion"``."""
+    def prepare(
+        self, shots: Tensor, method: str = "sage", batch: int = 64, *, fused: bool = True, **options: Any
+    ) -> NovelCategory:
+        """What :meth:`draw` needs of a novel category; arguments of :meth:`adapt`, or method ``"inversion"``.
+
+        ``fused`` False leaves out shots and reconstructions, which fusion alone needs.
+        """
         if method == "inversion":
             check_used(method, options)
         inversion = self.invert(shots)
         w_plus, deltas = inversion.offsets, inversion.weight_deltas
         distribution = None if method == "inversion" else self._editor(method, len(shots), options).adapt(w_plus)
+        if not fused:
+            none = torch.empty(0, *shots.shape[1:])
+            return NovelCategory(none, w_plus, none, distribution, deltas)
         inverted = self.render(w_plus, batch, deltas)
         return NovelCategory(_float_images(shots).cpu(), w_plus, inverted, distribution, deltas)
 
@@ -235,7 +243,7 @@ class FewShotPipeline:
         """
         fusions = _fusions(fusion)
         w_plus = self._latents(novel, numbers, alpha, seed, category)
-        sources = torch.tensor(numbers, dtype=torch.int64) % len(novel.shots)
+        sources = torch.tensor(numbers, dtype=torch.int64) % len(novel.w_plus)
         images = self.render(w_plus, batch, novel.weight_deltas, sources)
         fused = {name: self.fuse(name, novel, sources, images) for name in fusions}
         return Result(images, w_plus, sources, fused)

@@ -7,13 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from sage_fast.errors import InputError
-from sage_fast.generation import GenerateConfig, generate
+from sage_fast.generation import GenerateConfig, Prepared, generate, memory, writing
+from sage_fast.generation.drawing import draw_images, draw_latents
 from sage_fast.generation.memory import LIMIT, images_at_once, room_for
 from sage_fast.generation.plan_files import read_plan
 from sage_fast.models.stylegan2 import Generator
@@ -151,6 +155,57 @@ def test_a_plan_of_any_number_of_images_is_refused_or_begun(pipeline, tiny_shots
     with pytest.raises(InputError, match=words):
         generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=n))
     assert room_for(pipeline, plan_like(pipeline, tiny_shots, n=10**9, shard=4096), 1).bytes < LIMIT
+
+
+def many_small_categories(pipeline, shots, n_shots, fusion, n=4):
+    """Categories of many shots and few images each: those of several are on their way at the same time."""
+    plan = plan_like(pipeline, shots, n=n, fusion=fusion)
+    shown = replace(plan.parts[0], shots=plan.parts[0].shots[:1] * n_shots, hashes=plan.parts[0].hashes[:1] * n_shots)
+    return replace(plan, parts=tuple(replace(shown, category=f"c{i}") for i in range(100)))
+
+
+def test_categories_that_are_fused_at_the_same_time_are_counted(pipeline, tiny_shots):
+    large = of_size(pipeline, 256)
+    for fusion, n, drawers in (("none", 4, 4), ("pixel", 400, 4), ("pixel", 4, 2)):
+        room = room_for(large, many_small_categories(large, tiny_shots, 40, fusion, n), 4)
+        assert room.drawers == drawers and room.bytes <= LIMIT
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_categories_are_fused_at_the_same_time_than_are_counted(
+    pipeline, tiny_shots, tmp_path, monkeypatch, threads
+):
+    alive, most = weakref.WeakSet(), [0]
+    prepare, draw = Prepared._prepare, writing.draw_images
+
+    def prepared(self, part):
+        alive.add(made := prepare(self, part))
+        most[0] = max(most[0], len(alive))
+        return made
+
+    def slowly(*arguments):
+        time.sleep(0.2)
+        return draw(*arguments)
+
+    lines = [{"category": f"c{i}", "shots": "rose", "n": 4, "fusion": "pixel"} for i in range(24)]
+    (tmp_path / "plan.json").write_text(json.dumps({"categories": lines}))
+    monkeypatch.setattr(Prepared, "_prepare", prepared)
+    monkeypatch.setattr(writing, "draw_images", slowly)
+    monkeypatch.setattr("sage_fast.generation.drawing.KEPT", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    config = GenerateConfig(batch=4, shard=16)
+    generate(pipeline, tiny_shots, tmp_path / "out", config, plan=tmp_path / "plan.json")
+    plan = read_plan(tmp_path / "plan.json", tiny_shots, config, 3, 8)
+    counted = memory._fused_together(pipeline, plan, threads) // memory._category_bytes(pipeline, 2)
+    assert threads < most[0] <= counted < len(plan.parts)
+
+
+def test_shots_are_kept_and_their_reconstructions_drawn_for_fusion_alone(pipeline, tiny_shots, monkeypatch):
+    fused, plain = (Prepared(pipeline, plan_like(pipeline, tiny_shots, fusion=fusion)) for fusion in ("both", "none"))
+    assert fused[0].novel.inverted.shape == (3, 3, 8, 8)
+    monkeypatch.setattr(FewShotPipeline, "render", None)
+    assert len(plain[0].novel.shots) == len(plain[0].novel.inverted) == 0 and plain[0].size < fused[0].size
+    assert draw_images(pipeline, draw_latents(plain, range(4))).shape == (4, 3, 8, 8)
 
 
 def test_many_shots_of_a_category_are_counted(pipeline, tiny_shots):

@@ -87,7 +87,8 @@ class Prepared:
             self._check_unchanged(file, digest)
         shots = torch.stack([load_image(self.plan.root / file, resolution, n_channels) for file in part.shots])
         batch = min(_SHOTS, images_at_once(pipeline))
-        novel = pipeline.prepare(shots, part.method, batch, **part.editor_options())
+        fused = part.fusion != "none"
+        novel = pipeline.prepare(shots, part.method, batch, fused=fused, **part.editor_options())
         return Category(part, novel, _about(pipeline, part, novel))
 
     def _check_unchanged(self, file: str, digest: str) -> None:
@@ -188,7 +189,7 @@ def _draw_together(pipeline: FewShotPipeline, latents: Latents) -> Tensor:
     for span, category in zip(latents.spans, latents.categories):
         stretch, at = slice(at, at + span.n), at + span.n
         novel, fusion = category.novel, category.part.fusion
-        sources = torch.arange(span.first, span.first + span.n) % len(novel.shots)
+        sources = torch.arange(span.first, span.first + span.n) % len(novel.w_plus)
         if images is None:
             w_plus = latents.w_plus[stretch]
             part = pipeline.render(w_plus, len(w_plus), novel.weight_deltas, sources).to(pipeline.device)

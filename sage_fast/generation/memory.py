@@ -7,6 +7,7 @@ syntheses that go on at the same time, images between the stages, and the record
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -82,6 +83,10 @@ def room_for(pipeline: FewShotPipeline, plan: Plan, n_threads: int) -> Room:
     ahead, n_drawers = 2, n_threads if pipeline.device.type == "cpu" else 1
     while n_drawers > 1 and (n_drawers + 1) * drawing + _waiting(pipeline, plan, n_drawers, ahead) > free:
         n_drawers -= 1
+    more = max(0, _fused_together(pipeline, plan, n_drawers) - kept)
+    while n_drawers > 1 and more + (n_drawers + 1) * drawing + _waiting(pipeline, plan, n_drawers, ahead) > free:
+        n_drawers -= 1
+        more = max(0, _fused_together(pipeline, plan, n_drawers) - kept)
     while ahead > 1 and 2 * drawing + _waiting(pipeline, plan, n_drawers, ahead) > free:
         ahead -= 1
     waiting = _waiting(pipeline, plan, n_drawers, ahead)
@@ -91,7 +96,7 @@ def room_for(pipeline: FewShotPipeline, plan: Plan, n_threads: int) -> Room:
     syntheses = (n_drawers + 1) * drawing  # one more: the shots of the category that comes next
     return Room(
         n_drawers, max(1, n_threads // n_drawers), ahead, min(2, _RECORDS // record - 1), syntheses, waiting,
-        LIMIT - free - KEPT + kept + syntheses + waiting,
+        LIMIT - free - KEPT + kept + more + syntheses + waiting,
     )  # fmt: skip
 
 
@@ -115,6 +120,21 @@ def _image_bytes(pipeline: FewShotPipeline) -> int:
 def _category_bytes(pipeline: FewShotPipeline, n_shots: int) -> int:
     """Shots and their reconstructions, as float32."""
     return n_shots * 2 * 4 * _image_bytes(pipeline)
+
+
+def _fused_together(pipeline: FewShotPipeline, plan: Plan, n_drawers: int) -> int:
+    """Shots and reconstructions of all categories whose latents wait, or whose images are being drawn, at the same time."""
+    reach = plan.batch * (2 * n_drawers + 4)  # neighbouring images
+    held = [0 if part.fusion == "none" else _category_bytes(pipeline, len(part.shots)) for part in plan.parts]
+    ends = list(accumulate(part.n for part in plan.parts))
+    first = together = most = 0
+    for size, part, end in zip(held, plan.parts, ends):
+        together += size
+        while ends[first] + reach - 2 < end - part.n:
+            together -= held[first]
+            first += 1
+        most = max(most, together)
+    return most
 
 
 def _waiting(pipeline: FewShotPipeline, plan: Plan, n_drawers: int, ahead: int) -> int:
