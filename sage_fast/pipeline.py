@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,7 +36,9 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import join_deltas, select_deltas, synthesize
 from sage_fast.models.weights import check_parts, load_bundle, load_directions
 
-__all__ = ["FUSIONS", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals"]
+__all__ = [
+    "FUSIONS", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals", "one_thread",
+]  # fmt: skip
 
 METHODS = (*EDITOR_METHODS, "inversion")
 """The editor's methods, and the plain reconstruction of the shots."""
@@ -141,7 +144,8 @@ class FewShotPipeline:
         bundle = load_bundle(path, device)
         codes = bundle.codes
         n_components = min(_N_COMPONENTS, len(codes.categories), codes.w_plus.shape[2])
-        relevant = CategoryRelevantDictionary(n_components).fit(codes.w_plus, codes.labels)
+        with one_thread():
+            relevant = CategoryRelevantDictionary(n_components).fit(codes.w_plus, codes.labels)
         irrelevant = CategoryIrrelevantDictionary(*bundle.dictionary)
         return cls(bundle.generator, bundle.encoder, relevant, irrelevant, codes, preset, bundle.noise, bundle.hash)
 
@@ -158,7 +162,7 @@ class FewShotPipeline:
     def invert(self, images: Tensor) -> Inversion:
         """Images to offsets from ``latent_avg`` (Eq. 3 of [SAGE]) and, for HyperStyle, to changes of the generator.
 
-        One image at a time: a code is the same to the last bit whatever else is inverted with it.
+        One image at a time, on one thread: a code is the same to the last bit whatever else is inverted with it.
 
         Args:
             images: [N, C, R, R], uint8 or float in [-1, 1], N >= 1.
@@ -168,7 +172,8 @@ class FewShotPipeline:
             InputError: no images, of another size, or not scaled to [-1, 1].
         """
         images = _float_images(images).to(self.device)
-        found = [self.encoder.invert(image[None], self.generator, self.noise) for image in images]
+        with one_thread():
+            found = [self.encoder.invert(image[None], self.generator, self.noise) for image in images]
         offsets = torch.cat([inversion.offsets.float().cpu() for inversion in found])
         return Inversion(offsets, join_deltas([inversion.weight_deltas for inversion in found]))
 
@@ -180,7 +185,11 @@ class FewShotPipeline:
             method: ``"age"``, ``"sage-q"``, ``"sage-i"`` or ``"sage"``.
             options: arguments of :class:`FewShotEditor` in place of the preset's.
         """
-        return self._editor(method, len(shots), options).adapt(self.embed(shots))
+        return self._adapt(self.embed(shots), method, options)
+
+    def _adapt(self, w_plus: Tensor, method: str, options: dict[str, Any]) -> ClassDistribution:
+        with one_thread():
+            return self._editor(method, len(w_plus), options).adapt(w_plus)
 
     def editor_settings(self, method: str, n_shots: int, **options: int) -> dict[str, Any]:
         """``n_components``, ``n_similar`` and ``n_directions`` as a method takes them, without those that it makes no use of.
@@ -219,7 +228,7 @@ class FewShotPipeline:
             check_used(method, options)
         inversion = self.invert(shots)
         w_plus, deltas = inversion.offsets, inversion.weight_deltas
-        distribution = None if method == "inversion" else self._editor(method, len(shots), options).adapt(w_plus)
+        distribution = None if method == "inversion" else self._adapt(w_plus, method, options)
         if not fused:
             none = torch.empty(0, *shots.shape[1:])
             return NovelCategory(none, w_plus, none, distribution, deltas)
@@ -242,7 +251,8 @@ class FewShotPipeline:
         Arguments as for :meth:`__call__`.
         """
         fusions = _fusions(fusion)
-        w_plus = self._latents(novel, numbers, alpha, seed, category)
+        with one_thread():
+            w_plus = self._latents(novel, numbers, alpha, seed, category)
         sources = torch.tensor(numbers, dtype=torch.int64) % len(novel.w_plus)
         images = self.render(w_plus, batch, novel.weight_deltas, sources)
         fused = {name: self.fuse(name, novel, sources, images) for name in fusions}
@@ -394,6 +404,17 @@ def load_dictionary(
     if found.codes is not None or found.statistics is not None:
         return dict(found.codes or found.statistics or {})
     return CategoryIrrelevantDictionary.from_released(*published_directions(path))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What latents are computed in: convolutions and products of torch add in another order on another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def normals(seed: int, category: str, number: int, count: int) -> Tensor:

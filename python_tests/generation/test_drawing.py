@@ -11,7 +11,7 @@ import torch
 from tiny_model import tiny_encoder
 
 from sage_fast.data.images import load_image
-from sage_fast.data.writers import to_uint8
+from sage_fast.data.writers import save_png, to_uint8
 from sage_fast.errors import InputError
 from sage_fast.generation import (
     GenerateConfig,
@@ -40,8 +40,8 @@ def plan_of(shots, **settings):
     return read_plan(None, shots, GenerateConfig(**{"n": 11, "batch": 4, "shard": 9, **settings}), 3, 8)
 
 
-def shots_of(folder, category):
-    return torch.stack([load_image(path, 8) for path in sorted((folder / category).iterdir())])
+def shots_of(folder, category, size=8):
+    return torch.stack([load_image(path, size) for path in sorted((folder / category).iterdir())])
 
 
 @pytest.mark.parametrize("method", ["sage", "age", "sage-q", "inversion"])
@@ -53,6 +53,31 @@ def test_latents_are_those_of_the_pipeline_to_the_last_bit(pipeline, tiny_shots,
         pipeline(shots_of(tiny_shots, c), 11, method=method, seed=5, category=c).w_plus for c in ("lily", "rose")
     ]
     assert torch.equal(drawn, torch.cat(expected))
+
+
+@pytest.mark.parametrize("method", ["sage", "age", "inversion"])
+def test_latents_are_the_same_on_any_number_of_threads(tmp_path, method):
+    """With the model that comes with the package: the networks of the tests are too small for threads to share."""
+    threads = torch.get_num_threads()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        pixels = torch.from_numpy(rng.integers(0, 256, (3, 32, 32), np.uint8))
+        (tmp_path / "rose").mkdir(exist_ok=True)
+        save_png(tmp_path / "rose" / f"{number}.png", pixels)
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            pipeline = FewShotPipeline.from_bundle(None)
+            prepared = Prepared(
+                pipeline, read_plan(None, tmp_path, GenerateConfig(n=12, method=method, batch=12), 3, 32)
+            )
+            found += [draw_latents(prepared, range(12)).w_plus]
+            found += [pipeline(shots_of(tmp_path, "rose", 32), 12, method=method, category="rose").w_plus]
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(w_plus, found[0]) for w_plus in found)
 
 
 def test_categories_of_unlike_settings_share_a_micro_batch(pipeline, tiny_shots):

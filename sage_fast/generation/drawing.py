@@ -20,7 +20,7 @@ from sage_fast.editing.distribution import sample_together
 from sage_fast.errors import InputError
 from sage_fast.generation.memory import KEPT, images_at_once
 from sage_fast.generation.plan import Part, Plan, Span
-from sage_fast.pipeline import FewShotPipeline, NovelCategory, normals
+from sage_fast.pipeline import FewShotPipeline, NovelCategory, normals, one_thread
 
 __all__ = [
     "Category", "Latents", "Prepared", "about_image", "about_images", "about_part", "draw_images", "draw_latents",
@@ -159,7 +159,8 @@ def draw_latents(prepared: Prepared, positions: range) -> Latents:
         distributions = [distribution for c in categories if (distribution := c.novel.distribution) is not None]
         noise = [_noise(categories[i].part, spans[i], d.n_random) for i, d in zip(edited, distributions)]
         alphas = [categories[i].part.alpha for i in edited]
-        together = sample_together(distributions, noise, alphas, [spans[i].first for i in edited])
+        with one_thread():
+            together = sample_together(distributions, noise, alphas, [spans[i].first for i in edited])
         for i, w_plus in zip(edited, together.split([spans[i].n for i in edited])):
             drawn[i] = w_plus
     return Latents(positions, spans, categories, torch.cat(drawn))

@@ -44,7 +44,7 @@ from sage_fast.generation.plan_files import read_plan
 from sage_fast.generation.stores import STATE, Store, open_store
 from sage_fast.generation.watching import Meter
 from sage_fast.generation.writing import write_shards
-from sage_fast.pipeline import FewShotPipeline
+from sage_fast.pipeline import FewShotPipeline, one_thread
 
 __all__ = ["Summary", "Writer", "generate", "load_pipeline", "open_output", "plan_of", "ranks", "write_here"]
 
@@ -256,13 +256,9 @@ def _check_settings(prepared: Prepared) -> None:
     kinds: dict[tuple[object, ...], int] = {}
     for number, part in enumerate(prepared.plan.parts):
         kinds.setdefault((part.method, len(part.shots) == 1, *part.editor_options().items()), number)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a few small images: on a busy machine threads would wait longer than they work
-    try:
+    with one_thread():  # a few small images: on a busy machine threads would wait longer than they work
         for number in kinds.values():
             prepared[number]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _write(
