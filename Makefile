@@ -6,6 +6,8 @@
 # is one. The torch that is there stays; only where there is none, TORCH is installed.
 TORCH ?= torch==2.13.0
 EXTRAS ?= test
+# as pip knows it: the torch 2.13.0 of the index calls itself 2.13.0+cu130, and pip finds no such version
+HERE = "torch==$$($(PYTHON) -c 'from importlib.metadata import version; print(version("torch"))')"
 # exact versions: what they ask for differs from one to the next
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 ifdef VIRTUAL_ENV
@@ -26,7 +28,7 @@ demo: setup
 OPTIONAL := 'ray[data]' lightning torchmetrics tensorboard webdataset simplejpeg opencv-python-headless matplotlib
 test: setup
 	@for library in $(OPTIONAL); do \
-	  $(PYTHON) -m pip install --quiet "$$library" "torch==$$($(PYTHON) -c 'import torch; print(torch.__version__)')" || \
+	  $(PYTHON) -m pip install --quiet "$$library" $(HERE) || \
 	  echo "$$library cannot be installed here."; \
 	done
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
@@ -59,8 +61,8 @@ ifndef VIRTUAL_ENV
 	test -x $(PYTHON) || python3 -m venv $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
 endif
 	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet "$(TORCH)" numpy
-	$(PYTHON) -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" ninja
-	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" "torch==$$($(PYTHON) -c 'import torch; print(torch.__version__)')"
+	$(PYTHON) -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" ninja $(HERE)
+	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" $(HERE)
 	$(PYTHON) -m sage_fast.cli info
 	@mkdir -p build && touch $@
 
