@@ -10,12 +10,11 @@ EXTRAS ?= test
 HERE = "torch==$$($(PYTHON) -c 'from importlib.metadata import version; print(version("torch"))')"
 # exact versions: what they ask for differs from one to the next
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
-ifdef VIRTUAL_ENV
-PYTHON := $(VIRTUAL_ENV)/bin/python
-else
-PYTHON := .venv/bin/python
-endif
-STAMP := build/set-up$(subst /,_,$(PYTHON))
+empty :=
+space := $(empty) $(empty)
+BIN := $(if $(VIRTUAL_ENV),$(subst $(space),\$(space),$(VIRTUAL_ENV)),.venv)/bin
+PYTHON := $(BIN)/python
+STAMP := build/set-up$(subst \$(space),_,$(subst /,_,$(PYTHON)))
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py pyproject.toml sage_fast/_build.py
 
 .PHONY: demo test sanitize setup bench lint format cuda-objects cuda-on-host clean
@@ -55,11 +54,17 @@ sanitize: setup
 
 setup: $(STAMP)
 
-$(STAMP): $(SOURCES)
 ifndef VIRTUAL_ENV
+# not there, or a link to a Python that is gone
+$(PYTHON):
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "sage_fast needs Python 3.10 or later, found $$(python3 --version)"; exit 1; }
-	test -x $(PYTHON) || python3 -m venv $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
+	python3 -m venv --clear $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
+$(STAMP): $(PYTHON)
 endif
+
+$(STAMP): $(SOURCES)
+	@$(PYTHON) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	{ echo "The environment of $(PYTHON) has no pip or is older than Python 3.10; delete it, or activate another."; exit 1; }
 	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet "$(TORCH)" numpy
 	$(PYTHON) -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.12" ninja $(HERE)
 	$(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" $(HERE)
@@ -80,10 +85,10 @@ lint: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(dir $(PYTHON))clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format:
-	$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . ; $(dir $(PYTHON))clang-format -i $(FORMATTED)
+	$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . ; $(BIN)/clang-format -i $(FORMATTED)
 
 # every .cu to an object for sm_80 and sm_90; needs nvcc, no GPU and no CUDA build of torch
 cuda-objects: setup
