@@ -299,6 +299,16 @@ def test_import_neither_builds_nor_loads(bare, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_installed_can_be_built_again_without_isolation():
+    """As the warning about missing kernels says; the README names the same to begin with."""
+    text, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "README.md"))
+    needed, installed = (re.search(rf"^{key} = \[(.*?)\]$", text, re.M | re.S) for key in ("requires", "dependencies"))
+    assert needed and installed
+    for requirement in re.findall(r'"([^"]*)"', needed[1]):
+        assert f'"{requirement}"' in installed[1], requirement
+        assert re.search(rf'pip install [^`]*{re.escape(requirement)}["`]', readme), requirement
+
+
 def test_build_mode_is_checked(monkeypatch):
     monkeypatch.setenv("SAGE_FAST_BUILD", "later")
     with pytest.raises(InputError, match="SAGE_FAST_BUILD must be one of auto, aot, jit, none"):
