@@ -213,6 +213,18 @@ def test_a_user_without_a_home_is_asked_for_a_cache(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_an_object_that_does_not_load_is_named_with_what_it_lacks(tmp_path):
+    source, built = tmp_path / "later.cpp", tmp_path / "_ops_cpu.abi3.so"
+    source.write_text('extern "C" int torch_of_a_later_day();\nint x = torch_of_a_later_day();\n')
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(built)], check=True, timeout=100)
+    reason = _native._load_from(tmp_path).reasons["cpu"]
+    assert reason == (
+        "_ops_cpu.abi3.so does not load (undefined symbol: torch_of_a_later_day); "
+        "it was built for another torch or another machine"
+    )
+
+
 def test_objects_of_other_pythons_are_passed_over(tmp_path):
     for version in ("30", "399"):
         (tmp_path / f"_host.cpython-{version}-x86_64-linux-gnu.so").write_bytes(b"")

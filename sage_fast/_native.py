@@ -268,7 +268,9 @@ def _load_from(folder: Path) -> Native:
             try:
                 torch.ops.load_library(str(path))
             except OSError as error:
-                reason = f"{path.name} does not load ({_first_line(error)}); it was built for another torch"
+                # torch's own words are the path alone
+                why = str(error.__cause__ or error).removeprefix(f"{path}: ")[:160]
+                reason = f"{path.name} does not load ({why}); it was built for another torch or another machine"
         if reason is None:
             native.devices += (device,)
         else:
