@@ -11,7 +11,17 @@ import torch
 from torch.autograd import forward_ad
 
 from sage_fast.models.stylegan2 import Discriminator, Generator
-from sage_fast.ops import bias_act, conv3x3, modulated_conv2d, upfirdn2d
+from sage_fast.ops import (
+    bias_act,
+    conv3x3,
+    conv3x3_transposed,
+    edit_latents,
+    edit_latents_reference,
+    least_squares_codes,
+    modulated_conv2d,
+    project_onto_basis,
+    upfirdn2d,
+)
 from sage_fast.ops.scaled_bias_act import scaled_bias_act
 
 FIR = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
@@ -99,3 +109,52 @@ def test_an_ensemble_of_networks_in_one_call(network):
     state, empty = torch.func.stack_module_state(models), copy.deepcopy(models[0]).to("meta")
     together = torch.vmap(lambda *state: torch.func.functional_call(empty, state, (x,)))(*state)
     torch.testing.assert_close(together, torch.stack([model(x) for model in models]), atol=1e-4, rtol=1e-4)
+
+
+BATCHED = {
+    "conv3x3": (conv3x3, (4, 16, 8, 8), (16, 16, 3, 3)),
+    "conv3x3, stride 2": (lambda x, weight: conv3x3(x, weight, 2), (4, 16, 17, 17), (16, 16, 3, 3)),
+    "conv3x3_transposed": (conv3x3_transposed, (4, 16, 8, 8), (16, 16, 3, 3)),
+    "bias_act": (lambda x, b: bias_act(x, b, act="swish"), (4, 16, 8, 8), (16,)),
+    "project_onto_basis": (project_onto_basis, (5, 4, 16), (4, 16, 3)),
+    "least_squares_codes": (least_squares_codes, (5, 4, 16), (4, 3, 16)),
+}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("op, x, weight", BATCHED.values(), ids=BATCHED)
+def test_a_batch_of_gradients_in_one_pass_back(op, x, weight, order):
+    """What ``torch.autograd.functional.jacobian(vectorize=True)`` asks for."""
+    inputs = [torch.randn(*shape, generator=RNG).requires_grad_() for shape in (x, weight)]
+    y = op(*inputs)
+    if order == 2:
+        y = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)[0]
+    grads = torch.randn(3, *y.shape, generator=RNG)
+    got = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for grad in grads]
+    for batch, alone in zip(got, zip(*each)):
+        torch.testing.assert_close(batch, torch.stack(alone), atol=1e-3, rtol=1e-5)
+
+
+def test_a_jacobian_of_a_network_in_one_pass_back():
+    torch.manual_seed(5)
+    G = Generator(16, 8, 2, channel_base=256, channel_max=16)
+    w = torch.randn(4, G.n_latent, 8)
+
+    def means(w):
+        return G.synthesis(w, noise="const").mean((2, 3))
+
+    together, each = (torch.autograd.functional.jacobian(means, w, vectorize=vectorize) for vectorize in (True, False))
+    torch.testing.assert_close(together, each, atol=1e-5, rtol=1e-4)
+
+
+def test_classes_of_a_batch_of_edits():
+    """Numbers of a batch cannot be looked at; a class that is not there is NaN, as on a GPU."""
+    e, codes, directions = (torch.randn(*shape, generator=RNG) for shape in ((2, 4, 8), (6, 5, 4, 3), (4, 8, 3)))
+    index = torch.randint(0, 2, (6, 5), generator=RNG)
+    got = torch.func.vmap(lambda n, i: edit_latents(e, n, directions, 2.0, None, i))(codes, index)
+    each = [edit_latents_reference(e, n, directions, 2.0, None, i) for n, i in zip(codes, index)]
+    torch.testing.assert_close(got, torch.stack(each))
+    index[3, 1] = 2
+    got = torch.func.vmap(lambda n, i: edit_latents(e, n, directions, 2.0, None, i))(codes, index)
+    assert got[3, 1].isnan().all() and got.isnan().sum() == 4 * 8

@@ -79,9 +79,10 @@ def _check(weights: Tensor, table: Tensor, centre: Tensor, rows: Tensor, columns
 def require_below(name: str, index: Tensor, limit: int) -> None:
     """Raise InputError for a number of ``index`` outside 0 to limit - 1; on a CPU only: elsewhere the look would wait.
 
-    There :func:`pulled_in` makes of them what is inside, unless nothing is.
+    There, and under ``torch.func``, where batches cannot be looked at, :func:`pulled_in` makes of them what is inside, unless
+    nothing is.
     """
-    if torch.compiler.is_compiling() or not index.numel():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not index.numel():
         return
     if limit == 0:
         raise InputError(f"{name} must be empty, since there is nothing to choose from, got {index.numel()} numbers.")

@@ -133,6 +133,11 @@ def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _last_of_gradient(grad: Tensor) -> Tensor:
+    """The same by axes: batches of gradients (``is_grads_batched``) know no memory formats."""
+    return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def _taps_together(weight: Tensor) -> Tensor:
     """The 9 taps of a filter side by side in memory, filters in any order."""
     return weight if weight.stride()[2:] == (3, 1) else weight.contiguous()
@@ -143,7 +148,7 @@ def _taps_together(weight: Tensor) -> Tensor:
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    grad = _last(grad)
+    grad = _last_of_gradient(grad)
     needs_x, needs_weight, *_ = ctx.needs_input_grad
     grad_x = (
         _native.call(torch.ops.sage_fast.conv3x3_transposed.default, (grad, weight), *ctx.settings) if needs_x else None
@@ -156,7 +161,7 @@ def _backward(ctx, grad):
 
 def _backward_transposed(ctx, grad):
     y, weight = ctx.saved_tensors
-    grad = _last(grad)
+    grad = _last_of_gradient(grad)
     needs_y, needs_weight, *_ = ctx.needs_input_grad
     grad_y = _native.call(torch.ops.sage_fast.conv3x3.default, (grad, weight), *ctx.settings) if needs_y else None
     grad_weight = (

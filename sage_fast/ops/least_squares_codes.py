@@ -69,11 +69,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """The codes are linear in each argument; the derivatives are products again."""
+    """The codes are linear in each argument; the derivatives are products again, not einsums: those know no batches of gradients."""
     delta_w, pseudo_inverse = ctx.saved_tensors
     of_w, of_inverse = ctx.needs_input_grad
-    grad_w = torch.einsum("lkd,nlk->nld", pseudo_inverse, grad) if of_w else None
-    return grad_w, torch.einsum("nlk,nld->lkd", grad, delta_w) if of_inverse else None
+    by_layer = grad.transpose(0, 1)  # [L, N, K]
+    grad_w = torch.bmm(by_layer, pseudo_inverse).transpose(0, 1) if of_w else None
+    return grad_w, torch.bmm(by_layer.mT, delta_w.transpose(0, 1)) if of_inverse else None
 
 
 @_native.when_loaded

@@ -84,14 +84,16 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """The projection is its own transpose; in B, d(B B^T w) pairs w with B^T grad and grad with B^T w."""
+    """The projection is its own transpose; in B, d(B B^T w) pairs w with B^T grad and grad with B^T w.
+
+    By products, not einsums: those know no batches of gradients.
+    """
     w_plus, basis = ctx.saved_tensors
     grad_w = project_onto_basis(grad, basis) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return grad_w, None
-    grad_codes = torch.einsum("ldr,nld->nlr", basis, grad)
-    codes = torch.einsum("ldr,nld->nlr", basis, w_plus)
-    grad_basis = torch.einsum("nld,nlr->ldr", w_plus, grad_codes) + torch.einsum("nld,nlr->ldr", grad, codes)
+    w_plus, grad = w_plus.transpose(0, 1), grad.transpose(0, 1)  # [L, N, D]
+    grad_basis = torch.bmm(w_plus.mT, torch.bmm(grad, basis)) + torch.bmm(grad.mT, torch.bmm(w_plus, basis))
     return grad_w, grad_basis
 
 
