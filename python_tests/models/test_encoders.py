@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sage_fast.errors import InputError
 from sage_fast.models.encoders import PyramidEncoder
-from sage_fast.models.stylegan2 import n_latent_of
+from sage_fast.models.stylegan2 import Generator, n_latent_of
 
 
 @pytest.mark.parametrize("resolution", [4, 8, 16, 32, 64, 128])
@@ -83,3 +83,17 @@ def test_refuses_other_images():
     encoder = PyramidEncoder(16, 6, 8, 3, 128, 16)
     with pytest.raises(InputError, match=r"\[N, 3, 16, 16\].*got \[2, 3, 32, 32\]"):
         encoder(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_iterations": 2}], ids=str)
+def test_refuses_what_is_no_tensor_of_numbers_or_elsewhere(settings):
+    generator = Generator(16, 8, 2, channel_base=128, channel_max=16)
+    encoder = PyramidEncoder(16, 6, 8, 3, 128, 16, **settings)
+    images = torch.zeros(2, 3, 16, 16)
+    for bad in (images.numpy(), [images], images.to(torch.uint8), images.to(torch.complex64), None):
+        with pytest.raises(InputError, match=r"images must be floating point \[N, 3, 16, 16\], got"):
+            encoder.invert(bad, generator)
+        with pytest.raises(InputError, match=r"images must be floating point \[N, ., 16, 16\], got"):
+            encoder(bad)
+    with pytest.raises(InputError, match="images must be on cpu, as the generator is, got meta"):
+        encoder.invert(images.to("meta"), generator)

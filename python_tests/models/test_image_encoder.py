@@ -60,6 +60,15 @@ def test_every_kind_gives_offsets_and_says_what_it_is(kind):
         encoder.invert(torch.zeros(2, 3, 8, 8), generator)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_an_empty_batch(kind):
+    generator = _generator()
+    found = _encoder(kind, generator).invert(torch.zeros(0, 3, 16, 16), generator)
+    assert found.offsets.shape == (0, 6, 8)
+    assert all(delta is None or delta.shape[0] == 0 for delta in found.weight_deltas or ())
+
+
 @torch.no_grad()
 def test_restyle_corrects_as_often_as_it_says():
     generator = _generator()

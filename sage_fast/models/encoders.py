@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sage_fast.errors import InputError
 from sage_fast.models.image_encoder import ImageEncoder, on_base
+from sage_fast.ops.inputs import require_floats, require_same_device
 
 __all__ = ["SLOPE", "PyramidEncoder", "conv", "trunk_layers"]
 
@@ -94,15 +95,18 @@ class PyramidEncoder(ImageEncoder):
         """Images [N, C, R, R] in [-1, 1] (for ReStyle beside their reconstructions [N, 2 C, R, R]) -> offsets [N, L, D].
 
         Raises:
-            InputError: the images have another size or number of channels than the encoder was built for.
+            InputError: the images are no floating-point tensor where the encoder is, or have another size or number of channels than
+                it was built for.
         """
         n_inputs = self.n_channels * (2 if self.n_iterations else 1)
         expected = (n_inputs, self.resolution, self.resolution)
-        if images.ndim != 4 or images.shape[1:] != expected:
+        require_floats("images", images, 4, f"[N, {expected[0]}, {expected[1]}, {expected[2]}]")
+        if images.shape[1:] != expected:
             raise InputError(
                 f"images must have shape [N, {expected[0]}, {expected[1]}, {expected[2]}] for this encoder, "
                 f"got {list(images.shape)}; resize them when reading."
             )
+        require_same_device("images", images, next(self.parameters()), "the encoder")
         images = images.contiguous(memory_format=torch.channels_last)  # a quarter to a half faster on a CPU
         maps = [_act(self.stem(images))]
         for block in self.blocks:
@@ -146,7 +150,7 @@ class _Heads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for conv in self.down:
             x = _act(conv(x))
-        x = _act(self.reduce(x)).reshape(len(x), self.n_styles, -1)  # [N, S, width * 16]
+        x = _act(self.reduce(x)).reshape(len(x), *self.weight.shape[:2])  # [N, S, width * 16]
         return torch.baddbmm(self.bias, x.transpose(0, 1), self.weight).transpose(0, 1)
 
 

@@ -83,7 +83,7 @@ class PyramidHypernet(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = F.leaky_relu(self.reduce(x), SLOPE)
-        codes = x.reshape(len(x), -1, self.head_width * _COARSEST**2).unbind(1)
+        codes = x.reshape(len(x), len(self.rows), self.head_width * _COARSEST**2).unbind(1)
         deltas = (self._delta(*layer) for layer in zip(codes, self.rows, self.columns, strict=True))
         return tuple(next(deltas) if shape[2] == 3 else None for shape in self.shapes)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sage_fast.errors import InputError, counted
+from sage_fast.ops.inputs import require_floats, require_same_device
 
 if TYPE_CHECKING:
     from sage_fast.models.stylegan2 import Generator
@@ -109,9 +110,11 @@ def check_encoder(encoder: ImageEncoder, generator: Generator) -> None:
 
 
 def check_images(images: Tensor, generator: Generator) -> None:
-    """Raise InputError unless the images have the generator's channels, height and width."""
+    """Raise InputError unless the images are floating point where the generator is, with its channels, height and width."""
     expected = (generator.n_channels, generator.resolution, generator.resolution)
-    if images.ndim != 4 or images.shape[1:] != expected:
+    require_floats("images", images, 4, f"[N, {expected[0]}, {expected[1]}, {expected[2]}]")
+    require_same_device("images", images, generator.latent_avg, "the generator")
+    if images.shape[1:] != expected:
         raise InputError(
             f"images must have shape [N, {expected[0]}, {expected[1]}, {expected[2]}] for this generator, "
             f"got {list(images.shape)}; resize them when reading."
