@@ -14,7 +14,7 @@ inline const void* factors_of(std::optional<Tensor>& t, const Tensor& x, int64_t
   const ScalarType wanted = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   require(t->scalar_type() == wanted && t->numel() == numel, message);
   if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
-  return t->const_data_ptr();
+  return values(*t);
 }
 
 // Makes the channels of x come last.

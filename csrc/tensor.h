@@ -76,9 +76,17 @@ inline Tensor new_images(const Tensor& like, int64_t n, int64_t c, int64_t h, in
   return new_strided(like, 4, sizes, last ? last_strides : first_strides);
 }
 
+// The values of x, unless its memory was freed under it, as FSDP does with weights that are gathered between their
+// uses.
+inline const void* values(const Tensor& x) {
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  require(bytes > 0 || x.numel() == 0, "a tensor has no memory; it was freed, as FSDP frees weights after their use");
+  return x.const_data_ptr();
+}
 template <class T>
 const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
+  return static_cast<const T*>(values(x));
 }
 template <class T>
 T* mutable_data(const Tensor& x) {

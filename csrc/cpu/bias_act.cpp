@@ -15,8 +15,7 @@ Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, do
   if (x.numel() == 0) return y;
   prefer_huge_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
   const bool wide_bias = b && b->scalar_type() != x.scalar_type();
-  SAGE_CALL(bias_act)(x.const_data_ptr(), b ? b->const_data_ptr() : nullptr, wide_bias, p, dtype_of(x),
-                      y.mutable_data_ptr());
+  SAGE_CALL(bias_act)(values(x), b ? values(*b) : nullptr, wide_bias, p, dtype_of(x), y.mutable_data_ptr());
   return y;
 }
 
@@ -27,8 +26,7 @@ Tensor bias_act_backward(Tensor grad, Tensor y, double slope, double gain, doubl
   require(p.act == Act::leaky || dtype_of(y) != Dtype::float64, "bias_act: float64 has no smooth kernels");
   Tensor out = new_like(y);
   prefer_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
-  SAGE_CALL(bias_act_backward)(grad.const_data_ptr(), y.const_data_ptr(), y.numel(), p, dtype_of(y),
-                               out.mutable_data_ptr());
+  SAGE_CALL(bias_act_backward)(values(grad), values(y), y.numel(), p, dtype_of(y), out.mutable_data_ptr());
   return out;
 }
 

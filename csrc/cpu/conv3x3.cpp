@@ -43,7 +43,7 @@ Tensor conv3x3(Tensor x, Tensor weight, int64_t stride, double scale) {
   Tensor y = new_images(x, p.n, p.y_channels, p.size, p.size, true);
   if (p.n == 0) return y;
   Lease workspace;
-  SAGE_CALL(conv3x3)(x.const_data_ptr(), data<float>(weight), p, *workspace, y.mutable_data_ptr());
+  SAGE_CALL(conv3x3)(values(x), data<float>(weight), p, *workspace, y.mutable_data_ptr());
   return y;
 }
 
@@ -55,7 +55,7 @@ Tensor conv3x3_transposed(Tensor y, Tensor weight, int64_t stride, double scale)
   Tensor x = new_images(y, p.n, p.x_channels, p.x_size(), p.x_size(), true);
   if (p.n == 0) return x;
   Lease workspace;
-  SAGE_CALL(conv3x3_transposed)(y.const_data_ptr(), data<float>(weight), p, *workspace, x.mutable_data_ptr());
+  SAGE_CALL(conv3x3_transposed)(values(y), data<float>(weight), p, *workspace, x.mutable_data_ptr());
   return x;
 }
 
@@ -69,7 +69,7 @@ Tensor conv3x3_taps(Tensor x, Tensor y, int64_t stride, double scale) {
           "conv3x3_taps: y must match x in number, size and dtype");
   if (p.n == 0) return weight;
   Lease workspace;
-  SAGE_CALL(conv3x3_taps)(x.const_data_ptr(), y.const_data_ptr(), p, *workspace, mutable_data<float>(weight));
+  SAGE_CALL(conv3x3_taps)(values(x), values(y), p, *workspace, mutable_data<float>(weight));
   return weight;
 }
 

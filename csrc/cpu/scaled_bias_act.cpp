@@ -19,7 +19,7 @@ Tensor scaled_bias_act(Tensor x, std::optional<Tensor> scale, std::optional<Tens
   Tensor y = new_images(x, x.size(0), x.size(1), x.size(2), x.size(3), true);
   if (x.numel() == 0) return y;
   prefer_huge_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
-  SAGE_CALL(scaled_bias_act)(x.const_data_ptr(), given.scale, given.noise, given.strength, given.b, p, dtype_of(x),
+  SAGE_CALL(scaled_bias_act)(values(x), given.scale, given.noise, given.strength, given.b, p, dtype_of(x),
                              y.mutable_data_ptr());
   return y;
 }
@@ -32,10 +32,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_bias_act_backward(Tensor grad,
   ScaledBiasActGradients& made = call.made;
   if (y.numel() == 0) return made.all();
   prefer_huge_pages(made.x.mutable_data_ptr(), y.numel() * y.element_size());
-  SAGE_CALL(scaled_bias_act_backward)(grad.const_data_ptr(), x ? x->const_data_ptr() : nullptr, y.const_data_ptr(),
-                                      call.given.scale, call.given.noise, call.p, dtype_of(y),
-                                      made.x.mutable_data_ptr(), made.scale.mutable_data_ptr(),
-                                      made.b.mutable_data_ptr(), made.strength.mutable_data_ptr());
+  SAGE_CALL(scaled_bias_act_backward)(values(grad), x ? values(*x) : nullptr, values(y), call.given.scale,
+                                      call.given.noise, call.p, dtype_of(y), made.x.mutable_data_ptr(),
+                                      made.scale.mutable_data_ptr(), made.b.mutable_data_ptr(),
+                                      made.strength.mutable_data_ptr());
   return made.all();
 }
 

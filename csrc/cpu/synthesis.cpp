@@ -101,7 +101,7 @@ Tensor synthesis(Tensor w_plus, Tensor input, std::vector<Tensor> layers, std::v
                  size,
                  up,
                  bf16,
-                 t[0].const_data_ptr(),
+                 values(t[0]),
                  floats(t[1], {c_out, c_in}, bad),
                  floats(t[2], {c_in, dim}, bad),
                  floats(t[3], {c_in}, bad),
@@ -168,7 +168,7 @@ int64_t synthesis_fingerprint(std::vector<Tensor> weights) {
   };
   for (Tensor& weight : weights) {
     weight = torch::stable::contiguous(weight);
-    const auto* bytes = static_cast<const unsigned char*>(weight.const_data_ptr());
+    const auto* bytes = data<unsigned char>(weight);
     const Dtype dtype = dtype_of(weight);
     const int64_t n = weight.numel() * (dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2);
     int64_t dim = 0;

@@ -53,7 +53,7 @@ Tensor upfirdn2d(Tensor x, Tensor f, int64_t up, int64_t down, int64_t left, int
   }
   Tensor y = new_images(x, n, c, p.out_h(), p.out_w(), last);
   prefer_huge_pages(y.mutable_data_ptr(), y.numel() * y.element_size());
-  SAGE_CALL(upfirdn2d)(x.const_data_ptr(), taps, p, dtype_of(x), y.mutable_data_ptr());
+  SAGE_CALL(upfirdn2d)(values(x), taps, p, dtype_of(x), y.mutable_data_ptr());
   return y;
 }
 

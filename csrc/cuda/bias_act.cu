@@ -146,7 +146,7 @@ Tensor bias_act(Tensor x, std::optional<Tensor> b, int64_t dim, double slope, do
   Tensor y = new_like(x);
   if (x.numel() == 0) return y;
   const bool wide_bias = b && b->scalar_type() != x.scalar_type();
-  const void* bias = b ? b->const_data_ptr() : nullptr;
+  const void* bias = b ? values(*b) : nullptr;
   with_act(dtype_of(x), p.act, [&](auto zero, auto chosen) {
     using T = decltype(zero);
     using A = typename Accumulator<T>::type;

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sage_fast import ops
+from sage_fast import _native, ops
 from sage_fast.errors import InputError
 from sage_fast.ops.inputs import number, seen
 
@@ -115,3 +115,35 @@ def test_all_on_the_meta_device_gives_the_shape(op):
     given = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in GOOD[op].items()}
     y = getattr(ops, op)(**given)
     assert y.is_meta and y.shape == getattr(ops, op)(**GOOD[op]).shape
+
+
+#: arguments that kernels alone look at: what PyTorch reads first it answers for itself
+READ = [
+    *(("bias_act", name) for name in ("x", "b")),
+    *(("scaled_bias_act", name) for name in ("x", "scale", "noise", "strength", "b")),
+    *(("upfirdn2d", name) for name in ("x", "f")),
+    *(("conv3x3", name) for name in ("x", "weight")),
+    *(("conv3x3_transposed", name) for name in ("x", "weight")),
+    *(("project_onto_basis", name) for name in ("w_plus", "basis")),
+    *(("least_squares_codes", name) for name in ("delta_w", "pseudo_inverse")),
+    *(("edit_latents", name) for name in ("class_embedding", "codes", "directions")),
+    *(("combine_rows", name) for name in ("weights", "table", "centre")),
+    ("gaussian_low_pass", "images"),
+    *((op, name) for op in ("fuse_frequencies", "fuse_pixels") for name in IMAGES),
+    ("fuse_pixels", "low"),
+]
+
+
+@pytest.mark.parametrize("op, name", READ)
+def test_memory_that_was_freed_is_not_read(op, name):
+    """As of weights that FSDP gathered: a kernel that reads them ends the process."""
+    if not _native.has_kernel(op.removesuffix("_transposed"), "cpu"):
+        pytest.skip("no kernels here")
+    given = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in GOOD[op].items()}
+    if op.startswith("conv3x3"):
+        given["x"] = torch.zeros(4, 16, 8, 8)
+    if op.startswith("conv3x3") or op == "scaled_bias_act":  # or PyTorch reads them, to lay them so
+        given["x"] = given["x"].contiguous(memory_format=torch.channels_last)
+    given[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a tensor has no memory; it was freed"):
+        getattr(ops, op)(**given)
