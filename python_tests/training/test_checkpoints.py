@@ -210,9 +210,12 @@ def test_an_end_at_any_call_leaves_a_whole_newest_file(tmp_path, monkeypatch, ca
             pass
     kept = Checkpoints(tmp_path, "gan")
     kept.remove_remains()
-    assert kept.load()["step"] in (2, 3)
-    kept.save(_state(4), score=-4.0)
-    assert kept.load()["step"] == 4 and read_state(tmp_path / "gan_best.pt")["step"] == 4
+    step = kept.load()["step"]
+    assert step in (2, 3) and kept.best_score == -step
+    kept.save(_state(4), score=1.0)
+    assert kept.load()["step"] == 4 and read_state(tmp_path / "gan_best.pt")["step"] == step
+    kept.save(_state(5), score=-5.0)
+    assert read_state(tmp_path / "gan_best.pt")["step"] == 5
     assert len(_names(tmp_path)) == 3
 
 

@@ -40,7 +40,8 @@ class Checkpoints:
 
     Attributes:
         newest: the path of the newest.
-        best_score: the lowest score given to :meth:`save` so far, or None; it is kept in the checkpoint.
+        best_score: the lowest score given to :meth:`save` so far, or None; it is kept in the checkpoint, with whether that is
+            its own.
     """
 
     def __init__(self, folder: str | Path, stage: str, keep: int = 2) -> None:
@@ -66,7 +67,7 @@ class Checkpoints:
         best_score = score if is_best else self.best_score
         with atomic_write(self.newest, resumable=True) as file:
             hashing = _Hashing(file)
-            torch.save({**state, "best_score": best_score}, cast(BinaryIO, hashing))
+            torch.save({**state, "best_score": best_score, "is_best": is_best}, cast(BinaryIO, hashing))
             file.write(_MARK + hashing.digest())
             file.flush()
             self._keep_newest()
@@ -97,6 +98,8 @@ class Checkpoints:
                 warnings.warn(message, SageFastWarning, stacklevel=3)
             self.best_score = state.get("best_score")
             self._newest_step = None if damaged else int(state["step"])
+            if state.get("is_best"):  # a kill right after it was written left the best of before under that name
+                _link(path, self.best)
             return state
         if damaged:
             raise InputError(damaged[0])
