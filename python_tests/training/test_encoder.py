@@ -280,3 +280,5 @@ def test_the_best_validation_is_kept(tmp_path, images):
     train_encoder(config, images, *_networks(), tmp_path)
     errors = {line["step"]: line["val_mse"] for line in read_log(tmp_path / "logs/encoder.jsonl") if "val_mse" in line}
     assert read_state(tmp_path / "checkpoints/encoder_best.pt")["step"] == min(errors, key=errors.__getitem__)
+    steps = [line["step"] for line in read_log(tmp_path / "logs/encoder.jsonl")]
+    assert steps == list(range(1, 9))  # one line a step, with everything

@@ -258,16 +258,17 @@ def train_encoder(
         ema_update(average, E, decay)
         if tuning is not None:
             tuning.average(decay)
+        logged, val_mse = dict[str, float | Tensor](), None
         if done % config.log_every == 0 or done == config.total_steps:
             guard.look()
-            run.log(done, loss=loss, lr=config.lr * rate, **steps.scalars)
-        val_mse = None
+            logged = {"loss": loss, "lr": config.lr * rate, **steps.scalars}
         if done % config.grid_every == 0 or done == config.total_steps:
             guard.look()
             rebuilt = _reconstruct(average, synthesis, check, config.noise)
-            val_mse = pixel_mse(rebuilt, check).item()
+            logged["val_mse"] = val_mse = pixel_mse(rebuilt, check).item()
             run.grid(f"rebuilt_{done:06d}", rebuilt[:32])
-            run.log(done, val_mse=val_mse)
+        if logged:
+            run.log(done, **logged)
         if run.save_due(done, config.total_steps):
             guard.before_saving()
             weights = {name: part.state_dict() for name, part in parts.items()}
