@@ -184,7 +184,7 @@ def test_the_latent_discriminator_learns_to_tell_and_its_verdict_draws_codes_to_
     losses = []
     for step in range(60):
         critic.update.guard.begin(step)
-        critic.step(far, G, step, rng)
+        critic.step(far, G, step, torch.randn(16, 8, generator=rng))
         losses.append(critic.scalars["latent_d_loss"].item())
     assert losses[-1] < 0.3 * losses[0]
     codes = far.clone().requires_grad_()

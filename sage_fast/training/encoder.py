@@ -251,7 +251,7 @@ def train_encoder(
 
         loss = steps.backward(update, real, step, rate, own)
         update.apply()
-        steps.after(real, step, rate, own)
+        steps.after(real, step, rate, rng)
 
         done = step + 1
         decay = _decay(config, done)

@@ -48,6 +48,7 @@ class OnePassSteps:
         self.config, self.E, self.G, self.device = config, encoder, generator, generator.latent_avg.device
         self.reconstruction, self.tuning = reconstruction, tuning
         self.critic = LatentCritic(config.e4e, generator, guard, config.seed) if config.kind == "e4e" else None
+        self.share = guard.run.ranks.share(config.batch)
         self.styles = torch.empty(0)
         self.scalars: dict[str, Tensor | float] = {}
 
@@ -81,12 +82,13 @@ class OnePassSteps:
         return loss.detach()
 
     def after(self, real: Tensor, step: int, rate: float, rng: torch.Generator) -> None:
-        """What is updated once the encoder has been: the discriminators."""
+        """What is updated once the encoder has been: the discriminators. ``rng`` is equal on all ranks."""
         if self.tuning is not None:
             self.tuning.step_discriminator(real, step, rate)
             self.scalars |= self.tuning.scalars
         if self.critic is not None:
-            self.critic.step(self.styles, self.G, step, rng)
+            z = torch.randn(self.config.batch, self.G.style.z_dim, generator=rng)[self.share]
+            self.critic.step(self.styles, self.G, step, z)
             self.scalars |= self.critic.scalars
 
     def _latent_loss(self, critic: LatentCritic, w_plus: Tensor) -> Tensor:

@@ -87,12 +87,11 @@ class LatentCritic:
         self.D.requires_grad_(False)
         return nonsaturating_g(self.D(w_plus.flatten(0, 1)))
 
-    def step(self, w_plus: Tensor, generator: Generator, step: int, rng: torch.Generator) -> None:
-        """One update from absolute styles [N, S, D] and N samples of the mapping network; R1 every ``r1_every`` steps."""
+    def step(self, w_plus: Tensor, generator: Generator, step: int, z: Tensor) -> None:
+        """One update from absolute styles [N, S, D] and the mapping network's samples of z [N, Z]; R1 every ``r1_every`` steps."""
         c = self.config
-        z = torch.randn(len(w_plus), generator.style.z_dim, generator=rng).to(self.device)
         with torch.no_grad():
-            real = generator.mapping(z)
+            real = generator.mapping(z.to(self.device))
         self.D.requires_grad_(True)
         loss = logistic_d(self.D(real), self.D(w_plus.detach().flatten(0, 1)))
         self.update.add(loss)
