@@ -70,6 +70,16 @@ def test_the_best_is_the_smallest_first_score():
     assert (improved, watch.best, watch.best_kimg, watch.scores["fd_x"]) == ([True, True, False], 3.0, 2, 4.0)
 
 
+def test_another_measure_is_refused_where_a_run_goes_on():
+    watch = Watch(scripted(5.0))
+    watch.score(GENERATOR, 1)
+    other = Watch(lambda generator: {"fd_y": 9000.0})
+    other.load_state_dict(watch.state_dict())
+    with pytest.raises(InputError, match="was measured by fd_x so far, and fd_y does not compare with it; give the"):
+        other.score(GENERATOR, 2)
+    assert other.best == 5.0
+
+
 def test_a_run_stops_after_patience_measurements_without_a_new_best():
     scores = (5.0, 4.0, 4.5, 4.0, 4.1, 1.0)
     assert follow(Watch(scripted(*scores), every_kimg=1, patience=3), range(1, 7)) == [1, 2, 3, 4, 5]

@@ -85,12 +85,17 @@ class Watch:
         """Measure now: what ``measure`` gives.
 
         Raises:
-            InputError: there is no measure, or it gives no score.
+            InputError: there is no measure, it gives no score, or another main score than before, with which none compares.
         """
         scores = self.measure(generator) if self.measure is not None else {}
         if not scores:
             raise InputError("the measure must give at least one score, got none; give a measure or do not ask.")
-        main = next(iter(scores.values()))
+        name, main = next(iter(scores.items()))
+        if self.scores and name != (before := next(iter(self.scores))):
+            raise InputError(
+                f"the run was measured by {before} so far, and {name} does not compare with it; give the measure of before, or "
+                "another folder."
+            )
         self.scores, self.measured_kimg, self.improved = scores, kimg, main < self.best
         self.without = 0 if self.improved else self.without + 1
         if self.improved:
