@@ -221,7 +221,10 @@ def compare(request: pytest.FixtureRequest, benchmark) -> Comparison:
 
 @pytest.fixture(autouse=True)
 def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Threads as asked for, NumPy's too; on a GPU float32 products are float32's unless a test says TF32; cuDNN searches its best."""
+    """Threads as asked for, NumPy's and those of kernels on arrays too.
+
+    On a GPU float32 products are float32's unless a test says TF32; cuDNN searches its best.
+    """
     backends = torch.backends
     before = (
         torch.get_num_threads(),
@@ -229,12 +232,17 @@ def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
         backends.cudnn.allow_tf32,
         backends.cuda.matmul.allow_tf32,
     )
-    threads = request.config.getoption("--bench-threads")
+    threads, host = request.config.getoption("--bench-threads"), _native.host()
+    host_before = host.num_threads() if host else 0
     torch.set_num_threads(threads)
+    if host:
+        host.set_num_threads(threads)
     backends.cudnn.benchmark = True
     backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
     limits = imported("threadpoolctl")  # not on every GPU machine, where NumPy is no rival
     with limits.threadpool_limits(threads, user_api="blas") if limits else nullcontext():
         yield
     torch.set_num_threads(before[0])
+    if host:
+        host.set_num_threads(host_before)
     backends.cudnn.benchmark, backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = before[1:]
