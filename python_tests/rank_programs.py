@@ -86,6 +86,17 @@ def one_is_lost(victim: int, how: int) -> None:
                 os.kill(os.getpid(), how)
 
 
+def all_stand_still(out: Path) -> None:
+    """Average until ``out/end`` is there; ``out/<rank>`` says that this rank has begun."""
+    with join_ranks(lost_seconds=6) as ranks:
+        p = torch.nn.Parameter(torch.zeros(1000))
+        while not ranks.any((out / "end").exists()):
+            p.grad = torch.ones(1000)
+            ranks.average_gradients([p])
+            (out / str(ranks.rank)).touch()
+            time.sleep(0.05)
+
+
 def one_is_lost_and_a_call_hangs() -> None:
     """Rank 1 stands still while rank 0 is in a call that cannot look around."""
     heartbeat._GRACE = 1.0

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import rank_programs
 from rank_processes import finish, free_port, start_ranks
+from torch import distributed as dist
+
+from sage_fast.training import heartbeat
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1"}
 
@@ -43,6 +46,41 @@ def test_a_silent_rank_is_named(tmp_path):
     finally:
         ranks[1].kill()
         ranks[1].communicate()
+
+
+def test_ranks_that_stood_still_together_go_on(tmp_path):
+    """As after Ctrl-Z and fg, a suspended job or a machine that was halted."""
+    children = start_ranks(rank_programs.all_stand_still, 2, tmp_path / "words", tmp_path)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / str(rank)).exists() for rank in range(2)):
+        assert time.monotonic() < deadline, children[0].text()
+        time.sleep(0.1)
+    time.sleep(2)  # each has looked at the other
+    for child in children:
+        os.kill(child.process.pid, signal.SIGSTOP)
+    time.sleep(10)
+    for child, seconds in zip(children, (3, 12)):  # rank 0 looks first; then longer than the grace of ten seconds
+        os.kill(child.process.pid, signal.SIGCONT)
+        time.sleep(seconds)
+    (tmp_path / "end").touch()
+    finish(children)
+
+
+def test_only_the_time_that_one_was_awake_counts_as_silence_of_others(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock[0])
+    watching = heartbeat.Heartbeat(dist.HashStore(), 0, 2, lost_seconds=30)
+    watching._store.set("beat/1", "7")
+
+    def look(now):
+        clock[0] = now
+        watching._round()
+        return watching.verdict
+
+    assert all(look(float(now)) is None for now in range(1, 20))
+    assert look(500.0) is None and look(501.0) is None
+    assert all(look(501.0 + now) is None for now in range(1, 5))
+    assert "rank 1 of 2 no longer answers" in next(filter(None, map(look, range(506, 530))))
 
 
 def test_a_main_thread_that_hangs_is_ended(tmp_path):

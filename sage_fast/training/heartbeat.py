@@ -15,6 +15,7 @@ __all__ = ["Heartbeat"]
 
 _BEAT = 1.0  # seconds between two signs of life
 _ALARMED = 6.0  # seconds without one that suffice once a connection has broken
+_NAP = 3.0  # most seconds between two looks that count as silence of others: in what goes beyond, this process stood still itself
 _GRACE = 10.0  # seconds that the main thread gets to leave by itself
 _NOBODY = "-"
 
@@ -24,7 +25,8 @@ class Heartbeat(threading.Thread):
 
     The first to notice that a rank is silent writes one sentence into the store, and every rank ends with that sentence:
     the ranks that end because of the first loss are not taken for the cause. A main thread that hangs in a call that
-    cannot be interrupted (a silent peer, a GPU that waits for it) is ended after a grace of ten seconds.
+    cannot be interrupted (a silent peer, a GPU that waits for it) is ended after a grace of ten seconds. Ranks that stood still
+    together, as a suspended job or a halted machine does, find each other alive afterwards.
 
     Args:
         store: of this thread alone: a call that waits would hold up the others of the same connection.
@@ -37,7 +39,8 @@ class Heartbeat(threading.Thread):
         self.verdict: str | None = None
         self._store = store
         self._keys = [f"beat/{other}" for other in range(world)]
-        self._seen = [(b"", time.monotonic())] * world
+        self._looked = time.monotonic()
+        self._seen = [(b"", self._looked)] * world
         self._beats = 0
         self._alarmed, self._ended = threading.Event(), threading.Event()
         self._store.set_timeout(timedelta(seconds=lost_seconds))
@@ -90,7 +93,10 @@ class Heartbeat(threading.Thread):
         self._store.set(self._keys[self.rank], str(self._beats))
         *beats, verdict = self._store.multi_get([*self._keys, "verdict"])
         now = time.monotonic()
-        self._seen = [old if old[0] == beat else (beat, now) for old, beat in zip(self._seen, beats)]
+        stood_still, self._looked = max(0.0, now - self._looked - _NAP), now
+        self._seen = [
+            (beat, since + stood_still if before == beat else now) for (before, since), beat in zip(self._seen, beats)
+        ]
         limit = min(_ALARMED, self.lost_seconds) if self._alarmed.is_set() else self.lost_seconds
         silent = [other for other, (_, since) in enumerate(self._seen) if now - since > limit and other != self.rank]
         told = verdict.decode()
