@@ -145,6 +145,12 @@ def test_values_of_command_lines(read):
     assert content == {"args": plain, "counts": {"a": [1]}, "dtype": Global("torch", "float16"), "sets": {1, 2}}
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_as_every_python_writes_them(read, module):
+    """3.13 names a module of its own."""
+    assert read(f"c{module}\nPosixPath\n(Va\nVb\ntR.".encode(), "pickle") == "a/b"
+
+
 @pytest.mark.parametrize(
     ("content", "value"),
     [

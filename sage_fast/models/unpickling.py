@@ -360,7 +360,7 @@ def _unknown(code: bytes) -> str:
     return "is a damaged pickle (it has an instruction that does not exist)"
 
 
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib"}  # Python 2, and 3.13 alone
 _RECORDED = ("torch.nn.modules.", "torch.nn.parallel.", "torch.nn.functional.", "torch.optim.")
 _PYTHON_2 = {"commands", "popen2", "cPickle", "cStringIO", "StringIO", "urllib2", "exceptions", "dl", "thread"}
 _NOT_RECORDED = frozenset(sys.stdlib_module_names) | _PYTHON_2 | {"torch", "numpy"}
