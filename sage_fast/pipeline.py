@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -406,15 +407,39 @@ def load_dictionary(
     return CategoryIrrelevantDictionary.from_released(*published_directions(path))
 
 
+_one_thread = threading.Lock()
+_inside, _before = 0, 1  # threads of the process that are in one_thread, and torch's number of threads without them
+
+
+def _begin_anew() -> None:
+    """In a forked child, which has one thread of its own and none that is inside."""
+    global _one_thread, _inside
+    _one_thread, _inside = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """What latents are computed in: convolutions and products of torch add in another order on another number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """What latents are computed in: convolutions and products of torch add in another order on another number of threads.
+
+    The number is the whole process's: the last to leave sets it back.
+    """
+    global _inside, _before
+    with _one_thread:
+        if _inside == 0:
+            _before = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _inside += 1
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _one_thread:
+            _inside -= 1
+            if _inside == 0:
+                torch.set_num_threads(_before)
 
 
 def normals(seed: int, category: str, number: int, count: int) -> Tensor:

@@ -28,7 +28,7 @@ from sage_fast.generation.agreeing import with_settings
 from sage_fast.generation.drawing import draw_latents
 from sage_fast.generation.plan_files import read_plan
 from sage_fast.generation.verifying import verify
-from sage_fast.pipeline import FewShotPipeline
+from sage_fast.pipeline import FewShotPipeline, one_thread
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +178,20 @@ def test_an_output_of_another_encoder_is_not_written_to(pipeline, tiny_shots, tm
         format_of(tmp_path / "out")
     with pytest.raises(InputError, match="encoder was 'pillow 0.1', is 'pillow"):
         generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=2, encoder="pillow", resume=True))
+
+
+def test_torch_has_its_threads_back_however_those_that_compute_latents_overlap():
+    """The number of threads is the whole process's: whoever came second found one, and set it back to that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = one_thread(), one_thread()
+        first.__enter__()
+        second.__enter__()
+        assert torch.get_num_threads() == 1
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

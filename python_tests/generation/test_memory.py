@@ -192,9 +192,14 @@ def test_no_more_categories_are_fused_at_the_same_time_than_are_counted(
     monkeypatch.setattr(Prepared, "_prepare", prepared)
     monkeypatch.setattr(writing, "draw_images", slowly)
     monkeypatch.setattr("sage_fast.generation.drawing.KEPT", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     config = GenerateConfig(batch=4, shard=16)
-    generate(pipeline, tiny_shots, tmp_path / "out", config, plan=tmp_path / "plan.json")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        generate(pipeline, tiny_shots, tmp_path / "out", config, plan=tmp_path / "plan.json")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
     plan = read_plan(tmp_path / "plan.json", tiny_shots, config, 3, 8)
     counted = memory._fused_together(pipeline, plan, threads) // memory._category_bytes(pipeline, 2)
     assert threads < most[0] <= counted < len(plan.parts)
