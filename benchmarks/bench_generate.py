@@ -90,7 +90,7 @@ def main() -> int:
     if options.child:
         return child(options)
     if options.out:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
+        options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         rows = [row for size in options.sizes for row in measure(size, Path(folder), options)]
         if "start" not in options.skip:

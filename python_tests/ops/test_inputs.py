@@ -138,7 +138,7 @@ READ = [
 def test_memory_that_was_freed_is_not_read(op, name):
     """As of weights that FSDP gathered: a kernel that reads them ends the process."""
     if not _native.has_kernel(op.removesuffix("_transposed"), "cpu"):
-        pytest.skip("no kernels here")
+        pytest.skip("no kernels on the CPU")
     given = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in GOOD[op].items()}
     if op.startswith("conv3x3"):
         given["x"] = torch.zeros(4, 16, 8, 8)
