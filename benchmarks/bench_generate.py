@@ -42,6 +42,7 @@ import torch
 from PIL import Image
 
 from sage_fast import _native
+from sage_fast.arithmetic import DRAWING_PRECISIONS, float32_products
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import save_png
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("--image", default="png")
     parser.add_argument("--encoder", default="auto", help="of the images: auto, pillow, opencv, simplejpeg or nvjpeg")
     parser.add_argument("--fusion", default="none")
+    parser.add_argument("--precision", default="float32", choices=DRAWING_PRECISIONS, help="of the synthesis")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the networks")
@@ -98,15 +100,17 @@ def main() -> int:
     about = {"bench": "generate", "threads": options.threads, "workers": options.workers, "image": options.image}
     about["encoder"] = options.encoder
     about["device"] = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "cpu"
+    about["precision"] = options.precision
     print(json.dumps(about | {"fusion": options.fusion, "torch": torch.__version__, "rows": rows}))
     return 0
 
 
 def measure(size: int, folder: Path, options: argparse.Namespace) -> list[dict]:
-    pipeline, shots = make_pipeline(size, options.device), make_shots(folder / f"shots_{size}", size)
-    rows = []
+    pipeline = make_pipeline(size, options.device, options.precision)
+    shots, rows = make_shots(folder / f"shots_{size}", size), []
     if "stages" not in options.skip:
-        rows.append(against_stages(size, pipeline, shots, folder, options))
+        with float32_products(options.precision):  # of the stages alone, as of the whole
+            rows.append(against_stages(size, pipeline, shots, folder, options))
     if "rival" not in options.skip:
         rows.append(against_rival(size, pipeline, shots, folder, options))
     if "memory" not in options.skip:
@@ -116,7 +120,7 @@ def measure(size: int, folder: Path, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def make_pipeline(size: int, device: torch.device = torch.device("cpu")) -> FewShotPipeline:
+def make_pipeline(size: int, device: torch.device = torch.device("cpu"), precision: str = "float32") -> FewShotPipeline:
     """Networks of the usual sizes with random weights; the speed of none depends on what it has learned."""
     base, most, dim = SIZES[size]
     rng = torch.Generator().manual_seed(0)
@@ -133,7 +137,8 @@ def make_pipeline(size: int, device: torch.device = torch.device("cpu")) -> FewS
     groups = [[layer] for layer in range(generator.n_latent)]
     irrelevant = CategoryIrrelevantDictionary(directions.contiguous(), groups)
     generator, encoder = generator.to(device), encoder.requires_grad_(False).to(device)
-    return FewShotPipeline(generator, encoder, relevant, irrelevant, codes, hash=f"random {size}")
+    parts = generator, encoder, relevant, irrelevant, codes
+    return FewShotPipeline(*parts, hash=f"random {size}", precision=precision)
 
 
 def make_shots(folder: Path, size: int, categories: int = CATEGORIES, each: int = 1) -> Path:
@@ -149,7 +154,7 @@ def make_shots(folder: Path, size: int, categories: int = CATEGORIES, each: int 
 
 def config_of(size: int, options: argparse.Namespace, **settings) -> GenerateConfig:
     n = max(2, round(IMAGES[size] * options.scale / CATEGORIES))
-    given = {name: getattr(options, name) for name in ("fusion", "image", "encoder", "workers")}
+    given = {name: getattr(options, name) for name in ("fusion", "image", "encoder", "workers", "precision")}
     return GenerateConfig(**{"n": n, **given, **settings})
 
 
@@ -347,7 +352,7 @@ def child_words(
     size: int, shots: Path, out: Path, options: argparse.Namespace, threads: int, scale: float
 ) -> list[str]:
     words = [sys.executable, __file__, f"--threads={threads}", f"--workers={threads}", f"--scale={scale}"]
-    words += [f"--image={options.image}", f"--encoder={options.encoder}"]
+    words += [f"--image={options.image}", f"--encoder={options.encoder}", f"--precision={options.precision}"]
     return [*words, "--child", str(size), str(shots), str(out)]
 
 
@@ -397,7 +402,7 @@ def peak_memory(pid: int | str) -> int:
 def child(options: argparse.Namespace) -> int:
     """One run in a process of its own: when it began and ended, and its peak of memory."""
     size, shots, out = int(options.child[0]), Path(options.child[1]), Path(options.child[2])
-    pipeline, config = make_pipeline(size), config_of(size, options)
+    pipeline, config = make_pipeline(size, precision=options.precision), config_of(size, options)
     begin = time.time()
     generate(pipeline, shots, out, config)
     print(json.dumps([begin, time.time(), peak_memory("self")]))

@@ -24,13 +24,13 @@ from peers import load_trainers
 from torch import Tensor
 from torch.nn import functional as F
 
+from sage_fast.arithmetic import multiplies_bfloat16
 from sage_fast.models import stylegan2_layers
 from sage_fast.models.discriminator import Discriminator
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.ops.convolution import second_derivatives
 from sage_fast.training.graphed import Networks
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
-from sage_fast.training.precision import multiplies_bfloat16
 
 CONFIGS = {"32s": (32, 2048, 128), "64s": (64, 4096, 128), "256p": (256, 16384, 512)}  # 256p: on a GPU
 PRECISIONS = ["float32", "bfloat16", "tf32"]  # tf32: float32 with TF32 products, on a GPU

@@ -87,7 +87,7 @@ workers=
   # shellcheck disable=SC2086 # words
   tests tests 110 $workers -k "cuda or replayed or nvjpeg or timm or lightning" python_tests/ops python_tests/models \
     python_tests/training/test_augment.py python_tests/training/test_graphed.py python_tests/training/test_ranks.py \
-    python_tests/training/test_batches.py python_tests/generation/test_nvjpeg.py \
+    python_tests/training/test_batches.py python_tests/generation/test_nvjpeg.py python_tests/generation/test_precision.py \
     python_tests/test_mixing_stream.py python_tests/test_train_with_generated.py &
   part tests_large 60 env SAGE_FAST_LARGE_TESTS=1 "$PYTHON" -m pytest -q -p no:cacheprovider -k "31 and cuda" python_tests/ops/test_upfirdn2d.py &
   part demo 110 "$PYTHON" -m sage_fast.demo --out "$OUT/demo" &
@@ -113,14 +113,16 @@ bench training_step 60 training_step
 bench scaled_bias_act 20 scaled_bias_act
 bench fusion 40 fusion
 bench project_onto_basis 30 project_onto_basis
-part generate 90 sh -c 'set -e
-  for encoder in auto nvjpeg; do
-    name=generate
-    if [ $encoder = nvjpeg ]; then
-      name=generate_nvjpeg
-      "$0" -c "import torchvision" || { echo "no torchvision: nvjpeg is not timed"; break; }
+part generate 120 sh -c 'set -e
+  for way in "auto bfloat16" "nvjpeg bfloat16" "auto float32" "auto tf32"; do
+    encoder=${way% *} precision=${way#* }
+    name=generate_${encoder}_$precision
+    if [ $encoder = nvjpeg ] && ! "$0" -c "import torchvision"; then
+      echo "no torchvision: nvjpeg is not timed"
+      continue
     fi
-    "$0" benchmarks/bench_generate.py --device cuda --sizes 64 256 --image jpg --encoder $encoder --rounds 3 --scale "$1" >"$2/$name.txt"
+    "$0" benchmarks/bench_generate.py --device cuda --sizes 64 256 --image jpg --encoder $encoder --precision $precision --rounds 3 \
+      --scale "$1" >"$2/$name.txt"
     tail -n 1 "$2/$name.txt" | tee "$2/$name.json"
   done' "$PYTHON" "${SCALE:-4}" "$OUT"
 bench gaussian_low_pass 25 gaussian_low_pass

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_model import codes_that_do_not_span, tiny_codes, tiny_networks
 
+from sage_fast import arithmetic
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import save_png
 from sage_fast.factorization.category_irrelevant import layer_groups
 from sage_fast.models.weights import save_bundle
-from sage_fast.training import precision
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def multiplied_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 is bfloat16 on every processor: where it is not multiplied, PyTorch rounds to it."""
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device_type: True)
+    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda device_type: True)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "sage_fast"
 ROOMS: dict[str, tuple[float, str | None]] = {
     "errors": (0, None),
     "settings": (0.5, None),
+    "arithmetic": (0.5, None),
     "_native": (0.5, None),
     "_build": (0, None),
     "ops": (1, None),

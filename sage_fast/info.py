@@ -41,9 +41,9 @@ def _roads(device: str) -> dict[str, str]:
     """Which road a generator takes for inference, under autocast and with gradients, and why."""
     import torch
 
+    from sage_fast.arithmetic import substitution
     from sage_fast.models.inference import choose_road, wanted_dtype
     from sage_fast.models.stylegan2 import Generator
-    from sage_fast.training.precision import substitution
 
     generator = Generator(4, style_dim=1, n_mapping=1, channels=[1]).to(device)
     w_plus = torch.zeros(1, generator.n_latent, 1, device=device)

@@ -6,12 +6,11 @@ The latent side runs on the CPU whatever the device of the networks, so that the
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sage_fast.arithmetic import DRAWING_PRECISIONS, autocast, computed, one_thread, substitution
 from sage_fast.data.images import to_float
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.editing.distribution import ClassDistribution
@@ -38,7 +38,7 @@ from sage_fast.models.weight_deltas import join_deltas, select_deltas, synthesiz
 from sage_fast.models.weights import check_parts, load_bundle, load_directions
 
 __all__ = [
-    "FUSIONS", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals", "one_thread",
+    "FUSIONS", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals",
 ]  # fmt: skip
 
 METHODS = (*EDITOR_METHODS, "inversion")
@@ -104,6 +104,12 @@ class FewShotPipeline:
         preset: ``"paper"``, ``"released"`` or ``"default"``: the reading of editing and fusion.
         noise: the generator's noise the encoder was trained for, ``"none"`` or ``"const"``.
         hash: names the model in manifests.
+        precision: of the products that draw images, see :data:`sage_fast.arithmetic.DRAWING_PRECISIONS`: ``"bfloat16"`` halves the
+            time and moves pixels by a few grey levels; float32 where the device does not multiply bfloat16, with a warning.
+            Of ``"float32"`` and ``"tf32"`` PyTorch's settings decide, which :func:`sage_fast.generation.generate` sets. Shots are
+            inverted in float32.
+        inversion_device: where shots are inverted: ``"auto"``, beside the generator, or ``"cpu"``, where a code has the same bits
+            whatever the device of the generator, in much more time than a GPU takes.
     Raises:
         InputError: parts of different numbers or widths of styles, or a setting that is none.
     """
@@ -118,6 +124,8 @@ class FewShotPipeline:
         preset: str = "default",
         noise: str = "none",
         hash: str = "",
+        precision: str = "float32",
+        inversion_device: str = "auto",
     ) -> None:
         if preset not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got '{preset}'.")
@@ -127,6 +135,9 @@ class FewShotPipeline:
         self.generator, self.encoder = generator.eval(), encoder.eval()
         self.relevant, self.irrelevant, self.codes = relevant, irrelevant, codes
         self.preset, self.noise, self.hash = preset, noise, hash
+        self.precision, self.inversion_device = _usable(precision, self.device), inversion_device
+        if inversion_device not in ("auto", "cpu"):
+            raise InputError(f"inversion_device must be 'auto' or 'cpu', got '{inversion_device}'.")
         self._editors: dict[str, FewShotEditor] = {}
         self._judged: set[int] = set()
 
@@ -136,6 +147,8 @@ class FewShotPipeline:
         path: str | os.PathLike[str] | None = None,
         device: str | torch.device = "cpu",
         preset: str = "default",
+        precision: str = "float32",
+        inversion_device: str = "auto",
     ) -> FewShotPipeline:
         """The pipeline of a bundle folder; ``None`` is the model shipped with the package.
 
@@ -148,7 +161,10 @@ class FewShotPipeline:
         with one_thread():
             relevant = CategoryRelevantDictionary(n_components).fit(codes.w_plus, codes.labels)
         irrelevant = CategoryIrrelevantDictionary(*bundle.dictionary)
-        return cls(bundle.generator, bundle.encoder, relevant, irrelevant, codes, preset, bundle.noise, bundle.hash)
+        return cls(
+            bundle.generator, bundle.encoder, relevant, irrelevant, codes, preset, bundle.noise, bundle.hash, precision,
+            inversion_device,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -172,11 +188,19 @@ class FewShotPipeline:
         Raises:
             InputError: no images, of another size, or not scaled to [-1, 1].
         """
-        images = _float_images(images).to(self.device)
+        encoder, generator = self._inverting
+        images = _float_images(images).to(generator.latent_avg.device)
         with one_thread():
-            found = [self.encoder.invert(image[None], self.generator, self.noise) for image in images]
+            found = [encoder.invert(image[None], generator, self.noise) for image in images]
         offsets = torch.cat([inversion.offsets.float().cpu() for inversion in found])
         return Inversion(offsets, join_deltas([inversion.weight_deltas for inversion in found]))
+
+    @cached_property
+    def _inverting(self) -> tuple[ImageEncoder, Generator]:
+        """The networks that invert: of a pipeline on a GPU copies in memory, if shots are inverted on the CPU."""
+        if self.inversion_device == "auto" or self.device.type == "cpu":
+            return self.encoder, self.generator
+        return copy.deepcopy(self.encoder).cpu(), copy.deepcopy(self.generator).cpu()
 
     def adapt(self, shots: Tensor, method: str = "sage", **options: Any) -> ClassDistribution:
         """The distribution of a novel category (Eq. 15, 17-19 of [SAGE]) from its ``shots`` [K, C, R, R].
@@ -324,7 +348,8 @@ class FewShotPipeline:
         """Offsets [n, L, D] to images [n, C, R, R] in [-1, 1], drawn together and left on the device of the networks."""
         G = self.generator
         G.check_w_plus(w_plus)
-        return G(w_plus.to(G.latent_avg) + G.latent_avg, noise=self.noise).float().clamp_(-1, 1)
+        with autocast(self.precision, self.device):
+            return G(w_plus.to(G.latent_avg) + G.latent_avg, noise=self.noise).float().clamp_(-1, 1)
 
     def fuse(self, name: str, novel: NovelCategory, sources: Tensor, images: Tensor) -> Tensor:
         """Generated images [n, C, R, R] fused with the shots of their numbers ``sources`` [n], on the images' device."""
@@ -340,7 +365,8 @@ class FewShotPipeline:
         for shot in sources.unique().tolist():
             deltas = select_deltas(weight_deltas, slice(shot, shot + 1), G.latent_avg.device)
             for part in torch.nonzero(sources == shot).flatten().split(batch):
-                drawn = synthesize(G, w_plus[part].to(G.latent_avg) + G.latent_avg, deltas, self.noise)
+                with autocast(self.precision, self.device):
+                    drawn = synthesize(G, w_plus[part].to(G.latent_avg) + G.latent_avg, deltas, self.noise)
                 images[part] = drawn.float().clamp_(-1, 1).cpu()
         return images
 
@@ -383,6 +409,22 @@ class FewShotPipeline:
         return usual_components(self.relevant, self.codes.w_plus, self.codes.labels)
 
 
+def _usable(precision: str, device: torch.device) -> str:
+    """The precision that a pipeline on a device computes in; says so where it is another than was set.
+
+    Raises:
+        InputError: there is none of that name, or none on that device.
+    """
+    if precision not in DRAWING_PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(DRAWING_PRECISIONS)}, got '{precision}'.")
+    if precision == "tf32" and device.type != "cuda":
+        raise InputError(f"precision 'tf32' is one of GPUs, and the model is on {device.type}; take 'float32'.")
+    sentence = substitution(precision, device)
+    if sentence is not None:
+        warnings.warn(f"precision: {sentence}.", SageFastWarning, stacklevel=3)
+    return computed(precision, device)
+
+
 def load_dictionary(
     path: str | os.PathLike[str] | None = None,
 ) -> CategoryIrrelevantDictionary | CategoryRelevantDictionary | dict[str, Tensor]:
@@ -405,41 +447,6 @@ def load_dictionary(
     if found.codes is not None or found.statistics is not None:
         return dict(found.codes or found.statistics or {})
     return CategoryIrrelevantDictionary.from_released(*published_directions(path))
-
-
-_one_thread = threading.Lock()
-_inside, _before = 0, 1  # threads of the process that are in one_thread, and torch's number of threads without them
-
-
-def _begin_anew() -> None:
-    """In a forked child, which has one thread of its own and none that is inside."""
-    global _one_thread, _inside
-    _one_thread, _inside = threading.Lock(), 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """What latents are computed in: convolutions and products of torch add in another order on another number of threads.
-
-    The number is the whole process's: the last to leave sets it back.
-    """
-    global _inside, _before
-    with _one_thread:
-        if _inside == 0:
-            _before = torch.get_num_threads()
-            torch.set_num_threads(1)
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _one_thread:
-            _inside -= 1
-            if _inside == 0:
-                torch.set_num_threads(_before)
 
 
 def normals(seed: int, category: str, number: int, count: int) -> Tensor:

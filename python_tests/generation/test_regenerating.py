@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny_model import RESOLUTION
 
 from sage_fast.errors import InputError
 from sage_fast.generation import GenerateConfig, generate, regenerating
+from sage_fast.generation.committing import write_parquet
 from sage_fast.generation.regenerating import regenerate
+from sage_fast.generation.stores import make_state, open_store
 from sage_fast.pipeline import FewShotPipeline
 
 
@@ -53,7 +58,7 @@ def test_images_that_cannot_be_made_again(whole, pipeline, tmp_path):
         with pytest.raises(InputError, match=f"has no line {number}"):
             regenerate(out / "manifest.jsonl", number, tmp_path / "a.png", pipeline)
     for path in (out / "config.json", tmp_path / "manifest.jsonl"):
-        with pytest.raises(InputError, match="is no manifest.jsonl beside a config.json"):
+        with pytest.raises(InputError, match="is no manifest.jsonl or manifest.parquet of an output"):
             regenerate(path, 0, tmp_path / "a.png", pipeline)
     parts = (pipeline.generator, pipeline.encoder, pipeline.relevant, pipeline.irrelevant, pipeline.codes)
     with pytest.raises(InputError, match="was made by model"):
@@ -69,6 +74,56 @@ def test_images_that_cannot_be_made_again(whole, pipeline, tmp_path):
     with pytest.raises(InputError, match="holds no plan of generate"):
         regenerate(broken / "manifest.jsonl", 0, tmp_path / "a.png", pipeline)
     assert not list(tmp_path.glob("a.*"))
+
+
+def copied(whole, tmp_path, kind):
+    """The manifest alone, elsewhere and under another name."""
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+        make_state(open_store(whole))
+        write_parquet(open_store(whole))
+    return Path(shutil.move(shutil.copy(whole / f"manifest.{kind}", tmp_path), tmp_path / f"kept.{kind}"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_image_of_the_manifest_alone(whole, pipeline, tiny_shots, tmp_path, kind):
+    shutil.copytree(whole[0], tmp_path / "out")
+    manifest = copied(tmp_path / "out", tmp_path, kind)
+    assert regenerate(tmp_path / "out" / f"manifest.{kind}", 3, tmp_path / "3.png", pipeline).same
+    for number in (0, 7, 9):
+        made = regenerate(manifest, number, tmp_path / f"{number}.png", pipeline, tiny_shots)
+        assert made.same or (made.levels is None and "config.json" in str(made))
+        again = regenerate(whole[0] / "manifest.jsonl", number, tmp_path / f"again_{number}.png", pipeline)
+        assert again.same
+        images = [np.asarray(Image.open(file)) for file in (made.file, again.file)]
+        assert abs(images[0].astype(int) - images[1]).max() <= 1
+    for number in (-1, 10, 10**20):
+        with pytest.raises(InputError, match=f"has no line {number}"):
+            regenerate(manifest, number, tmp_path / "a.png", pipeline, tiny_shots)
+    with pytest.raises(InputError, match=f"Beside '.*kept.{kind}' is no config.json.* with --shots"):
+        regenerate(manifest, 0, tmp_path / "a.png", pipeline)
+    with pytest.raises(InputError, match="cannot be read any more"):
+        regenerate(manifest, 0, tmp_path / "a.png", pipeline, tmp_path)
+    manifest.write_bytes(b"{}\n")
+    damaged = "is no Parquet file, or damaged" if kind == "parquet" else "Line 0 of '.*' is none of generate's"
+    with pytest.raises(InputError, match=damaged):
+        regenerate(manifest, 0, tmp_path / "a.png", pipeline, tiny_shots)
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"category": "../a"}, {"category": 3}, {"shots": [1]}, {"shots": []}, {"index": -1}, {"alpha": "x"}, {"alpha": None},
+     {"method": "none"}, {"preset": 4}, {"precision": "int8"}, {"seed": "s"}, {"sha256": None}, {"n_similar": 0},
+     {"fusion": None}, {"model": 1}, {"file": 1}],
+)  # fmt: skip
+def test_a_copied_line_that_was_altered(whole, pipeline, tiny_shots, tmp_path, changed):
+    manifest = copied(whole[0], tmp_path, "jsonl")
+    line = json.loads(manifest.read_text().splitlines()[0])
+    manifest.write_text(json.dumps(line | changed) + "\n")
+    with pytest.raises(InputError) as error:
+        regenerate(manifest, 0, tmp_path / "a.png", pipeline, tiny_shots)
+    assert "\n" not in str(error.value) and not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize("key", ["seed", "model", "preset", "file"])

@@ -47,7 +47,9 @@ class RegeneratePaths:
     """Which image ``regenerate`` makes again."""
 
     positional: ClassVar[bool] = True
-    manifest: str  # manifest.jsonl in the output folder of generate
+    manifest: (
+        str  # manifest.jsonl in the output folder of generate; or a copy of it or of manifest.parquet, with --shots
+    )
     number: int  # which line, from 0
 
 

@@ -122,7 +122,7 @@ def write_parquet(store: Store) -> None:
     import pyarrow.parquet as pq
 
     shot = pa.struct([("file", pa.string()), ("sha256", pa.string())])
-    words = ("category", "file", "sha256", "source", "method", "fusion", "preset", "model", "version")
+    words = ("category", "file", "sha256", "source", "method", "fusion", "preset", "precision", "model", "version")
     numbers = ("index", "bytes", "seed", "n_components", "n_similar", "n_directions")
     fields = [(name, pa.string()) for name in words] + [(name, pa.int64()) for name in numbers]
     schema = pa.schema(

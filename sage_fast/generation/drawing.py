@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from sage_fast import __version__
+from sage_fast.arithmetic import one_thread
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import to_uint8
 from sage_fast.editing.distribution import sample_together
 from sage_fast.errors import InputError
 from sage_fast.generation.memory import KEPT, images_at_once
 from sage_fast.generation.plan import Part, Plan, Span
-from sage_fast.pipeline import FewShotPipeline, NovelCategory, normals, one_thread
+from sage_fast.pipeline import FewShotPipeline, NovelCategory, normals
 
 __all__ = [
     "Category", "Latents", "Prepared", "about_image", "about_images", "about_part", "draw_images", "draw_latents",
@@ -216,14 +217,17 @@ def _about(pipeline: FewShotPipeline, part: Part, novel: NovelCategory) -> dict[
     if novel.distribution is not None:
         names = pipeline.codes.categories
         similar = [names[label] for label in novel.distribution.similar_categories.tolist()]
-    return about_part(part, pipeline.preset, pipeline.hash, similar, __version__)
+    return about_part(part, pipeline.preset, pipeline.hash, similar, __version__, pipeline.precision)
 
 
-def about_part(part: Part, preset: str, model: str, similar: list[str] | None, version: str) -> dict[str, Any]:
+def about_part(
+    part: Part, preset: str, model: str, similar: list[str] | None, version: str, precision: str = "float32"
+) -> dict[str, Any]:
     """What all images of a part share in the manifest.
 
     Args:
         similar: the seen categories that were found similar; None: the method looks for none.
+        precision: in the manifest where it is not float32.
     """
     about: dict[str, Any] = {
         "shots": [{"file": file, "sha256": digest} for file, digest in zip(part.shots, part.hashes)],
@@ -234,6 +238,8 @@ def about_part(part: Part, preset: str, model: str, similar: list[str] | None, v
         "preset": preset,
         **part.editor_options(),
     }
+    if precision != "float32":
+        about["precision"] = precision
     if similar is not None:
         about["similar"] = similar
     return about | {"model": model, "version": version}

@@ -36,7 +36,9 @@ def against_plan(
 
     Sizes and digests are those of the files, the similar categories and the version functions of more than the plan.
     """
-    shared = about_part(part, settings["preset"], settings["model"], line.get("similar"), line.get("version", ""))
+    shared = about_part(
+        part, settings["preset"], settings["model"], line.get("similar"), line.get("version", ""), settings["precision"]
+    )
     about = about_image(part, index, shared)
     file = format.listed(position, part.category, index)
     wanted = line_of(Stored(position, file, line.get("bytes", 0), line.get("sha256", ""), b"", about))

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 
+from sage_fast.arithmetic import float32_products
 from sage_fast.data.writers import atomic_write, check_file, check_output, contact_sheet
 from sage_fast.errors import InputError, counted
 from sage_fast.generation.agreeing import choose_config_encoder, shape_of, shard_of
 from sage_fast.generation.committing import line_of
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents, draw_shard
-from sage_fast.generation.encoding import to_host
+from sage_fast.generation.encoding import Encoder, to_host
 from sage_fast.generation.formats import choose_format
 from sage_fast.generation.memory import Room, room_for
+from sage_fast.generation.plan import Plan
 from sage_fast.generation.run import check, load_pipeline, plan_of, ranks
 from sage_fast.generation.stores import open_store
 from sage_fast.pipeline import FewShotPipeline
@@ -86,6 +88,11 @@ def estimate(
         if store.local:
             check_output(str(store), config.resume, config.overwrite)
     encoder = choose_config_encoder(config, pipeline)
+    with float32_products(pipeline.precision):
+        return _estimate(pipeline, made, encoder, config)
+
+
+def _estimate(pipeline: FewShotPipeline, made: Plan, encoder: Encoder | None, config: GenerateConfig) -> Estimate:
     if config.shard_mb is not None:
         made = replace(made, shard=shard_of(pipeline, made, encoder, config))
     room = room_for(pipeline, made, torch.get_num_threads())
@@ -130,9 +137,9 @@ def preview(
     parts = tuple(replace(part, n=min(part.n, _EACH)) for part in made.parts[:_CATEGORIES])
     shown = replace(made, parts=parts, shard=_CATEGORIES * _EACH)
     labels = [f"{part.category}: {part.method}, fusion {part.fusion}" for part in parts for _ in range(part.n)]
-    sheet = contact_sheet(
-        draw_shard(pipeline, shown, 0), _EACH, labels, scale=max(1, 64 // pipeline.generator.resolution)
-    )
+    with float32_products(pipeline.precision):
+        images = draw_shard(pipeline, shown, 0)
+    sheet = contact_sheet(images, _EACH, labels, scale=max(1, 64 // pipeline.generator.resolution))
     with atomic_write(file) as target:
         sheet.save(target, format="PNG")
     return Path(file)

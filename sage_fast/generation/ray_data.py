@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from sage_fast.arithmetic import float32_products
 from sage_fast.errors import InputError
-from sage_fast.generation.agreeing import format_of
+from sage_fast.generation.agreeing import format_of, read_settings
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared
 from sage_fast.generation.formats import Format
@@ -86,6 +87,12 @@ class _Job:
                 f"Node {platform.node()!r} has model {pipeline.hash}, the plan was made with {self.hash}; use one model."
             )
         format = format_of(self.out, device=pipeline.device)
+        settings = read_settings(format.target)
+        if settings is None or pipeline.precision != settings["precision"]:
+            raise InputError(
+                f"Node {platform.node()!r} draws in {pipeline.precision}, and the output is drawn in "
+                f"{(settings or {}).get('precision')}; use nodes of one kind, or precision 'float32'."
+            )
         return format, Prepared(pipeline, format.plan)
 
 
@@ -106,7 +113,8 @@ class ShardWriter:
         images, error = [0] * len(shards), ""
         try:
             format, prepared = self.opened
-            write_here(format, shards, prepared, self.job.config, Meter())
+            with float32_products(prepared.pipeline.precision):
+                write_here(format, shards, prepared, self.job.config, Meter())
             images = [len(format.plan.positions(shard)) for shard in shards]
         except InputError as found:
             error = str(found)

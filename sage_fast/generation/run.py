@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from sage_fast.arithmetic import computed, float32_products, one_thread
 from sage_fast.data.writers import TEMPORARY, check_apart, check_file
 from sage_fast.errors import InputError, counted
 from sage_fast.generation.agreeing import (
@@ -44,7 +45,7 @@ from sage_fast.generation.plan_files import read_plan
 from sage_fast.generation.stores import STATE, Store, open_store
 from sage_fast.generation.watching import Meter
 from sage_fast.generation.writing import write_shards
-from sage_fast.pipeline import FewShotPipeline, one_thread
+from sage_fast.pipeline import FewShotPipeline
 
 __all__ = ["Summary", "Writer", "generate", "load_pipeline", "open_output", "plan_of", "ranks", "write_here"]
 
@@ -112,10 +113,11 @@ def generate(
     made = plan_of(pipeline, shots_dir, config, plan)
     check(out, None if plan else shots_dir, made, model, config, world_size)
     prepared = Prepared(pipeline, made)
-    _check_settings(prepared)
     meter = Meter() if meter is None else meter
-    with open_output(pipeline, made, out, config) as format:
-        _write(format, prepared, config, meter, progress, rank, world_size, write or write_here)
+    with float32_products(pipeline.precision):
+        _check_settings(prepared)
+        with open_output(pipeline, made, out, config) as format:
+            _write(format, prepared, config, meter, progress, rank, world_size, write or write_here)
     missing = format.plan.n_shards - len(committed(format.target, format.plan))
     return Summary(str(format.target), format.plan.categories, meter.done - meter.kept, meter.kept, missing)
 
@@ -183,15 +185,23 @@ def ranks() -> tuple[int, int]:
 def load_pipeline(model: FewShotPipeline | str | os.PathLike[str] | None, config: GenerateConfig) -> FewShotPipeline:
     """The pipeline itself, or that of a bundle, on the device of the settings (of a rank: its own GPU)."""
     if isinstance(model, FewShotPipeline):
-        if model.preset != config.preset:
-            raise InputError(
-                f"the pipeline has preset '{model.preset}' and the config '{config.preset}'; give both the same."
-            )
+        wanted = {
+            "preset": config.preset,
+            "precision": computed(config.precision, model.device),
+            "inversion_device": config.inversion_device,
+        }
+        for name, value in wanted.items():
+            if getattr(model, name) != value:
+                raise InputError(
+                    f"the pipeline has {name} '{getattr(model, name)}' and the config '{value}'; give both the same."
+                )
         return model
     device = config.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    return FewShotPipeline.from_bundle(model, "cpu" if device == "auto" else device, config.preset)
+    return FewShotPipeline.from_bundle(
+        model, "cpu" if device == "auto" else device, config.preset, config.precision, config.inversion_device
+    )
 
 
 def plan_of(

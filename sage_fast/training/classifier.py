@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sage_fast.arithmetic import PRECISIONS, autocast
 from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.models.classifiers import SmallResNet
 from sage_fast.settings import check_numbers
 from sage_fast.training.batches import deal, to_pixels
-from sage_fast.training.precision import PRECISIONS, autocast
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run
 from sage_fast.training.updates import Guard, Update, load_optimizer

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_fast.arithmetic import PRECISIONS, autocast
 from sage_fast.data.folders import ImageSet
 from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
@@ -35,7 +36,6 @@ from sage_fast.settings import check_ignored, check_numbers
 from sage_fast.training.batches import to_pixels
 from sage_fast.training.feature_cache import cached_features
 from sage_fast.training.losses import pixel_mse
-from sage_fast.training.precision import PRECISIONS, autocast
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.runtime import Run
 from sage_fast.training.updates import Guard, Update, load_optimizer

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sage_fast.arithmetic import PRECISIONS
 from sage_fast.data.folders import ImageSet
 from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
@@ -31,7 +32,6 @@ from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.encoder_steps import HyperStyleSteps, OnePassSteps, ReStyleSteps, new_encoder
 from sage_fast.training.latent_critic import E4EConfig
 from sage_fast.training.losses import pixel_mse
-from sage_fast.training.precision import PRECISIONS
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reconstruction import Reconstruction
 from sage_fast.training.runtime import Run, ema_update

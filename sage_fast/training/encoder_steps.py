@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sage_fast.arithmetic import autocast
 from sage_fast.errors import InputError
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.hypernets import PyramidHypernet
@@ -20,7 +21,6 @@ from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import synthesize, weight_shapes
 from sage_fast.models.weights import load_encoder
 from sage_fast.training.latent_critic import LatentCritic, delta_norm, stage_of
-from sage_fast.training.precision import autocast
 from sage_fast.training.reconstruction import Reconstruction
 from sage_fast.training.tuning import GeneratorTuning
 from sage_fast.training.updates import Guard, Update

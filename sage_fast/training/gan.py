@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sage_fast.arithmetic import PRECISIONS, autocast
 from sage_fast.data.folders import ImageSet
 from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
@@ -30,7 +31,6 @@ from sage_fast.training.checkpoints import Checkpoints
 from sage_fast.training.graphed import Networks
 from sage_fast.training.grids import grid_latents
 from sage_fast.training.losses import hinge_d, hinge_g, logistic_d, nonsaturating_g, path_length_penalty, r1_penalty
-from sage_fast.training.precision import PRECISIONS, autocast
 from sage_fast.training.prior import draw_pixels, draw_prior, mixed_w_plus
 from sage_fast.training.ranks import join_ranks
 from sage_fast.training.reals import Reals, as_reals

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sage_fast.arithmetic import autocast
 from sage_fast.models.inference import layer_by_layer
 from sage_fast.models.stylegan2 import Discriminator, Generator
-from sage_fast.training.precision import autocast
 from sage_fast.training.shares import logits_of_both
 
 __all__ = ["Networks"]
@@ -27,7 +27,7 @@ class Networks:
     activations, so memory is the sum of both updates' instead of the larger one.
 
     Args:
-        precision: ``"bfloat16"`` for autocast, as :func:`sage_fast.training.precision.autocast`.
+        precision: ``"bfloat16"`` for autocast, as :func:`sage_fast.arithmetic.autocast`.
         graphs: needs a GPU; the parameters must stay where they are from the first call on.
     """
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sage_fast.arithmetic import substitution
 from sage_fast.data.locks import fcntl, opened, taken
 from sage_fast.data.writers import (
     LOCK,
@@ -38,7 +39,6 @@ from sage_fast.data.writers import (
 from sage_fast.errors import InputError, SageFastWarning, Stopped
 from sage_fast.training.checkpoints import Checkpoints, random_state, set_random_state, versions
 from sage_fast.training.logs import TrainingLog, check_tensorboard
-from sage_fast.training.precision import substitution
 from sage_fast.training.progress import StageProgress
 from sage_fast.training.ranks import Ranks, restarted
 from sage_fast.training.signals import StopWish

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sage_fast.arithmetic import autocast
 from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.ops.convolution import second_derivatives
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
-from sage_fast.training.precision import autocast
 from sage_fast.training.runtime import ema_update
 from sage_fast.training.shares import logits_of_both
 from sage_fast.training.updates import Guard, Update
