@@ -13,6 +13,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from sage_fast.commands.watching import watched
 from sage_fast.data.images import load_image
 from sage_fast.data.writers import MARKER, read_manifest, save_png, to_uint8
 from sage_fast.errors import InputError
-from sage_fast.generation import GenerateConfig, Meter, generate
+from sage_fast.generation import GenerateConfig, Meter, generate, run
 from sage_fast.generation.verifying import verify
 from sage_fast.pipeline import FewShotPipeline
 
@@ -727,3 +728,23 @@ def test_names_that_are_no_text_do_not_go_into_parquet(pipeline, tiny_shots, tmp
     with pytest.raises(InputError, match="parquet holds text alone, and the name .* is none"):
         generate(pipeline, tmp_path / "novel", tmp_path / "out", GenerateConfig(n=1, parquet=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_parquet_file_that_was_asked_for_once_is_kept(pipeline, tiny_shots, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    out, config = tmp_path / "out", GenerateConfig(n=2, shard=2, parquet=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run, "write_manifest", mock.Mock(side_effect=KeyboardInterrupt))
+        generate(pipeline, tiny_shots, out, config)
+    again = replace(config, parquet=False, resume=True)
+    generate(pipeline, tiny_shots, out, again)
+    assert (out / "manifest.parquet").exists() and verify(out).problems == []
+    generate(pipeline, tiny_shots, out, replace(again, n=5))
+    assert (out / "manifest.parquet").exists() and verify(out).problems == [] and not (out / ".sage_fast").exists()
+    (out / "manifest.parquet").unlink()
+    generate(pipeline, tiny_shots, out, replace(again, n=5))
+    assert (out / "manifest.parquet").exists() and verify(out).problems == []
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="parquet needs pyarrow"):
+        generate(pipeline, tiny_shots, out, replace(again, n=6))
+    assert verify(out).problems == []

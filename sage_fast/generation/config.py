@@ -62,7 +62,7 @@ class GenerateConfig:
     shard_mb: float | None = None  # size of a tar file instead, in MB
     workers: int | None = None  # threads that encode and write; None: as many as torch has, at least 2
     metrics: str | None = None  # file that gets a JSON line a shard: speed, and how busy each stage was
-    parquet: bool = False  # the manifest as manifest.parquet too; needs pyarrow
+    parquet: bool = False  # the manifest as manifest.parquet too, kept by later runs; needs pyarrow
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

@@ -42,7 +42,7 @@ from sage_fast.generation.formats import Format
 from sage_fast.generation.locks import alone, joined
 from sage_fast.generation.plan import Plan
 from sage_fast.generation.plan_files import read_plan
-from sage_fast.generation.stores import STATE, Store, open_store
+from sage_fast.generation.stores import STATE, Store, make_state, open_store
 from sage_fast.generation.watching import Meter
 from sage_fast.generation.writing import write_shards
 from sage_fast.pipeline import FewShotPipeline
@@ -53,6 +53,8 @@ _BATCH_PIXELS = {
     "cpu": 1 << 18,
     "cuda": 1 << 22,
 }  # of a micro-batch; a CPU gains nothing from more, but needs the memory
+
+_WITH_PARQUET = f"{STATE}/parquet"
 
 Writer = Callable[[Format, list[int], Prepared, GenerateConfig, Meter, Callable[[int], None], Callable[[], None]], None]
 """Draws, stores and commits shards; says how many images are written, and when a shard is committed."""
@@ -141,11 +143,12 @@ def open_output(
     with joined(str(store), file, folder, rank, world_size, store.empty if config.overwrite else None):
         try:
             with alone(setup):
+                _keep_parquet(store, plan, config)
                 format = agree(store, pipeline, plan, encoder, config)
                 take_back_missing(format, rank, world_size)
             yield format
             with alone(setup):
-                _finish(format, config)
+                _finish(format)
         finally:
             _clear(store, setup)
 
@@ -231,13 +234,8 @@ def check(
     """Raise InputError for what can be told without looking at the output."""
     if config.overwrite and world_size > 1:
         raise InputError("--overwrite does not go with several ranks, of which one would delete another's images.")
-    if config.parquet and find_spec("pyarrow") is None:
-        raise InputError("parquet needs pyarrow; pip install 'sage_fast[parquet]', or leave it out.")
-    words = [word for part in plan.parts for word in (part.category, *part.shots)] if config.parquet else []
-    if (foreign := next((word for word in words if not _is_unicode(word)), None)) is not None:
-        raise InputError(
-            f"parquet holds text alone, and the name {foreign!r:.60} is none; rename it, or leave parquet out."
-        )
+    if config.parquet:
+        _check_parquet(plan)
     if config.metrics is not None:
         check_file(config.metrics, "metrics")
     store = open_store(out)
@@ -254,6 +252,26 @@ def check(
                     f"Output folder {str(out)!r} holds shots of the plan, in {file!r}; give another folder."
                 )
         check_apart(out, {}, models)
+
+
+def _check_parquet(plan: Plan) -> None:
+    """Raise InputError where the plan's manifest cannot be a Parquet file."""
+    if find_spec("pyarrow") is None:
+        raise InputError("parquet needs pyarrow; pip install 'sage_fast[parquet]', or leave it out.")
+    words = (word for part in plan.parts for word in (part.category, *part.shots))
+    if (foreign := next((word for word in words if not _is_unicode(word)), None)) is not None:
+        raise InputError(
+            f"parquet holds text alone, and the name {foreign!r:.60} is none; rename it, or leave parquet out."
+        )
+
+
+def _keep_parquet(store: Store, plan: Plan, config: GenerateConfig) -> None:
+    """Note that the output is to have a Parquet file, as one that was asked for once: whoever completes it may not ask again."""
+    there = store.size(PARQUET) is not None or store.size(_WITH_PARQUET) is not None
+    if config.parquet or there or PARQUET in (read_sums(store) or {}):
+        _check_parquet(plan)
+        make_state(store)
+        store.write(_WITH_PARQUET, b"")
 
 
 def _is_unicode(name: str) -> bool:
@@ -313,7 +331,7 @@ def write_here(
     write_shards(format, shards, prepared, workers, meter, written, note)
 
 
-def _finish(format: Format, config: GenerateConfig) -> None:
+def _finish(format: Format) -> None:
     """Complete the output if every shard of it is written; what a complete one lacks is put back."""
     store, plan = format.target, format.plan
     if len(committed(store, plan)) < plan.n_shards:
@@ -335,7 +353,7 @@ def _finish(format: Format, config: GenerateConfig) -> None:
         sums = dict(recorded)
     elif MANIFEST not in sums:
         sums[MANIFEST] = digest_of(store, MANIFEST)
-    if config.parquet and (PARQUET not in sums or store.size(PARQUET) is None):
+    if store.size(_WITH_PARQUET) is not None and (PARQUET not in sums or store.size(PARQUET) is None):
         write_parquet(store)
         sums[PARQUET] = digest_of(store, PARQUET)
     if sums != recorded:
