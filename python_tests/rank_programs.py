@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from sage_fast.errors import InputError
 from sage_fast.training import heartbeat
+from sage_fast.training.classifier import _normalised_by_all
 from sage_fast.training.ranks import join_ranks
 
 
@@ -22,6 +23,8 @@ def collectives() -> None:
         assert join_ranks() is ranks and ranks.world == 3 and ranks.is_first == (ranks.rank == 0)
         _gradients(ranks)
         assert ranks.mean(torch.tensor([1.0, 2.0]) * ranks.rank).tolist() == [1.0, 2.0]
+        _totals(ranks)
+        _normalisation(ranks)
         assert ranks.any(ranks.rank == 2) and not ranks.any(False)
         weights = torch.full((2, 3), float(ranks.rank + 5)).t().requires_grad_()
         ranks.broadcast([weights])
@@ -61,6 +64,38 @@ def _gradients(ranks) -> None:
         assert all(torch.equal(first, other) for other in others), "the same bits on each rank"
     assert nowhere.grad is None and somewhere.grad.tolist() == [1.0, 2.0] and statistics.item() == 1.0
     assert double.grad.dtype == torch.float64 and abs(double.grad.item() - 1 / 3) < 1e-15
+
+
+def _totals(ranks) -> None:
+    """A loss that is averaged over the ranks and uses the rows of all has the gradient that one rank with all rows has."""
+    rows, weights = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), torch.arange(12.0).view(6, 2)
+    whole = rows.clone().requires_grad_()
+    loss = (whole.cumsum(0).sin() * weights).mean()
+    loss.backward()
+    part = rows[ranks.share(6)].clone().requires_grad_()
+    seen = ranks.whole(part, 6)
+    assert torch.equal(seen, rows)
+    ((seen.cumsum(0).sin() * weights)[ranks.share(6)].mean()).backward()
+    torch.testing.assert_close(part.grad / ranks.world, whole.grad[ranks.share(6)])
+    first, *others = ranks.gather(ranks.total(torch.tensor([0.1]) * ranks.rank))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def _normalisation(ranks) -> None:
+    """Batch normalisation of a share is that of the whole batch: values, gradients, running statistics."""
+    layers = [torch.nn.Sequential(torch.nn.BatchNorm2d(3)).double() for _ in range(2)]
+    rows = torch.randn(6, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3 + 1
+    whole, part = rows.clone().requires_grad_(), rows[ranks.share(6)].clone().requires_grad_()
+    seen = layers[0](whole)
+    seen.sin().mean().backward()
+    with _normalised_by_all(layers[1], ranks):
+        own = layers[1](part)
+        own.sin().mean().backward()
+    torch.testing.assert_close(own, seen[ranks.share(6)])
+    torch.testing.assert_close(part.grad / ranks.world, whole.grad[ranks.share(6)])
+    for one, other in zip(layers[0].state_dict().values(), layers[1].state_dict().values()):
+        torch.testing.assert_close(one, other)
+    assert "forward" not in vars(layers[1][0])
 
 
 def _once_fails(ranks) -> None:

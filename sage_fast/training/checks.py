@@ -51,7 +51,7 @@ def check_encoder(
     if config.kind == "e4e":
         check_prior(generator)
     if config.tune_generator:
-        check_tunable(generator, discriminator)
+        check_tunable(generator, discriminator, config.batch, ranks)
 
 
 def check_road(config: TrainConfig, ranks: Ranks, resume: bool = False) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ from sage_fast.errors import InputError
 from sage_fast.models.classifiers import SmallResNet
 from sage_fast.settings import check_numbers
 from sage_fast.training.batches import deal, to_pixels
-from sage_fast.training.ranks import join_ranks
+from sage_fast.training.ranks import Ranks, join_ranks
 from sage_fast.training.runtime import Run
 from sage_fast.training.updates import Guard, Update, load_optimizer
 
@@ -88,8 +90,6 @@ def train_classifier(
 ) -> SmallResNet:
     """Train a :class:`SmallResNet` with cross-entropy; returns it in eval mode.
 
-    Deviation: with several ranks each normalises by the statistics of its own share of the batch.
-
     Args:
         images: uint8 [M, C, H, W].
         labels: int64 [M], 0 to ``n_classes - 1``.
@@ -130,7 +130,7 @@ def train_network(
     Args:
         batch_loss: draws a batch from the given random numbers and returns its loss and what else to log.
         run: where to log and to save; a checkpoint in it is continued bit for bit. Its ranks each draw their own batch, or
-            their share of one, and average gradients and running statistics.
+            their share of one, and average gradients; batches are normalised by the statistics of all ranks.
         sampler: what ``batch_loss`` draws from, for the checkpoint.
     Raises:
         InputError: a loss is not finite; no update was made with it, and ``logs/<stage>_diagnosis.json`` has what is known.
@@ -140,7 +140,6 @@ def train_network(
     optim = _optimizer(config, network)
     guard = Guard(run, {"network": network})
     update = Update("loss", optim, guard)
-    statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     first = 0
     if state := run.load():
         network.load_state_dict(state["network"])
@@ -156,10 +155,10 @@ def train_network(
         for group in optim.param_groups:
             group["lr"] = rate
         guard.begin(step)
-        with autocast(config.precision, device):
+        with autocast(config.precision, device), _normalised_by_all(network, run.ranks):
             loss, scalars = batch_loss(rng)
         update.add(loss)
-        loss = update.apply(*statistics)
+        loss = update.apply()
 
         done = step + 1
         if done % config.log_every == 0 or done == config.total_steps:
@@ -170,6 +169,35 @@ def train_network(
             state = {"network": network.state_dict(), "optim": optim.state_dict(), "rng": rng.get_state(), "step": done}
             run.save(state | ({"sampler": sampler.state_dict()} if sampler is not None else {}))
     network.eval()
+
+
+@contextmanager
+def _normalised_by_all(network: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Inside, batch normalisations of a network that trains use mean and variance over all ranks (SyncBatchNorm, on CPUs too)."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d) and ranks.world > 1]
+    for layer in layers:
+        layer.forward = partial(_normalised, layer, ranks)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _normalised(layer: nn.BatchNorm2d, ranks: Ranks, x: Tensor) -> Tensor:
+    assert layer.running_mean is not None and layer.running_var is not None and layer.momentum is not None
+    wide = x.to(layer.running_mean.dtype)
+    count = x.numel() // x.shape[1] * ranks.world
+    mean = ranks.total(wide.sum((0, 2, 3))) / count
+    centred = wide - mean.view(-1, 1, 1)
+    variance = ranks.total(centred.square().sum((0, 2, 3))) / count
+    with torch.no_grad():
+        layer.running_mean.lerp_(mean, layer.momentum)
+        layer.running_var.lerp_(variance * (count / (count - 1)), layer.momentum)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked += 1
+    scale = layer.weight * (variance + layer.eps).rsqrt()
+    return (centred * scale.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)).to(x.dtype)
 
 
 def seeded(seed: int, build: Callable[[], Network]) -> Network:

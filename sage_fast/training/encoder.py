@@ -207,8 +207,7 @@ def train_encoder(
     ranks = join_ranks(device)
     share = ranks.share(config.batch)
     rng = torch.Generator().manual_seed(config.seed)  # equal on all ranks
-    own = rng if ranks.world == 1 else ranks.generator(config.seed + 1)  # what is drawn for the share alone
-    run = Run(folder, "encoder", config, resume, ranks, facts, {"own": own})
+    run = Run(folder, "encoder", config, resume, ranks, facts)
     E = new_encoder(config, generator).to(ranks.device)
     average = copy.deepcopy(E).eval().requires_grad_(False)
     optim = torch.optim.Adam(E.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
@@ -249,7 +248,7 @@ def train_encoder(
         guard.begin(step, train[index])
         real = to_pixels(images, train[index], flips, G.latent_avg)
 
-        loss = steps.backward(update, real, step, rate, own)
+        loss = steps.backward(update, real, step, rate, rng)
         update.apply()
         steps.after(real, step, rate, rng)
 

@@ -112,6 +112,19 @@ class Ranks:
         self._all_reduce(total)
         return total / self.world
 
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a floating-point tensor over the ranks, with the same bits on each; its gradient is that of all their losses.
+
+        So a loss that is averaged over the ranks may use what others hold: call it, and go backward, on all of them alike.
+        """
+        return value if self.world == 1 else _Total.apply(value, self)  # type: ignore[no-any-return,no-untyped-call]
+
+    def whole(self, part: Tensor, n: int) -> Tensor:
+        """The rows [n, ...] of a batch of which each rank holds its :meth:`share` [n / world, ...], differentiable as :meth:`total`."""
+        if self.world == 1:
+            return part
+        return self.total(part.new_zeros(n, *part.shape[1:]).index_copy(0, self.share(n).to(part.device), part))
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; waits for no GPU."""
         if self.world == 1:
@@ -217,6 +230,23 @@ class Ranks:
             if verdict is None:
                 raise
             raise InputError(verdict) from error
+
+
+class _Total(torch.autograd.Function):
+    """Sum over the ranks, whose gradient is the sum over the ranks of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        ranks._all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        ctx.ranks._all_reduce(total)
+        return total, None
 
 
 def join_ranks(device: str | torch.device = "cpu", join_seconds: float = 300.0, lost_seconds: float = 30.0) -> Ranks:

@@ -21,8 +21,9 @@ from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.ops.convolution import second_derivatives
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
+from sage_fast.training.ranks import Ranks
 from sage_fast.training.runtime import ema_update
-from sage_fast.training.shares import logits_of_both
+from sage_fast.training.shares import group_size, logits_of_both, share_out
 from sage_fast.training.updates import Guard, Update
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ __all__ = ["GeneratorTuning", "check_tunable", "mix_codes"]
 class GeneratorTuning:
     """Generator, discriminator, their optimizers and the generator's average, beside an encoder's loop.
 
-    Of the fakes the discriminator sees in a step, half are prior samples, a quarter mixed codes, a quarter reconstructions.
+    Of the fakes the discriminator sees in a step, half are prior samples, a quarter mixed codes, a quarter reconstructions. They are
+    made for the whole batch: each rank draws its :meth:`~sage_fast.training.ranks.Ranks.share`, whole groups of the minibatch
+    standard deviation, of codes mixed from those of all ranks.
     """
 
     def __init__(
@@ -44,9 +47,10 @@ class GeneratorTuning:
         discriminator: Discriminator | None,
         guard: Guard,
     ) -> None:
-        check_tunable(generator, discriminator)
+        self.ranks = guard.run.ranks
+        check_tunable(generator, discriminator, config.batch, self.ranks)
         assert discriminator is not None
-        self.config, self.device = config, guard.run.ranks.device
+        self.config, self.device = config, self.ranks.device
         self.G = copy.deepcopy(generator).to(self.device).train().requires_grad_(True)
         self.G.style.requires_grad_(config.tune_mapping)
         self.D = copy.deepcopy(discriminator).to(self.device).train().requires_grad_(True)
@@ -68,13 +72,19 @@ class GeneratorTuning:
         return {name: getattr(self, name) for name in names}
 
     def generate(self, w_plus: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Reconstructions [N, C, R, R] of the absolute codes [N, L, D], and the generator's adversarial loss."""
-        n = len(w_plus)
-        n_mixed, n_prior = max(1, n // 4), max(1, n // 2)
-        mixed = mix_codes(w_plus, n_mixed, rng)
-        images = self.G(torch.cat([w_plus, mixed, self._prior(n_prior, rng)]), noise=self.config.noise)
-        rebuilt = images[:n]
-        fakes = torch.cat([rebuilt[: n - n_mixed - n_prior], images[n:]])
+        """Reconstructions [n, C, R, R] of this rank's absolute codes [n, L, D], and the generator's adversarial loss.
+
+        Args:
+            rng: equal on all ranks.
+        """
+        batch, rank, world = self.config.batch, self.ranks.rank, self.ranks.world
+        n_mixed, n_prior = max(1, batch // 4), max(1, batch // 2)
+        n_rebuilt = max(0, batch - n_mixed - n_prior)
+        mixed = mix_codes(self.ranks.whole(w_plus, batch), n_mixed, rng)
+        drawn = torch.cat([mixed, self._prior(n_prior, rng)])[(rank - n_rebuilt) % world :: world]
+        images = self.G(torch.cat([w_plus, drawn]), noise=self.config.noise)
+        rebuilt, n = images[: len(w_plus)], len(range(rank, n_rebuilt, world))
+        fakes = torch.cat([rebuilt[:n], images[len(w_plus) :]])
         self.D.requires_grad_(False)
         loss = nonsaturating_g(self.D(fakes))
         self.fakes = fakes.detach()
@@ -120,8 +130,8 @@ class GeneratorTuning:
         return _crossover(self.G.broadcast(w), self.G.broadcast(w2), keep, rng)
 
 
-def check_tunable(generator: Generator, discriminator: Discriminator | None) -> None:
-    """Raise InputError for networks that :class:`GeneratorTuning` cannot train on."""
+def check_tunable(generator: Generator, discriminator: Discriminator | None, batch: int, ranks: Ranks) -> None:
+    """Raise InputError for networks that :class:`GeneratorTuning` cannot train on, or a batch that these ranks cannot share."""
     if discriminator is None:
         raise InputError(
             "tune_generator needs the discriminator of the generator's training, got none; give a model that has one, or leave "
@@ -131,6 +141,8 @@ def check_tunable(generator: Generator, discriminator: Discriminator | None) -> 
         raise InputError(
             f"tune_generator samples the prior without labels, got networks of {generator.c_dim} classes; leave it out."
         )
+    if ranks.world > 1:
+        share_out(batch, group_size(batch, discriminator.mbstd_group or batch), ranks.rank, ranks.world)
 
 
 def mix_codes(w_plus: Tensor, n: int, rng: torch.Generator) -> Tensor:
