@@ -38,11 +38,13 @@ from sage_fast.models.weight_deltas import join_deltas, select_deltas, synthesiz
 from sage_fast.models.weights import check_parts, load_bundle, load_directions
 
 __all__ = [
-    "FUSIONS", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals",
+    "FUSIONS", "INVERSION_DEVICES", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals",
 ]  # fmt: skip
 
 METHODS = (*EDITOR_METHODS, "inversion")
 """The editor's methods, and the plain reconstruction of the shots."""
+
+INVERSION_DEVICES = ("cpu", "model")
 
 FUSIONS = ("none", "pixel", "frequency", "both")
 """What generated images are fused with their shot by; ``"both"`` is frequencies first, then pixels."""
@@ -108,8 +110,8 @@ class FewShotPipeline:
             time and moves pixels by a few grey levels; float32 where the device does not multiply bfloat16, with a warning.
             Of ``"float32"`` and ``"tf32"`` PyTorch's settings decide, which :func:`sage_fast.generation.generate` sets. Shots are
             inverted in float32.
-        inversion_device: where shots are inverted: ``"auto"``, beside the generator, or ``"cpu"``, where a code has the same bits
-            whatever the device of the generator, in much more time than a GPU takes.
+        inversion_device: where shots are inverted: ``"cpu"``, so that latents have the same bits whatever the device of the
+            networks, or ``"model"``, beside them: on a GPU in much less time, with its rounding.
     Raises:
         InputError: parts of different numbers or widths of styles, or a setting that is none.
     """
@@ -125,7 +127,7 @@ class FewShotPipeline:
         noise: str = "none",
         hash: str = "",
         precision: str = "float32",
-        inversion_device: str = "auto",
+        inversion_device: str = "cpu",
     ) -> None:
         if preset not in PRESETS:
             raise InputError(f"preset must be one of {', '.join(PRESETS)}, got '{preset}'.")
@@ -136,8 +138,10 @@ class FewShotPipeline:
         self.relevant, self.irrelevant, self.codes = relevant, irrelevant, codes
         self.preset, self.noise, self.hash = preset, noise, hash
         self.precision, self.inversion_device = _usable(precision, self.device), inversion_device
-        if inversion_device not in ("auto", "cpu"):
-            raise InputError(f"inversion_device must be 'auto' or 'cpu', got '{inversion_device}'.")
+        if inversion_device not in INVERSION_DEVICES:
+            raise InputError(
+                f"inversion_device must be one of {', '.join(INVERSION_DEVICES)}, got '{inversion_device}'."
+            )
         self._editors: dict[str, FewShotEditor] = {}
         self._judged: set[int] = set()
 
@@ -148,7 +152,7 @@ class FewShotPipeline:
         device: str | torch.device = "cpu",
         preset: str = "default",
         precision: str = "float32",
-        inversion_device: str = "auto",
+        inversion_device: str = "cpu",
     ) -> FewShotPipeline:
         """The pipeline of a bundle folder; ``None`` is the model shipped with the package.
 
@@ -197,8 +201,8 @@ class FewShotPipeline:
 
     @cached_property
     def _inverting(self) -> tuple[ImageEncoder, Generator]:
-        """The networks that invert: of a pipeline on a GPU copies in memory, if shots are inverted on the CPU."""
-        if self.inversion_device == "auto" or self.device.type == "cpu":
+        """The networks that invert: beside a GPU copies of them in memory, unless that is to do it."""
+        if self.inversion_device == "model" or self.device.type == "cpu":
             return self.encoder, self.generator
         return copy.deepcopy(self.encoder).cpu(), copy.deepcopy(self.generator).cpu()
 

@@ -84,19 +84,31 @@ def test_float32_where_bfloat16_is_not_multiplied(tiny_bundle, tiny_shots, tmp_p
 def test_settings_that_cannot_be(tiny_bundle, tiny_shots, tmp_path):
     with pytest.raises(InputError, match="precision must be one of float32, tf32, bfloat16, got 'float16'"):
         GenerateConfig(precision="float16")
-    with pytest.raises(InputError, match="inversion_device must be one of auto, cpu, got 'cuda'"):
+    with pytest.raises(InputError, match="inversion_device must be one of cpu, model, got 'cuda'"):
         GenerateConfig(inversion_device="cuda")
     for name, value, said in (
         ("precision", "int8", "precision must be one of float32, tf32, bfloat16, got 'int8'"),
         ("precision", "tf32", "precision 'tf32' is one of GPUs, and the model is on cpu; take 'float32'"),
-        ("inversion_device", "cuda", "inversion_device must be 'auto' or 'cpu', got 'cuda'"),
+        ("inversion_device", "cuda", "inversion_device must be one of cpu, model, got 'cuda'"),
     ):
         with pytest.raises(InputError, match=said):
             FewShotPipeline.from_bundle(tiny_bundle, **{name: value})
-    pipeline = FewShotPipeline.from_bundle(tiny_bundle, inversion_device="cpu")
-    with pytest.raises(InputError, match="the pipeline has inversion_device 'cpu' and the config 'auto'"):
+    pipeline = FewShotPipeline.from_bundle(tiny_bundle, inversion_device="model")
+    with pytest.raises(InputError, match="the pipeline has inversion_device 'model' and the config 'cpu'"):
         generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=1))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_of_before_goes_on(tiny_bundle, tiny_shots, tmp_path):
+    generate(tiny_bundle, tiny_shots, tmp_path / "out", GenerateConfig(n=2))
+    recorded = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert recorded.pop("precision") == "float32" and recorded.pop("inversion_device") == "cpu"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(recorded))
+    (tmp_path / "out" / "SHA256SUMS").unlink()  # older still, so that the altered file is not found out
+    for device in ("cpu", "model"):  # the same on a CPU
+        config = GenerateConfig(n=3, resume=True, inversion_device=device)
+        assert generate(tiny_bundle, tiny_shots, tmp_path / "out", config).n_new == (6 if device == "cpu" else 0)
+    assert verify(tmp_path / "out").problems == []
 
 
 def test_products_of_float32_during_a_run(tiny_bundle, tiny_shots, tmp_path, monkeypatch):
@@ -125,13 +137,13 @@ def test_products_of_float32_during_a_run(tiny_bundle, tiny_shots, tmp_path, mon
 def test_latents_and_images_of_cuda(tiny_bundle, tiny_shots, tmp_path):
     shots = torch.rand(2, 3, 8, 8) * 2 - 1
     here = FewShotPipeline.from_bundle(tiny_bundle)
-    there = FewShotPipeline.from_bundle(tiny_bundle, "cuda", inversion_device="cpu")
+    there = FewShotPipeline.from_bundle(tiny_bundle, "cuda")
     assert torch.equal(here.embed(shots), there.embed(shots))
     with arithmetic.float32_products():
         a, b = here(shots, 64), there(shots, 64)
     assert torch.equal(a.w_plus, b.w_plus)
     apart = ((a.images - b.images).abs() * 127.5).round()
     assert apart.max() <= 1 and (apart > 0).float().mean() <= 1e-3
-    config = GenerateConfig(n=3, device="cuda", precision="tf32", inversion_device="cpu")
+    config = GenerateConfig(n=3, device="cuda", precision="tf32", inversion_device="model")
     generate(tiny_bundle, tiny_shots, tmp_path / "out", config)
     assert verify(tmp_path / "out").problems == []

@@ -121,7 +121,8 @@ def read_settings(store: Store) -> dict[str, Any] | None:
         raise InputError(f"config.json in {str(store)!r} is damaged; use --overwrite or another output.") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("plan"), list):
         raise InputError(f"Output {str(store)!r} holds no run of generate to resume; give another folder.")
-    return {"precision": "float32", "inversion_device": "auto"} | settings  # what older ones do not name
+    older = {"precision": "float32", "inversion_device": "cpu" if settings.get("device") == "cpu" else "model"}
+    return older | settings
 
 
 def digest_of_lost_config(store: Store) -> str | None:
@@ -141,7 +142,7 @@ def _resolve(pipeline: FewShotPipeline, plan: Plan, encoder: Encoder | None, con
         "encoder": encoder.name if encoder else None,
         "format": config.format,
         "image": config.image if encoder else None,
-        "inversion_device": pipeline.inversion_device,
+        "inversion_device": "cpu" if pipeline.device.type == "cpu" else pipeline.inversion_device,
         "model": pipeline.hash,
         "n_channels": pipeline.generator.n_channels,
         "n_images": len(plan),

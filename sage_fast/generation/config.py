@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sage_fast.arithmetic import DRAWING_PRECISIONS
 from sage_fast.editing.editor import PRESETS, check_used
 from sage_fast.errors import InputError
-from sage_fast.pipeline import FUSIONS, METHODS
+from sage_fast.pipeline import FUSIONS, INVERSION_DEVICES, METHODS
 
 __all__ = ["ENCODERS", "FORMATS", "IMAGES", "GenerateConfig"]
 
@@ -50,7 +50,8 @@ class GenerateConfig:
     #: products of the synthesis: float32; tf32 (a GPU's) and bfloat16 are faster, and move pixels by a grey level here and there,
     #: by a few levels
     precision: str = "float32"
-    inversion_device: str = "auto"  # where shots become latents: auto, or cpu: the same bits beside whatever GPU
+    #: where shots become latents: cpu, with the same bits whatever draws the images, or model: beside it, on a GPU in much less time
+    inversion_device: str = "cpu"
     resume: bool = False  # go on where an earlier run stopped
     overwrite: bool = False  # empty the output folder first; only one that sage-fast made
     categories: tuple[str, ...] = ()  # "rose" or "rose=500": these alone, with that many images; none: all
@@ -71,7 +72,7 @@ class GenerateConfig:
                 raise InputError(f"{name} must be at least 1, got {value}.")
         _check_one_of(self, method=METHODS, fusion=FUSIONS, preset=tuple(PRESETS), format=FORMATS)
         _check_one_of(self, image=IMAGES, encoder=ENCODERS, precision=DRAWING_PRECISIONS)
-        _check_one_of(self, inversion_device=("auto", "cpu"))
+        _check_one_of(self, inversion_device=INVERSION_DEVICES)
         if self.alpha is not None and not abs(self.alpha) <= MOST_ALPHA:
             raise InputError(
                 f"alpha must be a finite number of at most {MOST_ALPHA:,.0f}, got {self.alpha}; the paper takes 2, and images "

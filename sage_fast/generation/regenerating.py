@@ -143,7 +143,7 @@ def _recorded(manifest: str, number: int, shots_dir: str | os.PathLike[str] | No
         "encoder": None,
         "format": "safetensors" if kind == "safetensors" else "folder",
         "image": kind if kind in IMAGES else None,
-        "inversion_device": "auto",
+        "inversion_device": "cpu",
         "precision": line.get("precision", "float32"),
         "quality": None,
     }
