@@ -61,7 +61,6 @@ SIZES = {32: (2048, 128, 512), 64: (4096, 128, 512), 256: (16384, 512, 512)}  # 
 IMAGES = {32: 4096, 64: 1024, 256: 256}  # of a round, at full speed some seconds
 N_SEEN, N_EACH, N_DIRECTIONS = 40, 20, 100
 CATEGORIES = 2  # novel ones, of one shot each: encoding it is a small part, as it is of a long run
-INVERSION = "model"  # beside a GPU too, for the same reason
 ROUNDS = 5
 SECONDS = 8  # that a plan of ten million images runs before its memory is read
 CORES = len(os.sched_getaffinity(0))
@@ -139,7 +138,12 @@ def make_pipeline(size: int, device: torch.device = torch.device("cpu"), precisi
     irrelevant = CategoryIrrelevantDictionary(directions.contiguous(), groups)
     generator, encoder = generator.to(device), encoder.requires_grad_(False).to(device)
     parts = generator, encoder, relevant, irrelevant, codes
-    return FewShotPipeline(*parts, hash=f"random {size}", precision=precision, inversion_device=INVERSION)
+    return FewShotPipeline(*parts, hash=f"random {size}", precision=precision, inversion_device=inversion(device))
+
+
+def inversion(device: torch.device) -> str:
+    """Where the few shots are inverted: on a GPU, if there is one, in no time, as it takes next to none of a long run."""
+    return "cpu" if device.type == "cpu" else "model"
 
 
 def make_shots(folder: Path, size: int, categories: int = CATEGORIES, each: int = 1) -> Path:
@@ -156,7 +160,7 @@ def make_shots(folder: Path, size: int, categories: int = CATEGORIES, each: int 
 def config_of(size: int, options: argparse.Namespace, **settings) -> GenerateConfig:
     n = max(2, round(IMAGES[size] * options.scale / CATEGORIES))
     given = {name: getattr(options, name) for name in ("fusion", "image", "encoder", "workers", "precision")}
-    return GenerateConfig(**{"n": n, "inversion_device": INVERSION, **given, **settings})
+    return GenerateConfig(**{"n": n, "inversion_device": inversion(options.device), **given, **settings})
 
 
 def against_stages(

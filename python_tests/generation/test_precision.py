@@ -93,8 +93,9 @@ def test_settings_that_cannot_be(tiny_bundle, tiny_shots, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             FewShotPipeline.from_bundle(tiny_bundle, **{name: value})
-    pipeline = FewShotPipeline.from_bundle(tiny_bundle, inversion_device="model")
-    with pytest.raises(InputError, match="the pipeline has inversion_device 'model' and the config 'cpu'"):
+    pipeline = FewShotPipeline.from_bundle(tiny_bundle)
+    pipeline.precision = "bfloat16"
+    with pytest.raises(InputError, match="the pipeline has precision 'bfloat16' and the config 'float32'"):
         generate(pipeline, tiny_shots, tmp_path / "out", GenerateConfig(n=1))
     assert not (tmp_path / "out").exists()
 

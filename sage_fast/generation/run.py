@@ -188,11 +188,9 @@ def ranks() -> tuple[int, int]:
 def load_pipeline(model: FewShotPipeline | str | os.PathLike[str] | None, config: GenerateConfig) -> FewShotPipeline:
     """The pipeline itself, or that of a bundle, on the device of the settings (of a rank: its own GPU)."""
     if isinstance(model, FewShotPipeline):
-        wanted = {
-            "preset": config.preset,
-            "precision": computed(config.precision, model.device),
-            "inversion_device": config.inversion_device,
-        }
+        wanted = {"preset": config.preset, "precision": computed(config.precision, model.device)}
+        if model.device.type != "cpu":
+            wanted["inversion_device"] = config.inversion_device
         for name, value in wanted.items():
             if getattr(model, name) != value:
                 raise InputError(
