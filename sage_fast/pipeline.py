@@ -10,7 +10,8 @@ import copy
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +37,7 @@ from sage_fast.models.published import published_directions, read_published
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import join_deltas, select_deltas, synthesize
 from sage_fast.models.weights import check_parts, load_bundle, load_directions
+from sage_fast.ops.cuda_convolution import repeatable
 
 __all__ = [
     "FUSIONS", "INVERSION_DEVICES", "METHODS", "FewShotPipeline", "NovelCategory", "Result", "load_dictionary", "normals",
@@ -347,12 +349,18 @@ class FewShotPipeline:
         # joined out here, so that the images are ordinary tensors
         return torch.cat([self.synthesize(part).cpu() for part in w_plus.split(batch)])
 
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Inside, products have the precision of this pipeline, and no kernel is chosen by how long it takes."""
+        with autocast(self.precision, self.device), repeatable():
+            yield
+
     @torch.inference_mode()  # spares each op its way through autograd: a tenth of the time of small batches
     def synthesize(self, w_plus: Tensor) -> Tensor:
         """Offsets [n, L, D] to images [n, C, R, R] in [-1, 1], drawn together and left on the device of the networks."""
         G = self.generator
         G.check_w_plus(w_plus)
-        with autocast(self.precision, self.device):
+        with self._drawing():
             return G(w_plus.to(G.latent_avg) + G.latent_avg, noise=self.noise).float().clamp_(-1, 1)
 
     def fuse(self, name: str, novel: NovelCategory, sources: Tensor, images: Tensor) -> Tensor:
@@ -369,7 +377,7 @@ class FewShotPipeline:
         for shot in sources.unique().tolist():
             deltas = select_deltas(weight_deltas, slice(shot, shot + 1), G.latent_avg.device)
             for part in torch.nonzero(sources == shot).flatten().split(batch):
-                with autocast(self.precision, self.device):
+                with self._drawing():
                     drawn = synthesize(G, w_plus[part].to(G.latent_avg) + G.latent_avg, deltas, self.noise)
                 images[part] = drawn.float().clamp_(-1, 1).cpu()
         return images

@@ -11,7 +11,7 @@ import torch
 from sage_fast import _native
 from sage_fast.errors import InputError
 from sage_fast.ops import cuda_convolution
-from sage_fast.ops.cuda_convolution import CUDNN, OWN, Layer, choices, choose, taken
+from sage_fast.ops.cuda_convolution import CUDNN, OWN, Layer, choices, choose, repeatable, taken
 
 LAYER = Layer(torch.device("cuda:0"), torch.bfloat16, 4, 64, 512, 256, True)
 WAYS = dict.fromkeys([CUDNN, *OWN], lambda: None)
@@ -81,6 +81,17 @@ def test_nothing_is_measured_in_a_capture(measured, monkeypatch):
     assert choose(LAYER, WAYS) == "own"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose(LAYER, WAYS) == "own"
+
+
+def test_what_must_repeat_is_not_chosen_by_the_clock(measured, monkeypatch):
+    measured.append({CUDNN: 2.0, "own": 1.0})
+    assert choose(LAYER, WAYS) == "own"
+    with repeatable():
+        assert taken(LAYER) == choose(LAYER, WAYS) == choose(LAYER._replace(n=5), WAYS) == CUDNN
+        monkeypatch.setenv("SAGE_FAST_CUDA_CONV", "own")
+        assert choose(LAYER, WAYS) == "own"
+    monkeypatch.delenv("SAGE_FAST_CUDA_CONV")
+    assert choose(LAYER, WAYS) == "own" and list(choices()) == [LAYER]
 
 
 def test_it_can_be_forced(monkeypatch):

@@ -3,13 +3,15 @@
 ``SAGE_FAST_CUDA_CONV`` says how: ``cudnn`` (cuDNN's, then an epilogue), ``own``
 (:func:`~sage_fast.ops.styled_conv.styled_conv`) or, where it is not set, ``auto``: each layer shape is measured in all ways at
 its first use, and the process stays with the fastest, so that a call repeats to the bit. Two processes may differ in it;
-set one of the others where they must not.
+where they must not, as in generation, inside :func:`repeatable` ``auto`` takes cuDNN's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -18,7 +20,9 @@ import torch
 from sage_fast import _native
 from sage_fast.errors import InputError
 
-__all__ = ["CUDNN", "MODES", "OWN", "Choice", "Layer", "choices", "choose", "has_products", "mode", "taken"]
+__all__ = [
+    "CUDNN", "MODES", "OWN", "Choice", "Layer", "choices", "choose", "has_products", "mode", "repeatable", "taken",
+]  # fmt: skip
 
 MODES = ("auto", "cudnn", "own")
 CUDNN = "cudnn"
@@ -49,6 +53,17 @@ class Choice(NamedTuple):
 
 
 _choices: dict[Layer, Choice] = {}
+_repeatable: ContextVar[bool] = ContextVar("repeatable", default=False)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside, no layer of this thread takes a way that was chosen by the clock: the next process has the same bits."""
+    token = _repeatable.set(True)
+    try:
+        yield
+    finally:
+        _repeatable.reset(token)
 
 
 def mode() -> str:
@@ -71,7 +86,8 @@ def choices() -> dict[Layer, Choice]:
 def taken(layer: Layer) -> str | None:
     """The way that ``layer`` takes, :data:`CUDNN` or a key of :data:`OWN`; None: its first use is to decide.
 
-    cuDNN's where there is nothing to choose: off the GPU, for float32 without TF32, under ``torch.use_deterministic_algorithms``.
+    cuDNN's where there is nothing to choose: off the GPU, for float32 without TF32, under ``torch.use_deterministic_algorithms``,
+    inside :func:`repeatable`.
 
     Raises:
         InputError: ``own`` is wanted for float32, and TF32 products are not allowed.
@@ -85,7 +101,8 @@ def taken(layer: Layer) -> str | None:
             )
         return "own"
     on_gpu = layer.device.type == "cuda" and _native.has_kernel("styled_conv", "cuda")
-    if wanted == "cudnn" or not (on_gpu and has_products(layer.dtype)) or torch.are_deterministic_algorithms_enabled():
+    fixed = wanted == "cudnn" or _repeatable.get() or torch.are_deterministic_algorithms_enabled()
+    if fixed or not (on_gpu and has_products(layer.dtype)):
         return CUDNN
     return _choices[layer].way if layer in _choices else None
 
