@@ -831,6 +831,8 @@ def test_help_has_words_for_every_option(command, capsys, monkeypatch):
     assert options
     wordless = r"(\S+)(?: (?:PATH|STR|INT|FLOAT|[{\[]\S+(?: \[STR \.\.\.\]\])?))?\s+\((?:default|required).*"
     assert not [option for option in options if re.match(wordless, option)]
+    named = [re.match(r"([A-Z-]+)\s+(\S+) \(required\)", line) for line in lines]
+    assert not [found for found in named if found and found[1].lower() == found[2]]
 
 
 def test_info_is_for_people_or_for_programs(capsys):

@@ -47,9 +47,8 @@ class RegeneratePaths:
     """Which image ``regenerate`` makes again."""
 
     positional: ClassVar[bool] = True
-    manifest: (
-        str  # manifest.jsonl in the output folder of generate; or a copy of it or of manifest.parquet, with --shots
-    )
+    #: manifest.jsonl or manifest.parquet of an output of generate; or, with --shots, a copy of one alone
+    manifest: str
     number: int  # which line, from 0
 
 
