@@ -124,7 +124,7 @@ part generate 120 sh -c 'set -e
     "$0" benchmarks/bench_generate.py --device cuda --sizes 64 256 --image jpg --encoder $encoder --precision $precision --rounds 3 \
       --scale "$1" >"$2/$name.txt"
     tail -n 1 "$2/$name.txt" | tee "$2/$name.json"
-  done' "$PYTHON" "${SCALE:-4}" "$OUT"
+  done' "$PYTHON" "${SCALE:-8}" "$OUT"
 bench gaussian_low_pass 25 gaussian_low_pass
 bench modulated_conv2d 25 modulated_conv2d
 bench edit_latents 20 edit_latents
