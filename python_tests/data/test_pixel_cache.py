@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -400,3 +401,25 @@ def test_a_waiting_process_takes_the_lock_that_is_there_now(data, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert sorted(os.listdir(tmp_path / "cache")) == [HEADER, LOCK, PIXELS]
+
+
+def test_a_file_system_without_locks_has_a_cache_too(data, tmp_path, monkeypatch, no_decoding):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "of this file system")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    decode_all, unfinished = pixel_cache.decode_all, tmp_path / "cache" / pixel_cache._UNFINISHED
+
+    def decode_beside_another(*arguments):
+        bad = decode_all(*arguments)
+        unfinished.unlink()
+        unfinished.write_bytes(b"of another process")
+        return bad
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="cannot be written .*busy"):
+        patched.setattr(pixel_cache, "decode_all", decode_beside_another)
+        cached(data, tmp_path / "cache")
+    expected = read_images(scan_image_folder(data), 16)
+    check_same(cached(data, tmp_path / "cache"), expected)
+    no_decoding()
+    check_same(cached(data, tmp_path / "cache"), expected)

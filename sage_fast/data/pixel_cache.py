@@ -6,7 +6,7 @@ could not be read, and the CRC-32 of every 4 MiB. Both are read whole each time 
 the cache is made anew, with one warning that says why. A folder holds one cache.
 
 One process builds, others wait for it. The lock is the kernel's (flock), so a killed process leaves none behind, and what it had
-written is overwritten by the next.
+written is overwritten by the next. On a file system without such locks two that build at the same time are refused.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 
 from sage_fast.data.folders import ImageFolder, ImageSet, check_bad, decode_all, image_set, kept, read_images
 from sage_fast.data.images import RULE, check_pixels
+from sage_fast.data.locks import taken, wait_for
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError, SageFastWarning
 
@@ -245,6 +246,8 @@ def _build(
                 if new != old:
                     _write_at(place, os.pread(place, size, old * size), new * size)
             os.ftruncate(place, size * (len(folder) - len(bad)))
+            if not _is_at(file, cache / _UNFINISHED):  # where the file system has no locks: another process builds too
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         crc32 = _checksums(cache / _UNFINISHED)
         os.replace(cache / _UNFINISHED, cache / _PIXELS)
     except OSError as error:
@@ -294,17 +297,15 @@ def _take_lock(cache: Path, mode: int) -> IO[str] | None:
             raise InputError(
                 f"The cache in {str(cache)!r} cannot be written ({error.strerror}); choose another folder."
             ) from error
-        try:
-            fcntl.flock(file, mode | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not taken(file.fileno(), mode):
             print(f"sage_fast: waiting for another process to decode the images into {cache} ...", file=sys.stderr)
-            fcntl.flock(file, mode)
+            wait_for(file.fileno(), mode)
         if _is_at(file, cache / _LOCK):
             return file
         file.close()  # a builder that failed took it away, and another may hold the next
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
+def _is_at(file: IO[Any], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
