@@ -33,6 +33,16 @@ def test_every_layer_is_timed(gradients):
     assert "convs.0     convolution: own 64" in table
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("connections", ["orig", "resnet"])
+def test_networks_with_one_image_at_the_end(connections, gradients):
+    generator = Generator(8, 8, 1, channels=[12, 6], connections=connections).requires_grad_(gradients)
+    layers, about = profile_synthesis(generator, ProfileConfig(n=2, rounds=2, gradients=gradients))
+    assert [layer.name for layer in layers] == ["conv1", "convs.0", "convs.1", "to_rgbs.0"]
+    assert all(layer.seconds > 0 for layer in layers) and layers[-1].size == 8
+    assert about["road"] == ("fused" if connections == "orig" and not gradients else "differentiable")
+
+
 def test_the_command_and_its_trace(tmp_path, tiny_bundle, capsys):
     trace = tmp_path / "trace.json"
     assert main(["profile", "--model", str(tiny_bundle), "-n", "1", "--rounds", "1", "--trace", str(trace)]) == 0

@@ -129,7 +129,8 @@ def _layers(generator: Generator, n: int) -> list[LayerTime]:
         size = 4 << ((i + 1) // 2)
         flop = 2.0 * n * k * k * c_in * c_out * (size // layer.conv.up) ** 2
         found.append(LayerTime("conv1" if i == 0 else f"convs.{i - 1}", size, c_in, c_out, 0.0, flop))
-    for i, c in enumerate(generator.channels):
+    first = 0 if generator.connections == "skip" else len(generator.channels) - 1  # else there is one image, at the end
+    for i, c in list(enumerate(generator.channels))[first:]:
         size, channels = 4 << i, generator.n_channels
         name = "to_rgb1" if i == 0 else f"to_rgbs.{i - 1}"
         found.append(LayerTime(name, size, c, channels, 0.0, 2.0 * n * c * channels * size**2))
@@ -167,7 +168,7 @@ def _named_layers(generator: Generator, road: str) -> Iterator[None]:
         return
     modules: list[Any] = [*chain([generator.conv1], generator.convs, [generator.to_rgb1], generator.to_rgbs)]
     hooks = []
-    for module, layer in zip(modules, _layers(generator, 1)):
+    for module, layer in zip(filter(None, modules), _layers(generator, 1)):
         mark = record_function(layer.name)
         hooks.append(module.register_forward_pre_hook(lambda *_, mark=mark: mark.__enter__() and None))
         hooks.append(module.register_forward_hook(lambda *_, mark=mark: mark.__exit__(None, None, None)))
