@@ -31,6 +31,7 @@ from sage_fast.data.writers import (
     ManifestWriter,
     atomic_write,
     check_apart,
+    make_output,
     prepare_output,
     save_png,
     to_uint8,
@@ -284,8 +285,8 @@ def _write(folder: Path, stem: str, result: Projection, position: int) -> None:
     tensors = {"w_plus": result.w_plus[position]}
     tensors |= {f"noise_{i}": maps[position] for i, maps in enumerate(result.noise or ())}
     latent, image = folder / _latent_file(stem), folder / _image_file(stem)
-    _make_folder(latent.parent)
-    _make_folder(image.parent)
+    make_output(latent.parent)
+    make_output(image.parent)
     with atomic_write(latent, durable=False) as file:
         file.write(to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
     save_png(image, to_uint8(result.images[position]), durable=False)
@@ -313,10 +314,3 @@ def _write_codes(folder: Path, images: ImageSet, stems: list[str], latent_avg: T
     latents = [load_file(folder / _latent_file(stem))["w_plus"] for stem in stems]
     offsets = torch.stack(latents).float() - latent_avg.cpu().float()
     LatentTable(offsets, images.labels, images.categories, images.files).save(folder / "codes.safetensors")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Folder {str(folder)!r} cannot be made ({error.strerror}); give another place.") from error

@@ -17,7 +17,14 @@ from sage_fast.cli import main
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.errors import InputError, SageFastWarning
 from sage_fast.evaluation.protocol import Scores
-from sage_fast.evaluation.report import evaluate_folder, markdown_table, nearest_class_mean, table, write_report
+from sage_fast.evaluation.report import (
+    evaluate_folder,
+    markdown_table,
+    nearest_class_mean,
+    table,
+    write_page,
+    write_report,
+)
 from sage_fast.generation import GenerateConfig, generate
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.perceptual import SqueezeFeatures
@@ -283,3 +290,9 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be made"):
         write_report(tmp_path / "file" / "report", scores())
+
+
+@pytest.mark.parametrize("ending", ["", ".md", ".json"])
+def test_a_page_makes_its_folder_and_may_be_named_by_either_file(tmp_path, ending):
+    assert write_page(tmp_path / "new" / f"v1.2{ending}", "text\n", {"a": 1}) == tmp_path / "new" / "v1.2.md"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["v1.2.json", "v1.2.md"]

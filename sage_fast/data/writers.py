@@ -334,18 +334,18 @@ def prepare_output(
     return folder
 
 
-def make_output(folder: Path) -> None:
-    """Make an output folder and those around it, where they are not there.
+def make_output(folder: str | os.PathLike[str], what: str = "Output folder") -> Path:
+    """Make a folder and those around it, where they are not there; ``what`` begins the sentence of a refusal.
 
     Raises:
         InputError: the system refuses.
     """
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"Output folder {str(folder)!r} cannot be made ({error.strerror}); give another folder."
-        ) from error
+        raise InputError(f"{what} {str(folder)!r} cannot be made ({error.strerror}); give another folder.") from error
+    return folder
 
 
 def check_output(

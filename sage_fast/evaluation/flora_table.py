@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from sage_fast.data import flora
-from sage_fast.data.writers import atomic_write, write_json
 from sage_fast.editing.editor import PRESETS
 from sage_fast.errors import InputError
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Judge, Measurements, Scores, bootstrap_interval, join, measure, score
-from sage_fast.evaluation.report import markdown_table, percent, table
+from sage_fast.evaluation.report import markdown_table, percent, table, write_page
 from sage_fast.pipeline import FUSIONS, FewShotPipeline
 
 __all__ = ["FloraTableConfig", "Match", "Row", "flora_table", "matched_retention", "measure_rows"]
@@ -139,15 +138,7 @@ def flora_table(
         raise InputError(f"The flora table needs a model of RGB images, got {pipeline.generator.n_channels} channels.")
     rows = measure_rows(pipeline, oracle or load_oracle(config.oracle), config, progress)
     setting = _setting(pipeline, config, rows) + f" Measured in {time.monotonic() - start:.0f} s."
-    stem = config.out.with_suffix("") if config.out.suffix in (".md", ".json") else config.out
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Folder {str(stem.parent)!r} cannot be made ({error.strerror}); choose another.") from error
-    write_json(Path(f"{stem}.json"), _content(pipeline, config, rows))
-    with atomic_write(f"{stem}.md") as file:
-        file.write(_page(rows, setting).encode("utf-8"))
-    return Path(f"{stem}.md")
+    return write_page(config.out, _page(rows, setting), _content(pipeline, config, rows))
 
 
 def measure_rows(

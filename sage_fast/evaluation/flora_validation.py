@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from sage_fast.data import flora
+from sage_fast.data.images import to_float
 from sage_fast.data.latent_table import LatentTable
-from sage_fast.data.writers import atomic_write, write_json
 from sage_fast.editing.editor import METHODS, unused_settings
 from sage_fast.errors import InputError
 from sage_fast.evaluation.flora_table import Row, matched_retention
 from sage_fast.evaluation.oracle import load_oracle
 from sage_fast.evaluation.protocol import join, measure, score
-from sage_fast.evaluation.report import markdown_table, percent
+from sage_fast.evaluation.report import markdown_table, percent, write_page
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.models.weights import load_bundle
@@ -62,9 +62,8 @@ class FloraValidationConfig:
 
 def hold_out(codes: LatentTable, n: int, seed: int) -> tuple[LatentTable, list[str]]:
     """The table without ``n`` categories drawn with ``seed``, labels renumbered, and the names of those left out."""
-    order = np.random.default_rng(seed).permutation(len(codes.categories))
-    out = sorted(order[:n].tolist())
-    kept = [i for i in range(len(codes.categories)) if i not in set(out)]
+    order = np.random.default_rng(seed).permutation(len(codes.categories)).tolist()
+    out, kept = sorted(order[:n]), sorted(order[n:])
     number = torch.full((len(codes.categories),), -1, dtype=torch.int64)
     number[kept] = torch.arange(len(kept))
     rows = (number[codes.labels] >= 0).nonzero().flatten()
@@ -73,7 +72,11 @@ def hold_out(codes: LatentTable, n: int, seed: int) -> tuple[LatentTable, list[s
 
 
 def flora_validation(config: FloraValidationConfig) -> Path:
-    """Measure every setting on held-out seen categories; writes ``<out>.md`` and ``<out>.json``, returns the former."""
+    """Measure every setting on held-out seen categories, write ``<out>.md`` and ``<out>.json`` and return the path of the former.
+
+    Raises:
+        InputError: a model that cannot be read, or files that cannot be written.
+    """
     bundle, oracle = load_bundle(config.model), load_oracle()
     codes, names = hold_out(bundle.codes, config.n_categories, config.seed)
     rank = min(max(config.n_components), len(codes.categories), codes.w_plus.shape[2])
@@ -85,8 +88,7 @@ def flora_validation(config: FloraValidationConfig) -> Path:
     size = bundle.generator.resolution
 
     def draw(label: int, first: int, n: int) -> torch.Tensor:
-        images, _ = flora.render(np.full(n, label), np.arange(first, first + n), size)
-        return images.float() / 127.5 - 1
+        return to_float(flora.render(np.full(n, label), np.arange(first, first + n), size)[0])
 
     def judged(images: torch.Tensor, label: int):
         return measure(images, torch.full((len(images),), label), oracle, "oracle", 256)
@@ -106,10 +108,8 @@ def flora_validation(config: FloraValidationConfig) -> Path:
             for alpha, p in parts.items()
         ]
         print(f"{name}: {', '.join(f'{row.scores.retention:.3f}' for row in sweeps[name])}", flush=True)
-    write_json(Path(f"{config.out}.json"), {name: [row.as_dict() for row in rows] for name, rows in sweeps.items()})
-    with atomic_write(f"{config.out}.md") as file:
-        file.write(_page(sweeps, config).encode())
-    return Path(f"{config.out}.md")
+    content = {name: [row.as_dict() for row in rows] for name, rows in sweeps.items()}
+    return write_page(config.out, _page(sweeps, config), content)
 
 
 def _settings(config: FloraValidationConfig) -> list[tuple[str, str, dict[str, Any]]]:
@@ -133,7 +133,7 @@ def _settings(config: FloraValidationConfig) -> list[tuple[str, str, dict[str, A
 
 
 def _page(sweeps: dict[str, list[Row]], config: FloraValidationConfig) -> str:
-    """Every row, and retention against the first SAGE row at the middle of the common range of spreads."""
+    """Every row, and retention against the first method at the middle of the common range of spreads."""
     header = ["setting", "alpha", "retention", "diversity", "spread", "FD-oracle"]
     cells = []
     for name, rows in sweeps.items():

@@ -26,13 +26,13 @@ from sage_fast.data import flora
 from sage_fast.data.folders import ImageSet, read_images, scan_image_folder
 from sage_fast.data.images import to_float
 from sage_fast.data.splits import take_shots
-from sage_fast.data.writers import atomic_write, to_uint8, write_json
+from sage_fast.data.writers import to_uint8
 from sage_fast.errors import InputError
 from sage_fast.evaluation.diversity import perceptual_diversity
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.projecting import projecting
 from sage_fast.evaluation.protocol import Judge, Scores, bootstrap_interval, category_retention, measure, score
-from sage_fast.evaluation.report import markdown_table, percent
+from sage_fast.evaluation.report import markdown_table, percent, write_page
 from sage_fast.evaluation.ssim import ssim
 from sage_fast.models.classifiers import SmallResNet
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual, perceptual_distance
@@ -321,18 +321,10 @@ def _names(pipelines: Sequence[FewShotPipeline], models: Sequence[Path]) -> list
 
 
 def _write(config: InversionTableConfig, setting: _Setting, rows: Sequence[InversionRow], generator: Generator) -> Path:
-    stem = config.out.with_suffix("") if config.out.suffix in (".md", ".json") else config.out
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Folder {str(stem.parent)!r} cannot be made ({error.strerror}); choose another.") from error
     hidden = ("models", "out", "data", "oracle", "perceptual", "device")
     settings = {key: value for key, value in asdict(config).items() if key not in hidden}
-    write_json(Path(f"{stem}.json"), {"config": settings, "rows": [row.as_dict() for row in rows]})
     page = "\n\n".join(["# Inversion", _text(config, setting, rows, generator), _table(rows)]) + "\n"
-    with atomic_write(f"{stem}.md") as file:
-        file.write(page.encode("utf-8"))
-    return Path(f"{stem}.md")
+    return write_page(config.out, page, {"config": settings, "rows": [row.as_dict() for row in rows]})
 
 
 def _table(rows: Sequence[InversionRow]) -> str:

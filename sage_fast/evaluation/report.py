@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from sage_fast.data import flora
 from sage_fast.data.folders import ImageFolder, read_images
 from sage_fast.data.sources import open_source
-from sage_fast.data.writers import atomic_write, write_json
+from sage_fast.data.writers import atomic_write, make_output, write_json
 from sage_fast.errors import InputError, SageFastWarning, counted
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Measurements, Scores, as_written, measure, score
@@ -32,7 +32,7 @@ from sage_fast.models.hyperstyle import codes_of
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder
 
-__all__ = ["evaluate_folder", "markdown_table", "nearest_class_mean", "table", "write_report"]
+__all__ = ["evaluate_folder", "markdown_table", "nearest_class_mean", "table", "write_page", "write_report"]
 
 StrPath = str | os.PathLike[str]
 
@@ -159,16 +159,31 @@ def write_report(folder: StrPath, scores: Scores | Mapping[str, Scores], title: 
     """
     rows = {"generated": scores} if isinstance(scores, Scores) else dict(scores)
     network = _network_of(rows)
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Report folder {str(folder)!r} cannot be made ({error.strerror}); choose another.") from error
-    write_json(folder / "report.json", {"network": network, "rows": {k: v.as_dict() for k, v in rows.items()}})
     parts = [f"# {title}", _sizes(rows), table(rows), _explanations(rows), _by_factor(rows), _by_category(rows)]
-    with atomic_write(folder / "report.md") as file:
-        file.write(("\n\n".join(part for part in parts if part) + "\n").encode("utf-8"))
-    return folder / "report.md"
+    page = "\n\n".join(part for part in parts if part) + "\n"
+    return write_page(
+        Path(folder, "report"), page, {"network": network, "rows": {k: v.as_dict() for k, v in rows.items()}}
+    )
+
+
+def write_page(out: Path, page: str, content: Any) -> Path:
+    """Write ``<out>.md`` for people and ``<out>.json`` for programs, into a folder that is made when it is not there.
+
+    Args:
+        out: where; it may end in .md or .json.
+
+    Returns:
+        The path of ``<out>.md``.
+
+    Raises:
+        InputError: the folder cannot be made, or a file not be written.
+    """
+    stem = out.with_suffix("") if out.suffix in (".md", ".json") else out
+    make_output(stem.parent, "Folder")
+    write_json(f"{stem}.json", content)
+    with atomic_write(f"{stem}.md") as file:
+        file.write(page.encode("utf-8"))
+    return Path(f"{stem}.md")
 
 
 def table(rows: Mapping[str, Scores]) -> str:

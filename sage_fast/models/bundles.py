@@ -25,7 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sage_fast.data.latent_table import LatentTable
-from sage_fast.data.writers import atomic_write
+from sage_fast.data.writers import atomic_write, make_output
 from sage_fast.errors import InputError
 from sage_fast.models.checkpoints import path_of
 from sage_fast.models.encoder_kinds import encoder_architecture
@@ -98,7 +98,7 @@ def save_bundle(
     content = {f"{name}.safetensors": _state_bytes(name, network, dtype) for name, network in networks.items()}
     if directions is not None:
         content["dictionary.safetensors"] = _tensor_bytes("dictionary", {"directions": directions}, dtype)
-    folder = _make_folder(folder)
+    folder = make_output(folder, "Model folder")
     if table is not None:
         content["codes.safetensors"] = _table_bytes(table, folder, dtype)
     index = {
@@ -262,14 +262,6 @@ def _write_all(folder: Path, content: Mapping[str, bytes], index: Mapping[str, A
             file = files.enter_context(atomic_write(folder / name))
             file.write(data)
             file.flush()
-
-
-def _make_folder(folder: StrPath) -> Path:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Model folder {str(folder)!r} cannot be made ({error.strerror}); choose another.") from error
-    return Path(folder)
 
 
 def bundle_hash(index: Mapping[str, Any]) -> str:
