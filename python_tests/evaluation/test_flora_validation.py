@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from sage_fast.data.latent_table import LatentTable
+from sage_fast.errors import InputError
 from sage_fast.evaluation import flora_validation
-from sage_fast.evaluation.flora_validation import FloraValidationConfig, hold_out
+from sage_fast.evaluation.flora_validation import FloraValidationConfig, hold_out, main
 
 
 def test_held_out_categories_leave_no_code_behind():
@@ -30,3 +32,11 @@ def test_one_setting_changes_at_a_time():
         if method == "sage":
             changed = {key for key, value in options.items() if base.get(key) != value}
             assert len(changed) == (name != "sage"), name
+
+
+def test_what_cannot_be_measured_is_refused_at_once(tiny_bundle, tmp_path, capsys):
+    for name in ("alphas", "methods", "n_components", "n_similar", "n_directions"):
+        with pytest.raises(InputError, match=f"{name} must hold at least one value"):
+            FloraValidationConfig(**{name: ()})
+    assert main(["--model", str(tiny_bundle), "--out", str(tmp_path / "page")]) == 2
+    assert "trained on flora" in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -56,6 +56,9 @@ class FloraValidationConfig:
     def __post_init__(self) -> None:
         if not 2 <= self.n_categories <= flora.N_SEEN // 2:
             raise InputError(f"n_categories must be 2 to {flora.N_SEEN // 2}, got {self.n_categories}.")
+        for name in ("alphas", "methods", "n_components", "n_similar", "n_directions"):
+            if not getattr(self, name):
+                raise InputError(f"{name} must hold at least one value, got none.")
         if not set(self.methods) <= set(METHODS):
             raise InputError(f"methods must be among {', '.join(METHODS)}, got {', '.join(self.methods)}.")
 
@@ -75,15 +78,19 @@ def flora_validation(config: FloraValidationConfig) -> Path:
     """Measure every setting on held-out seen categories, write ``<out>.md`` and ``<out>.json`` and return the path of the former.
 
     Raises:
-        InputError: a model that cannot be read, or files that cannot be written.
+        InputError: a model that cannot be read or was not trained on flora, or files that cannot be written.
     """
     bundle, oracle = load_bundle(config.model), load_oracle()
+    number = {category.name: label for label, category in enumerate(flora.categories())}
+    if unknown := set(bundle.codes.categories) - number.keys():
+        raise InputError(
+            f"model must have been trained on flora, got one that knows {min(unknown)!r}; leave out --model."
+        )
     codes, names = hold_out(bundle.codes, config.n_categories, config.seed)
     rank = min(max(config.n_components), len(codes.categories), codes.w_plus.shape[2])
     relevant = CategoryRelevantDictionary(rank).fit(codes.w_plus, codes.labels)
     irrelevant = CategoryIrrelevantDictionary(*bundle.dictionary)
     pipeline = FewShotPipeline(bundle.generator, bundle.encoder, relevant, irrelevant, codes, noise=bundle.noise)
-    number = {category.name: label for label, category in enumerate(flora.categories())}
     labels = [number[name] for name in names]
     size = bundle.generator.resolution
 
