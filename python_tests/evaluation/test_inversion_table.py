@@ -11,7 +11,9 @@ from tiny_model import tiny_codes, tiny_encoder, tiny_networks
 from sage_fast.data.writers import save_png
 from sage_fast.errors import InputError
 from sage_fast.evaluation.inversion_table import InversionTableConfig, _rebuild, inversion_table, main
+from sage_fast.evaluation.projecting import projecting
 from sage_fast.models.encoder_kinds import KINDS
+from sage_fast.models.perceptual import DiscriminatorFeatures
 from sage_fast.models.weights import save_bundle
 from sage_fast.pipeline import FewShotPipeline
 
@@ -53,6 +55,15 @@ def folder(tmp_path_factory):
             image = base + torch.randint(0, 40, (3, 8, 8), generator=rng)
             save_png(root / name / f"{i}.png", image.to(torch.uint8))
     return root
+
+
+def test_optimisation_takes_its_feature_network_to_the_networks(models):
+    pipeline, images = FewShotPipeline.from_bundle(models[0]), torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    features = DiscriminatorFeatures(tiny_networks()[2])
+    pipeline.generator.double()  # stands in for another device, which the features must follow just so
+    pipeline.encoder.double()
+    found = projecting(pipeline, features, steps=1).encoder.invert(images, pipeline.generator)
+    assert found.offsets.dtype == torch.float64 and next(features.parameters()).dtype == torch.float32
 
 
 QUICK = {"n_train": 4, "n_test": 3, "n_edits": 2, "n_seeds": 2, "classifier_steps": 30, "classifier_width": 8}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 
 from sage_fast.inversion import project
@@ -40,7 +42,10 @@ class Projecting(ImageEncoder):
 
 
 def projecting(pipeline: FewShotPipeline, perceptual: FeatureNetwork | None, steps: int) -> FewShotPipeline:
-    """The pipeline with optimisation in place of its encoder; dictionaries and codes are the encoder's."""
+    """The pipeline with optimisation in place of its encoder; dictionaries and codes are the encoder's.
+
+    ``perceptual`` is copied to where the networks are, in their dtype.
+    """
     p = pipeline
-    encoder = Projecting(p.encoder, perceptual, steps)
+    encoder = Projecting(p.encoder, copy.deepcopy(perceptual), steps).to(p.generator.latent_avg)
     return FewShotPipeline(p.generator, encoder, p.relevant, p.irrelevant, p.codes, p.preset, p.noise, p.hash)
