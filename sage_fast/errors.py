@@ -1,4 +1,4 @@
-"""The exception types that every room of the package may use, and counts as its sentences say them."""
+"""The exception types that every room of the package may use, and counts and reasons as its sentences say them."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def counted(n: int, noun: str) -> str:
     if n == 1:
         return f"1 {noun}"
     return f"{n:,} {noun.removesuffix('y')}ies" if noun.endswith("y") else f"{n:,} {noun}s"
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a few words on one line without a full stop."""
+    if isinstance(error, KeyError) and error.args:
+        return f"no {error.args[0]!r}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:200] or type(error).__name__

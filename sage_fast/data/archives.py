@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 from sage_fast.data.folders import Item
 from sage_fast.data.images import IMAGE_SUFFIXES, MAX_BYTES, UnreadableImage
-from sage_fast.errors import InputError, SageFastWarning
+from sage_fast.errors import InputError, SageFastWarning, reason_of
 
 __all__ = ["Member", "list_members", "read_members"]
 
@@ -75,7 +75,7 @@ def list_members(path: Path, texts: Sequence[str] = ()) -> list[Member]:
         raise
     except Exception as error:  # readers meet damaged files with almost any exception type
         raise InputError(
-            f"Archive {str(path)!r} is damaged or no .zip or .tar ({_one_line(error)}); make or fetch it again."
+            f"Archive {str(path)!r} is damaged or no .zip or .tar ({reason_of(error)}); make or fetch it again."
         ) from error
 
 
@@ -92,7 +92,7 @@ def read_members(members: dict[str, Member]) -> Callable[[Sequence[str]], Genera
                 raise
             except Exception as error:
                 raise InputError(
-                    f"Archive {str(path)!r} has changed or its disk fails ({_one_line(error)}); start again."
+                    f"Archive {str(path)!r} has changed or its disk fails ({reason_of(error)}); start again."
                 ) from error
 
     return read
@@ -157,7 +157,7 @@ def _read_zip(path: Path, wanted: Iterable[tuple[int, Member]]) -> Generator[Ite
                 with archive.open(member.stored) as file:
                     content = file.read(MAX_BYTES + 1)  # one more than is allowed: decode says so
             except Exception as error:  # damaged, or a method of compression that is not there
-                yield i, UnreadableImage(member.name, f"damaged in the archive ({_one_line(error)})")
+                yield i, UnreadableImage(member.name, f"damaged in the archive ({reason_of(error)})")
             else:
                 yield i, content
 
@@ -200,7 +200,3 @@ def _plain(name: str, path: Path) -> str:
     if slashed.startswith("/") or ".." in parts or re.match("[A-Za-z]:", slashed) or "\0" in name or not parts:
         raise InputError(f"Archive {str(path)!r} names {name!r}, which lies outside it; make the archive anew.")
     return "/".join(parts)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, reason_of
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".pnm", ".tif", ".tiff", ".webp",
@@ -168,7 +168,7 @@ def _unreadable(name: str | os.PathLike[str], error: Exception) -> UnreadableIma
         return UnreadableImage(name, f"not an image of a known format ({', '.join(_FORMATS)})")
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
         return UnreadableImage(name, f"more than {MAX_PIXELS:,} pixels")
-    return UnreadableImage(name, f"truncated or damaged ({_one_line(error)})")
+    return UnreadableImage(name, f"truncated or damaged ({reason_of(error)})")
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
@@ -250,7 +250,3 @@ def _grey_16_to_8(image: Image.Image) -> Image.Image:
     if isinstance(key, int):
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return grey
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

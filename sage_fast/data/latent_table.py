@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from sage_fast.data.writers import atomic_write
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, reason_of
 
 _FORMAT = "sage_fast.latent_table"
 _KEY = "sage_fast"  # one metadata entry: several would come in an order that changes from run to run
@@ -102,7 +102,7 @@ class LatentTable:
             return cls(tensors["w_plus"].float(), tensors["labels"], about["categories"], about["files"])
         except (KeyError, TypeError, InputError) as error:
             raise InputError(
-                f"File {str(path)!r} is not a table of latents of this version ({_reason(error)}); "
+                f"File {str(path)!r} is not a table of latents of this version ({reason_of(error)}); "
                 "write it again with the embed step."
             ) from error
 
@@ -134,11 +134,5 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"Table of latents {str(path)!r} is truncated or damaged ({_reason(error)}); write it again with the embed step."
+            f"Table of latents {str(path)!r} is truncated or damaged ({reason_of(error)}); write it again with the embed step."
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, KeyError):
-        return f"no {error.args[0]!r}"
-    return " ".join(str(error).split()).rstrip(".")[:160] or type(error).__name__

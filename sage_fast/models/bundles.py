@@ -26,12 +26,11 @@ from torch import Tensor, nn
 
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import atomic_write, make_output
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, reason_of
 from sage_fast.models.checkpoints import path_of
 from sage_fast.models.encoder_kinds import encoder_architecture
 from sage_fast.models.encoders import PyramidEncoder
 from sage_fast.models.image_encoder import ImageEncoder
-from sage_fast.models.published import reason_of
 from sage_fast.models.published_parts import own_state
 from sage_fast.models.stylegan2 import Discriminator, Generator
 

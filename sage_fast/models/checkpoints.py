@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, reason_of
 from sage_fast.models.containers import DAMAGE, read_container
 from sage_fast.models.plain_trees import Global, Stub
 from sage_fast.models.spans import Refusal
@@ -69,11 +69,11 @@ def read_checkpoint(path: str | os.PathLike[str], choose: Callable[[Any], Any] =
         raise InputError(f"File {str(path)!r} {error}; give a published file of weights.") from error
     except OSError as error:
         raise InputError(
-            f"File {str(path)!r} cannot be read ({_reason_of(error)}); give a published file of weights."
+            f"File {str(path)!r} cannot be read ({reason_of(error)}); give a published file of weights."
         ) from error
     except DAMAGE as error:
         raise InputError(
-            f"File {str(path)!r} is truncated or damaged ({_reason_of(error)}); give a published file of weights."
+            f"File {str(path)!r} is truncated or damaged ({reason_of(error)}); give a published file of weights."
         ) from error
 
 
@@ -171,10 +171,3 @@ def tensorflow_arrays_of(network: Stub) -> dict[str, np.ndarray]:
     for component, inner in (network.state.get("components") or {}).items():
         arrays |= {f"{component}/{name}": value for name, value in tensorflow_arrays_of(inner).items()}
     return arrays
-
-
-def _reason_of(error: BaseException) -> str:
-    """What went wrong, in a few words without a full stop."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:160] or type(error).__name__

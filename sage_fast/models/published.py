@@ -19,7 +19,7 @@ from sage_fast.models.checkpoints import Stub, read_checkpoint
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.published_encoders import encoder_from_state, from_absolute
 from sage_fast.models.published_nvlabs import read_nvlabs
-from sage_fast.models.published_parts import EncoderPart, PublishedFile, fill_network, reason_of
+from sage_fast.models.published_parts import EncoderPart, PublishedFile, fill_network
 from sage_fast.models.published_psp import OLD_STYLES, declared_size, read_encoders, read_statistics
 from sage_fast.models.published_rosinality import mean_row, read_rosinality
 from sage_fast.models.published_runs import read_run
@@ -29,7 +29,7 @@ from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 
 __all__ = [
     "build_encoder_part", "fill_network", "published_directions", "published_discriminator", "published_encoder", "published_generator",
-    "read_published", "reason_of",
+    "read_published",
 ]  # fmt: skip
 
 StrPath = str | os.PathLike[str]

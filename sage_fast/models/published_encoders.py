@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, reason_of
 from sage_fast.models.hypernets import ResNetHypernet
 from sage_fast.models.hyperstyle import HyperStyle
 from sage_fast.models.image_encoder import ImageEncoder
@@ -63,9 +63,8 @@ def encoder_from_state(
         weights = {name: x.float() if x.is_floating_point() else x for name, x in state.items()}
         encoder.load_state_dict(weights, assign=True)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
-        reason = f"no {error.args[0]!r}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise InputError(
-            f"the {len(state)} tensors given are not those of {encoder_type} ({reason}); give another file or type."
+            f"the {len(state)} tensors given are not those of {encoder_type} ({reason_of(error)}); give another file or type."
         ) from error
     return encoder.requires_grad_(True).eval()
 

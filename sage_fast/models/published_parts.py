@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, reason_of
 
 __all__ = [
     "EncoderPart", "Part", "PublishedFile", "average_of", "check_filter", "count", "fill_network", "fitted", "floats",
-    "is_usual_filter", "misfit", "number_of", "own_state", "prefixed", "reason_of", "shapes_of",
+    "is_usual_filter", "misfit", "number_of", "own_state", "prefixed", "shapes_of",
 ]  # fmt: skip
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -214,16 +214,6 @@ def number_of(name: str, value: Any, where: str, whole: bool = False) -> Any:
 def misfit(where: str, what: str, error: BaseException) -> InputError:
     """The error for weights that do not make the network expected."""
     return InputError(f"{where} does not hold the weights of a {what} ({reason_of(error)}); give another file.")
-
-
-def reason_of(error: BaseException) -> str:
-    """What went wrong, in a few words without a full stop."""
-    if isinstance(error, KeyError):
-        return f"no {error.args[0]!r}"
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    first = " ".join(str(error).split()).split(". ")[0]
-    return first.rstrip(".")[:200] or type(error).__name__
 
 
 def floats(state: Any, where: str) -> dict[str, Tensor]:

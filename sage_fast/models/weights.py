@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from sage_fast.errors import InputError
+from sage_fast.errors import InputError, reason_of
 from sage_fast.models.bundles import (
     Directions,
     add_bundle_file,
@@ -35,7 +35,6 @@ from sage_fast.models.published import (
     published_discriminator,
     published_encoder,
     published_generator,
-    reason_of,
 )
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
