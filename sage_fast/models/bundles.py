@@ -2,9 +2,8 @@
 
 A bundle is a folder: ``bundle.json`` (format, version, what each network was built with, sha256 of every file) beside
 ``generator.safetensors``, ``encoder.safetensors``, ``dictionary.safetensors`` (``directions`` [L, D, K]) and
-``codes.safetensors`` (a ``LatentTable``), optionally ``discriminator.safetensors`` and ``oracle.safetensors``; a bundle of
-networks alone, as a conversion makes it, lacks dictionary and codes. No file holds code, and none is read before its sha256 is
-found right.
+``codes.safetensors`` (a ``LatentTable``), optionally ``discriminator.safetensors``; a bundle of networks alone, as a conversion
+makes it, lacks dictionary and codes. No file holds code, and none is read before its sha256 is found right.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from sage_fast.models.published_parts import own_state
 from sage_fast.models.stylegan2 import Discriminator, Generator
 
 __all__ = [
-    "Directions", "StrPath", "add_bundle_file", "bundle_directions", "bundle_folder", "bundle_hash", "bundle_tensors",
+    "Directions", "StrPath", "bundle_directions", "bundle_folder", "bundle_hash", "bundle_tensors",
     "check_parts", "load_bundle_codes", "read_bundle_file", "read_index", "save_bundle",
 ]  # fmt: skip
 
@@ -44,7 +43,6 @@ StrPath = str | os.PathLike[str]
 _FORMAT, _VERSION, _INDEX = "sage_fast.bundle", 1, "bundle.json"
 _SHIPPED = Path(__file__).parents[1] / "model"
 _NEEDED = ("generator.safetensors", "encoder.safetensors", "dictionary.safetensors", "codes.safetensors")
-_OWN = (*_NEEDED, "discriminator.safetensors")
 _NOISES = ("none", "const")
 _STORAGE = (torch.float32, torch.float16)
 
@@ -147,20 +145,6 @@ def read_bundle_file(folder: StrPath | None, name: str) -> bytes:
             "copy the whole bundle again."
         )
     return data
-
-
-def add_bundle_file(folder: StrPath, name: str, data: bytes) -> None:
-    """Add or replace a file that no image depends on (``oracle.safetensors``); the bundle's hash stays.
-
-    Raises:
-        InputError: ``folder`` is no bundle, ``name`` is one that :func:`save_bundle` writes or no plain
-            ``.safetensors`` name, or the file cannot be written.
-    """
-    if name in _OWN or Path(name).name != name or not name.endswith(".safetensors"):
-        raise InputError(f"name must be a .safetensors name that save_bundle does not write, got {name!r}.")
-    index = read_index(bundle_folder(folder))
-    index["files"][name] = hashlib.sha256(data).hexdigest()
-    _write_all(Path(folder), {name: data}, index)
 
 
 def bundle_folder(path: StrPath | None) -> Path:

@@ -16,7 +16,6 @@ import torch
 from sage_fast.errors import InputError, reason_of
 from sage_fast.models.bundles import (
     Directions,
-    add_bundle_file,
     bundle_directions,
     bundle_folder,
     bundle_hash,
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from sage_fast.data.latent_table import LatentTable
 
 __all__ = [
-    "Bundle", "Directions", "add_bundle_file", "check_parts", "load_bundle", "load_bundle_codes", "load_directions",
+    "Bundle", "Directions", "check_parts", "load_bundle", "load_bundle_codes", "load_directions",
     "load_discriminator", "load_encoder", "load_generator", "read_bundle_file", "read_index", "save_bundle",
 ]  # fmt: skip
 
