@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from sage_fast.data.latent_table import LatentTable
 from sage_fast.data.writers import save_png
 from sage_fast.errors import InputError
+from sage_fast.training import stages
 from sage_fast.training.logs import read_log
-from sage_fast.training.stages import BundleConfig, _first_of_each, _without_folders, read_seen
+from sage_fast.training.stages import BundleConfig, _first_of_each, _without_folders, adopt_generator, read_seen
 
 
 def test_the_first_codes_of_each_category_are_kept():
@@ -89,3 +90,15 @@ def test_ranks_refuse_together(tmp_path):
     children = start_ranks(rank_programs.command, 2, tmp_path / "words", [words])
     assert [child.wait() for child in children] == [2, 2]
     assert all("holds no trained stage 'gan'" in child.text() for child in children)
+
+
+@pytest.mark.parametrize("at", ["write_json", "atomic_write"])
+def test_a_generator_that_was_taken_by_half_is_taken_again(tmp_path, tiny_bundle, monkeypatch, at):
+    def full(*_):
+        raise InputError("The disk is full.")
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="full"):
+        patched.setattr(stages, at, full)
+        adopt_generator(tiny_bundle, tmp_path)
+    adopt_generator(tiny_bundle, tmp_path)
+    assert stages._load_trained(tmp_path, "encoder").generator.resolution == 8

@@ -280,9 +280,9 @@ def adopt_generator(path: str | Path, folder: Path) -> None:
         return
     for name in ("configs", "checkpoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    write_json(folder / "configs" / "gan.json", sizes)  # before the checkpoint, which is not looked at without it
     with atomic_write(target) as file:
         torch.save(state, file)
-    write_json(folder / "configs" / "gan.json", sizes)
 
 
 def encoder_stage(
