@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sage_fast.errors import InputError
-from sage_fast.models.discriminator import Discriminator
+from sage_fast.models.discriminator import Discriminator, group_size
 from sage_fast.training.gan import GANConfig
-from sage_fast.training.shares import group_size, logits_of_both, path_share, share_out
+from sage_fast.training.shares import logits_of_both, path_share, share_out
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,7 @@ def test_a_batch_that_the_groups_do_not_divide_is_refused_with_what_fits(batch, 
 
 def test_group_size():
     assert [group_size(n, 4) for n in (16, 6, 5, 2, 9)] == [4, 3, 1, 2, 3] and group_size(64, 8) == 8
+    assert group_size(6, None) == 6 and group_size(0, 4) == 1
 
 
 @pytest.mark.parametrize("n_classes", [0, 3])

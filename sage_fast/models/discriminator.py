@@ -31,7 +31,7 @@ from sage_fast.models.stylegan2_layers import (
 )
 from sage_fast.ops.inputs import require_floats, require_same_device
 
-__all__ = ["Discriminator"]
+__all__ = ["Discriminator", "group_size"]
 
 
 class Discriminator(nn.Module):
@@ -162,6 +162,12 @@ class Discriminator(nn.Module):
         require_same_device("images", images, next(self.parameters()), "the network")
 
 
+def group_size(batch: int, most: int | None) -> int:
+    """Images that share a minibatch standard deviation: the largest divisor of ``batch`` up to ``most``; None: all of them."""
+    largest = batch if most is None else min(most, batch)
+    return next((size for size in range(largest, 0, -1) if batch % size == 0), 1)
+
+
 def _from_rgb(n_channels: int, width: int, clamp: float | None) -> nn.Sequential:
     return nn.Sequential(Conv(n_channels, width, 1), BiasAct(width, clamp))
 
@@ -171,8 +177,7 @@ def _append_stddev(x: Tensor, group: int | None, n_maps: int) -> Tensor:
     if n_maps == 0:
         return x
     n, c, h, w = x.shape
-    most = n if group is None else min(group, n)
-    group = next((g for g in range(most, 0, -1) if n % g == 0), 1)
+    group = group_size(n, group)
     y = x.reshape(group, -1, n_maps, c // n_maps, h, w)
     std = ((y - y.mean(0)).square().mean(0) + 1e-8).sqrt().mean([2, 3, 4])  # x.var(0) is fifteen times slower
     return torch.cat([x, std.repeat(group, 1).view(n, n_maps, 1, 1).expand(n, n_maps, h, w)], dim=1)

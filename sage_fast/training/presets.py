@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sage_fast.errors import InputError
+from sage_fast.models.discriminator import group_size
 from sage_fast.models.stylegan2 import n_latent_of
 from sage_fast.training.augment import AugmentConfig
 from sage_fast.training.encoder import EncoderConfig
 from sage_fast.training.gan import GANConfig
-from sage_fast.training.shares import group_size
 
 __all__ = ["NAMES", "auto", "config_f", "flora", "low_shot", "paper256", "preset", "small", "small_encoder"]
 

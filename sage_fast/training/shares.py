@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sage_fast.errors import InputError
-from sage_fast.models.discriminator import Discriminator
+from sage_fast.models.discriminator import Discriminator, group_size
 
-__all__ = ["group_size", "logits_of_both", "path_share", "share_out"]
+__all__ = ["logits_of_both", "path_share", "share_out"]
 
 
 def share_out(batch: int, group: int, rank: int = 0, n_ranks: int = 1, accumulate: int = 1) -> list[Tensor]:
@@ -48,11 +48,6 @@ def path_share(share: Tensor, group: int) -> Tensor:
     return share[: len(share) * max(1, group // 2) // group]
 
 
-def group_size(batch: int, most: int) -> int:
-    """Images that share a minibatch standard deviation: the largest divisor of ``batch`` up to ``most``."""
-    return next(size for size in range(min(most, batch), 0, -1) if batch % size == 0)
-
-
 def logits_of_both(
     D: Discriminator, reals: Tensor, fakes: Tensor, labels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -62,8 +57,8 @@ def logits_of_both(
     each; where the size of its groups would change with the batch, or there are more of one kind, there are two passes.
     """
     n = len(reals)
-    size = group_size(n, D.mbstd_group or n)
-    if len(fakes) != n or group_size(2 * n, D.mbstd_group or 2 * n) != size:
+    size = group_size(n, D.mbstd_group)
+    if len(fakes) != n or group_size(2 * n, D.mbstd_group) != size:
         return D(reals, labels), D(fakes, labels)
 
     def together(*both: Tensor) -> Tensor:  # two of [N, ...] -> [size, 2, N / size, ...]
