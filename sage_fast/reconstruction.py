@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -195,10 +196,10 @@ def _fingerprint(*networks: nn.Module | None) -> str:
 def _stems(files: list[str]) -> list[str]:
     """The files without their suffixes, which name the results; two images may not differ in the suffix alone."""
     stems = [os.path.splitext(file)[0] for file in files]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
-    if twice:
-        same = [file for file, stem in zip(files, stems) if stem == twice[0]]
-        raise InputError(f"Images {' and '.join(map(repr, same))} would both be written as {twice[0]}.png; rename one.")
+    twice = min((stem for stem, count in Counter(stems).items() if count > 1), default=None)
+    if twice is not None:
+        same = [file for file, stem in zip(files, stems) if stem == twice]
+        raise InputError(f"Images {' and '.join(map(repr, same))} would both be written as {twice}.png; rename one.")
     return stems
 
 

@@ -253,7 +253,8 @@ def decode_all(
                     waiting.append(pool.submit(work, chunk))
                 while waiting and (len(waiting) > n_threads + 2 or not chunk):
                     n, found = waiting.popleft().result()
-                    done, bad = done + n, bad | found
+                    done += n
+                    bad |= found
                     if progress is not None:
                         progress(done, len(folder))
         except SmallImage as error:
