@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sage_fast.errors import InputError
 from sage_fast.models.image_encoder import ImageEncoder, on_base
+from sage_fast.models.stylegan2_layers import check_channels, check_positive, check_resolution
 from sage_fast.ops.inputs import require_floats, require_same_device
 
 __all__ = ["SLOPE", "PyramidEncoder", "conv", "trunk_layers"]
@@ -63,7 +64,11 @@ class PyramidEncoder(ImageEncoder):
         n_styles: int | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(resolution, n_latent, style_dim, n_channels, channel_base, channel_max, head_width)
+        check_resolution(resolution)
+        check_channels(n_channels)
+        sizes = {"n_latent": n_latent, "style_dim": style_dim, "channel_base": channel_base}
+        for name, size in (sizes | {"channel_max": channel_max, "head_width": head_width}).items():
+            check_positive(name, size)
         if n_iterations < 0:
             raise InputError(f"n_iterations must not be negative, got {n_iterations}.")
         self.n_styles = n_latent if n_styles is None else n_styles
@@ -197,14 +202,3 @@ def _split_styles(n_latent: int, n_levels: int) -> list[int]:
     bounds = [0, _COARSE, _MIDDLE][:n_levels] + [n_latent]
     bounds = [min(b, n_latent) for b in bounds]
     return [b - a for a, b in pairwise(bounds) if b > a]
-
-
-def _check_sizes(resolution: int, n_latent: int, style_dim: int, n_channels: int, *widths: int) -> None:
-    if not 4 <= resolution <= 1024 or resolution & (resolution - 1):
-        raise InputError(f"resolution must be a power of two from 4 to 1024, got {resolution}; choose e.g. 32 or 64.")
-    if not 1 <= n_channels <= 4:
-        raise InputError(f"n_channels must be 1 to 4, got {n_channels}.")
-    if min(n_latent, style_dim, *widths) < 1:
-        raise InputError(
-            f"the encoder's sizes must be positive, got n_latent {n_latent}, style_dim {style_dim}, {widths}."
-        )
