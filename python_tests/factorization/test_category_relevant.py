@@ -69,8 +69,10 @@ def test_fewer_components_are_the_leading_ones(relevant, codes):
 
 
 def test_from_class_embeddings_is_fit(relevant, codes):
-    other = CategoryRelevantDictionary.from_class_embeddings(class_embeddings(*codes), R)
+    given = class_embeddings(*codes).requires_grad_()
+    other = CategoryRelevantDictionary.from_class_embeddings(given, R)
     assert torch.equal(other.basis_, relevant.basis_)
+    assert not (other.basis_.requires_grad or other.class_embeddings_.requires_grad or other.leading(1).requires_grad)
     assert torch.equal(other.singular_values_, relevant.singular_values_)
 
 

@@ -47,9 +47,9 @@ class CategoryRelevantDictionary:
 
     @classmethod
     def from_class_embeddings(cls, class_embeddings: Tensor, n_components: int = 10) -> CategoryRelevantDictionary:
-        """The dictionary of given class embeddings e [S, L, D]."""
+        """The dictionary of given class embeddings e [S, L, D]. Raises as :meth:`fit`."""
         check_w_plus(class_embeddings)
-        return cls(n_components)._decompose(class_embeddings)
+        return cls(n_components)._decompose(class_embeddings.detach())
 
     def project(self, w_plus: Tensor, n_components: int | None = None) -> Tensor:
         """``B_f B_f^T w`` [N, L, D]: the category-relevant part of each latent (Eq. 17 before its mean).
