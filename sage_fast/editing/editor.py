@@ -211,7 +211,7 @@ class FewShotEditor:
         _, n_latent, style_dim = embeddings.shape
         check_w_plus(shots_w_plus, n_latent, style_dim, embeddings.dtype)
         shots = shots_w_plus.detach()
-        pool = self._all or self._pool_similar(self.similar_categories(shots))
+        pool = self._all or self._pool_similar(self._nearest(shots))
         estimates = self._estimates(shots)
         return ClassDistribution(
             class_embedding=estimates[0],
@@ -227,7 +227,7 @@ class FewShotEditor:
             alpha=self.alpha,
         )
 
-    def similar_categories(self, shots: Tensor) -> Tensor:
+    def _nearest(self, shots: Tensor) -> Tensor:
         """Labels [T] of the seen categories nearest to the shots' class embedding, nearest first."""
         query = self.relevant.coordinates(shots.mean(0, keepdim=True), self._query_rank)  # [1, L, R]
         seen, rest = self._seen.coordinates, self._seen.rest
