@@ -63,7 +63,7 @@ class Member(NamedTuple):
 
 
 def list_members(path: Path, texts: Sequence[str] = ()) -> list[Member]:
-    """The images in an archive, and with their content the files whose suffix is one of ``texts``, in stored order.
+    """The images in an archive and, of a .tar, the files whose suffix is one of ``texts`` with their content, in stored order.
 
     Raises:
         InputError: no archive, a damaged or encrypted one, or a name that points out of it.

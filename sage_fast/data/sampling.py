@@ -75,7 +75,7 @@ class EpochSampler:
         return torch.from_numpy(np.concatenate(parts))
 
     def skip(self, n_batches: int) -> None:
-        """Pass over ``n_batches`` batches, in no more time than it takes to say so."""
+        """Pass over ``n_batches`` batches, in no more time than it takes to say so; InputError where they are negative."""
         if n_batches < 0:
             raise InputError(f"n_batches must be at least 0, got {n_batches}.")
         self._advance(n_batches * self.batch)

@@ -170,7 +170,11 @@ def evaluate_sets(
 def measure(
     images: Tensor, labels: Tensor, judge: Oracle | Judge, network: str = "oracle", batch: int = 256
 ) -> Measurements:
-    """Predictions, features and factors of images, ``batch`` at a time; arguments as :func:`evaluate_sets`."""
+    """Predictions, features and factors of images, ``batch`` at a time; arguments as :func:`evaluate_sets`.
+
+    Raises:
+        InputError: images or labels of another form, or none.
+    """
     if images.ndim != 4 or labels.shape != (len(images),) or len(images) == 0:
         raise InputError(
             f"images and labels must have shapes [N, C, R, R] and [N] with N at least 1, got {list(images.shape)} and "
@@ -199,7 +203,7 @@ def as_written(images: Tensor) -> Tensor:
 
 
 def join(parts: Sequence[Measurements]) -> Measurements:
-    """Measurements of several sets as one; all by the same network."""
+    """Measurements of several sets as one; InputError unless all are by the same network."""
     if len({part.network for part in parts}) != 1:
         raise InputError(f"Measurements to join must be of one network, got {sorted({p.network for p in parts})}.")
     seen = [part.predictions for part in parts if part.predictions is not None]

@@ -39,6 +39,9 @@ class CategoryIrrelevantDictionary:
         directions: A [L, D, K]; a layer of zeros is never edited.
         groups: layers that shared one code in training, as :func:`layer_groups` gives; layers in none are not edited.
             All layers in the default groups when absent.
+
+    Raises:
+        InputError: directions of another form or not finite, or groups that do not hold layers of theirs, each at most once.
     """
 
     def __init__(self, directions: Tensor, groups: Sequence[Sequence[int]] | None = None) -> None:
@@ -97,7 +100,11 @@ class CategoryIrrelevantDictionary:
         return codes
 
     def inverse_transform(self, codes: Tensor) -> Tensor:
-        """``A n`` [N, L, D] of codes [N, L, K]: the edit that the codes stand for (Eq. 8)."""
+        """``A n`` [N, L, D] of codes [N, L, K]: the edit that the codes stand for (Eq. 8).
+
+        Raises:
+            InputError: another L or K.
+        """
         if codes.ndim != 3 or codes.shape[1:] != self.directions.shape[::2]:
             n_latent, _, k = self.directions.shape
             raise InputError(f"codes must have shape [N, {n_latent}, {k}], got {list(codes.shape)}.")
@@ -108,6 +115,9 @@ def layer_groups(n_latent: int, reading: str = "default") -> tuple[tuple[int, ..
     """Layers that share one code: 0-2, 3-6 and 7 to L - 1, clipped to L; ``"released"`` edits 0-2 and 3-5 only.
 
     The groups of [SAGE] and pSp: coarse, middle and fine styles.
+
+    Raises:
+        InputError: ``n_latent`` below 1, or an unknown reading.
     """
     _check_reading(reading)
     if n_latent < 1:

@@ -26,6 +26,9 @@ class CategoryRelevantDictionary:
         class_embeddings_: e [S, L, D].
         basis_: B_f [L, D, R], orthonormal columns in each layer, by falling singular value.
         singular_values_: [L, min(S, D)], falling.
+
+    Raises:
+        InputError: ``n_components`` below 1.
     """
 
     class_embeddings_: Tensor
@@ -67,7 +70,11 @@ class CategoryRelevantDictionary:
         return torch.einsum("ldr,nld->nlr", self.leading(n_components), w_plus)
 
     def leading(self, n_components: int | None = None) -> Tensor:
-        """The first ``n_components`` directions [L, D, n_components]; ``basis_`` when absent."""
+        """The first ``n_components`` directions [L, D, n_components]; ``basis_`` when absent.
+
+        Raises:
+            InputError: not fitted, or too many components.
+        """
         self._check_fitted()
         if n_components is None:
             return self.basis_

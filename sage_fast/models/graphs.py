@@ -32,6 +32,8 @@ class GraphedSynthesis:
         noise: ``"const"`` the stored maps, ``"none"``, or ``"counter"``, maps that depend on ``seed`` and on each sample's number,
             drawn inside the graph.
         seed: of ``"counter"``.
+    Raises:
+        InputError: a setting out of range; when called, latents of another shape, or samples without ``"counter"`` or none with it.
     """
 
     def __init__(

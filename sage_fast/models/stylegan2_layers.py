@@ -117,7 +117,7 @@ class ToRGB(nn.Module):
             self.upsample = Resample(up=2, padding=(2, 1, 2, 1))
 
     def forward(self, x: Tensor, w: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x [N, C, H, W], w [N, D], skip [N, 3, H/2, W/2] or None -> [N, 3, H, W]."""
+        """x [N, C, H, W], w [N, D], skip [N, n_channels, H / 2, W / 2] or None -> [N, n_channels, H, W]."""
         image = self.conv(x, w)[0] + self.bias  # without demodulation there is no factor
         image = image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
         return image if skip is None else image + self.upsample(skip)

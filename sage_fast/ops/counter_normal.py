@@ -28,6 +28,8 @@ def counter_normal(samples: Tensor, seed: int, stream: int, numel: int) -> Tenso
         numel: how many numbers a sample takes, at most 2^34.
     Returns:
         [N, numel] float32.
+    Raises:
+        InputError: samples of another form, or a number out of range.
     """
     require_tensor("samples", samples)
     if samples.ndim != 1 or samples.dtype != torch.int64:

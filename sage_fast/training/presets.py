@@ -138,7 +138,7 @@ def preset(
     """The preset of a name in ``NAMES``, at ``resolution`` where it has a choice, for a run that starts from ``transfer_from``.
 
     Raises:
-        InputError: an unknown name, another resolution than the preset's, or none for "auto".
+        InputError: an unknown name, another resolution than the preset's, or for "auto" none, or fewer than two images.
     """
     if name not in NAMES:
         raise InputError(f"preset must be one of {', '.join(NAMES)}, got {name!r}.")
