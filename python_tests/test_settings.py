@@ -10,7 +10,13 @@ import pytest
 from sage_fast.errors import InputError
 from sage_fast.evaluation.oracle import OracleConfig
 from sage_fast.inversion.config import ProjectionConfig
-from sage_fast.settings import check_ignored, check_numbers
+from sage_fast.settings import (
+    check_at_least_one,
+    check_ignored,
+    check_not_negative,
+    check_numbers,
+    check_positive,
+)
 from sage_fast.training.augment import AugmentConfig
 from sage_fast.training.classifier import ClassifierConfig
 from sage_fast.training.dictionary import DictionaryConfig
@@ -58,3 +64,17 @@ def test_what_has_no_effect_is_named_with_what_it_needs():
         InputError, match=r"^power = 3.0 has no effect without a bulb; give that too, or leave power out"
     ):
         check_ignored(Lamp(power=3.0), ("power", "on"), "a bulb")
+
+
+def test_numbers_that_are_too_small_are_named():
+    lamp = Lamp(power=0.0)
+    check_positive(Lamp(), "power")
+    check_not_negative(lamp, "power")
+    for check, config, wanted in (
+        (check_positive, lamp, "must be positive, got 0.0"),
+        (check_not_negative, Lamp(power=-1.0), "must not be negative, got -1.0"),
+        (check_at_least_one, Lamp(power=0.5), "must be at least 1, got 0.5"),
+    ):
+        check(Lamp(power=None), "power")
+        with pytest.raises(InputError, match=rf"^power {wanted}\.$"):
+            check(config, "on", "power")

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.profiler import profile, record_function
 
 from sage_fast.data.writers import atomic_write, check_file
-from sage_fast.errors import InputError
 from sage_fast.models.inference import choose_road, fused_network, wanted_dtype
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.ops import cuda_convolution, synthesis_cuda
+from sage_fast.settings import check_at_least_one
 
 __all__ = ["LayerTime", "ProfileConfig", "profile_synthesis", "profile_table"]
 
@@ -39,9 +39,7 @@ class ProfileConfig:
     threads: int | None = None  # None: torch's own choice
 
     def __post_init__(self) -> None:
-        for name in ("n", "rounds", "resolution", "channel_base", "channel_max", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_at_least_one(self, "n", "rounds", "resolution", "channel_base", "channel_max", "threads")
 
 
 class LayerTime(NamedTuple):

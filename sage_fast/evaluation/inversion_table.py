@@ -39,6 +39,7 @@ from sage_fast.models.perceptual import FeatureNetwork, load_perceptual, percept
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weight_deltas import synthesize
 from sage_fast.pipeline import FewShotPipeline
+from sage_fast.settings import check_at_least_one
 from sage_fast.training.classifier import ClassifierConfig, train_classifier
 
 __all__ = ["InversionRow", "InversionTableConfig", "inversion_table", "main"]
@@ -72,9 +73,7 @@ class InversionTableConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise InputError("models must name at least one bundle, got none.")
-        for name in ("n_train", "n_shots", "n_seeds", "classifier_steps", "classifier_width", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_at_least_one(self, "n_train", "n_shots", "n_seeds", "classifier_steps", "classifier_width", "batch")
         if self.n_test < 2 or self.n_edits < 2 or (self.n_categories is not None and self.n_categories < 2):
             raise InputError("n_test, n_edits and n_categories must be at least 2: some numbers are of pairs.")
         if self.n_shots > self.n_train or self.projection_steps < 0:

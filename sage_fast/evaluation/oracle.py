@@ -35,6 +35,7 @@ from sage_fast.data.images import to_float
 from sage_fast.data.writers import atomic_write, write_json
 from sage_fast.errors import InputError
 from sage_fast.models.classifiers import SmallResNet
+from sage_fast.settings import check_at_least_one
 from sage_fast.training.classifier import OptimizerConfig, seeded, train_network
 from sage_fast.training.runtime import Run
 
@@ -92,8 +93,7 @@ class OracleConfig(OptimizerConfig):
         super().__post_init__()
         if self.resolution < 16 or self.resolution & (self.resolution - 1):
             raise InputError(f"resolution must be a power of two of at least 16, got {self.resolution}.")
-        if self.width < 1:
-            raise InputError(f"width must be at least 1, got {self.width}.")
+        check_at_least_one(self, "width")
         if self.n_test < 2 or self.factor_weight < 0:
             raise InputError(
                 f"n_test must be at least 2 and factor_weight not negative, got {self.n_test} and {self.factor_weight}."

@@ -19,7 +19,7 @@ from sage_fast.data.resuming import data_fingerprint
 from sage_fast.data.sampling import EpochSampler
 from sage_fast.errors import InputError
 from sage_fast.models.classifiers import SmallResNet
-from sage_fast.settings import check_numbers
+from sage_fast.settings import check_at_least_one, check_not_negative, check_numbers, check_positive
 from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.ranks import Ranks, join_ranks
 from sage_fast.training.runtime import Run
@@ -51,12 +51,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("total_steps", "batch", "lr", "log_every", "save_every", "keep"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("weight_decay", "warmup"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        check_positive(self, "total_steps", "batch", "lr", "log_every", "save_every", "keep")
+        check_not_negative(self, "weight_decay", "warmup")
         if self.batch < 2:
             raise InputError(f"batch must be at least 2 for batch normalisation, got {self.batch}.")
         if self.precision not in PRECISIONS:
@@ -75,8 +71,7 @@ class ClassifierConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 1:
-            raise InputError(f"width must be at least 1, got {self.width}.")
+        check_at_least_one(self, "width")
 
 
 def train_classifier(

@@ -32,7 +32,7 @@ from sage_fast.factorization.category_irrelevant import (
 from sage_fast.factorization.class_embeddings import class_embeddings, residuals
 from sage_fast.models.perceptual import FeatureNetwork, perceptual_distance
 from sage_fast.models.stylegan2 import Generator
-from sage_fast.settings import check_ignored, check_numbers
+from sage_fast.settings import check_at_least_one, check_ignored, check_not_negative, check_numbers, check_positive
 from sage_fast.training.batches import to_pixels
 from sage_fast.training.feature_cache import cached_features
 from sage_fast.training.losses import pixel_mse
@@ -76,14 +76,11 @@ class DictionaryConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.n_directions is not None and self.n_directions < 1:
-            raise InputError(f"n_directions must be at least 1, got {self.n_directions}.")
-        for name in ("total_steps", "batch", "lr", "log_every", "save_every", "grid_every", "keep"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("lambda1", "lambda2", "rec_weight", "perceptual_weight", "latent_weight", "feature_cache_gb"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        check_at_least_one(self, "n_directions")
+        check_positive(self, "total_steps", "batch", "lr", "log_every", "save_every", "grid_every", "keep")
+        check_not_negative(
+            self, "lambda1", "lambda2", "rec_weight", "perceptual_weight", "latent_weight", "feature_cache_gb"
+        )
         if self.precision not in PRECISIONS:
             raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got '{self.precision}'.")
         if self.reading not in READINGS:

@@ -27,7 +27,7 @@ from sage_fast.models.hyperstyle import HyperStyle
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.models.weight_deltas import synthesize
-from sage_fast.settings import check_ignored, check_numbers
+from sage_fast.settings import check_at_least_one, check_ignored, check_not_negative, check_numbers, check_positive
 from sage_fast.training.batches import deal, to_pixels
 from sage_fast.training.encoder_steps import HyperStyleSteps, OnePassSteps, ReStyleSteps, new_encoder
 from sage_fast.training.latent_critic import E4EConfig
@@ -59,9 +59,7 @@ class HyperStyleConfig:
             raise InputError(
                 f"w_share is a share of the steps, expected more than 0 and less than 1, got {self.w_share}."
             )
-        for name in ("head_width", "rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_at_least_one(self, "head_width", "rank")
 
 
 @dataclass(frozen=True)
@@ -109,24 +107,12 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        positive = (
-            "total_steps",
-            "batch",
-            "channel_base",
-            "channel_max",
-            "head_width",
-            "lr",
-            "ema_kimg",
-            "log_every",
-            "keep",
+        check_positive(self, "total_steps", "batch", "channel_base", "channel_max", "head_width", "lr", "ema_kimg")
+        check_positive(self, "log_every", "keep", "save_every", "grid_every", "tune_lr", "r1_every")
+        check_not_negative(
+            self, "mse_weight", "perceptual_weight", "norm_weight", "identity_weight", "adversarial_weight"
         )
-        for name in (*positive, "save_every", "grid_every", "tune_lr", "r1_every"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        weights = ("mse_weight", "perceptual_weight", "norm_weight", "identity_weight", "adversarial_weight")
-        for name in (*weights, "warmup", "n_validation", "r1_gamma"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        check_not_negative(self, "warmup", "n_validation", "r1_gamma")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision must be {' or '.join(PRECISIONS)}, got '{self.precision}'.")
         if self.noise not in ("none", "const"):

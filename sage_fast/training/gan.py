@@ -25,7 +25,7 @@ from sage_fast.errors import InputError
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
 from sage_fast.models.stylegan2_layers import check_channels
 from sage_fast.ops.convolution import second_derivatives
-from sage_fast.settings import check_numbers
+from sage_fast.settings import check_at_least_one, check_not_negative, check_numbers, check_positive
 from sage_fast.training.augment import Augment, AugmentConfig
 from sage_fast.training.checkpoints import Checkpoints
 from sage_fast.training.graphed import Networks
@@ -91,26 +91,10 @@ class GANConfig:
         check_numbers(self)
         if self.batch < 2:
             raise InputError(f"batch must be at least 2 for the minibatch standard deviation, got {self.batch}.")
-        for name in (
-            "total_kimg",
-            "lr",
-            "r1_every",
-            "pl_every",
-            "log_every",
-            "save_every",
-            "grid_every",
-            "ema_kimg",
-            "keep",
-            "measure_every_kimg",
-        ):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("style_dim", "n_mapping", "channel_base", "channel_max", "accumulate", "mbstd_group"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("r1_gamma", "pl_weight", "ema_rampup", "patience"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
+        check_positive(self, "total_kimg", "lr", "r1_every", "pl_every", "log_every", "save_every", "grid_every")
+        check_positive(self, "ema_kimg", "keep", "measure_every_kimg")
+        check_at_least_one(self, "style_dim", "n_mapping", "channel_base", "channel_max", "accumulate", "mbstd_group")
+        check_not_negative(self, "r1_gamma", "pl_weight", "ema_rampup", "patience")
         for name in ("latent_avg_decay", "pl_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a share, expected 0 to 1, got {getattr(self, name)}.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from sage_fast.errors import InputError
 from sage_fast.models.latent_discriminator import LatentDiscriminator
 from sage_fast.models.stylegan2 import Generator
-from sage_fast.settings import check_numbers
+from sage_fast.settings import check_not_negative, check_numbers, check_positive
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 from sage_fast.training.updates import Guard, Update
 
@@ -37,12 +37,8 @@ class E4EConfig:
                 f"w_share and deltas_by are shares of the steps, expected 0 <= w_share <= deltas_by <= 1, got "
                 f"{self.w_share} and {self.deltas_by}."
             )
-        for name in ("delta_weight", "adversarial_weight", "r1_gamma"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("discriminator_lr", "n_layers", "r1_every"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
+        check_not_negative(self, "delta_weight", "adversarial_weight", "r1_gamma")
+        check_positive(self, "discriminator_lr", "n_layers", "r1_every")
 
 
 def stage_of(step: int, total_steps: int, n_styles: int, config: E4EConfig) -> int:
