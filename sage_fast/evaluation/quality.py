@@ -100,8 +100,7 @@ class Quality:
             raise InputError(f"subset_size must be at most the {len(reals)} held-out images, got {config.subset_size}.")
         self.config, self.network, self.labels = config, network, labels
         self.name = "oracle" if isinstance(network, Oracle) else network.name
-        parts = reals.split(config.batch)
-        self._real = torch.cat([image_features(network, as_written(part)) for part in parts]).double().cpu()
+        self._real = torch.cat([self._features(part) for part in reals.split(config.batch)])
         self._statistics, self._manifold = feature_statistics(self._real), Manifold(self._real, config.neighbours)
 
     def __call__(self, generator: Generator) -> dict[str, float]:
