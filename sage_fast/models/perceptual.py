@@ -188,11 +188,11 @@ def load_perceptual(spec: str | Path, discriminator: Discriminator | None = None
                 "'discriminator' (--perceptual FILE), or 'none'."
             )
         return DiscriminatorFeatures(discriminator)
-    if name.startswith("lpips-") and name[6:] in _LPIPS_FILES:
-        return LpipsFeatures(name[6:])
+    if name in LPIPS:
+        return LpipsFeatures(name.removeprefix("lpips-"))
     if not Path(name).is_file():
         raise InputError(
-            f"perceptual network must be 'none', 'discriminator', 'lpips-alex', 'lpips-vgg', 'lpips-squeeze' or a weights file, got "
+            f"perceptual network must be 'none', 'discriminator', {', '.join(map(repr, LPIPS))} or a weights file, got "
             f"'{name}', which is not a file."
         )
     return _from_file(Path(name))
