@@ -71,7 +71,8 @@ class ImageFolder:
     def select(self, categories: Sequence[str]) -> ImageFolder:
         """The files of ``categories`` only; labels are renumbered in sorted order."""
         names = _known(categories, self.categories, f"Folder {str(self.root)!r}")
-        number = {self.categories.index(name): new for new, name in enumerate(names)}
+        place = {name: new for new, name in enumerate(names)}
+        number = {old: place[name] for old, name in enumerate(self.categories) if name in place}
         kept = [i for i, label in enumerate(self.labels) if label in number]
         part = self.subset(kept)
         return replace(part, categories=names, labels=[number[label] for label in part.labels])
@@ -116,12 +117,10 @@ class ImageSet:
     def select(self, categories: Sequence[str]) -> ImageSet:
         """The images of ``categories`` only; labels are renumbered in sorted order."""
         names = _known(categories, self.categories, "The image set")
-        number = torch.full((len(self.categories),), -1, dtype=torch.int64)
-        for new, name in enumerate(names):
-            number[self.categories.index(name)] = new
-        index = torch.nonzero(number[self.labels] >= 0).flatten()
-        files = [self.files[i] for i in index.tolist()]
-        return ImageSet(self.images[index], number[self.labels[index]], names, files, [], self.root)
+        place = {name: new for new, name in enumerate(names)}
+        number = torch.tensor([place.get(name, -1) for name in self.categories])
+        part = self.subset(torch.nonzero(number[self.labels] >= 0).flatten())
+        return replace(part, labels=number[part.labels], categories=names)
 
 
 def scan_image_folder(folder: str | os.PathLike[str], min_categories: int = 1, flat_ok: bool = False) -> ImageFolder:
