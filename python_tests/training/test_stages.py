@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import rank_programs
 import torch
@@ -90,6 +92,13 @@ def test_ranks_refuse_together(tmp_path):
     children = start_ranks(rank_programs.command, 2, tmp_path / "words", [words])
     assert [child.wait() for child in children] == [2, 2]
     assert all("holds no trained stage 'gan'" in child.text() for child in children)
+
+
+def test_a_damaged_discriminator_is_not_taken_for_none(tmp_path, tiny_bundle):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (bundle / "discriminator.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="discriminator.safetensors' is truncated or changed"):
+        adopt_generator(bundle, tmp_path / "run")
 
 
 @pytest.mark.parametrize("at", ["write_json", "atomic_write"])

@@ -33,7 +33,7 @@ from sage_fast.models.encoder_kinds import build_encoder
 from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.perceptual import load_perceptual
 from sage_fast.models.stylegan2 import Discriminator, Generator, n_latent_of
-from sage_fast.models.weights import load_discriminator, load_generator, save_bundle
+from sage_fast.models.weights import load_discriminator, load_generator, read_index, save_bundle
 from sage_fast.training.checkpoints import read_state
 from sage_fast.training.checks import check_encoder, check_road
 from sage_fast.training.dictionary import DictionaryConfig, check_width, train_dictionary
@@ -254,7 +254,8 @@ def _given_networks(path: str | Path) -> tuple[Generator, Discriminator | None]:
     try:
         return G, load_discriminator(path)
     except InputError:  # many files hold none
-        pass
+        if (Path(path) / "bundle.json").exists() and "discriminator" in read_index(path)["networks"]:
+            raise
     try:
         return G, _load_trained(Path(path), "embed").discriminator if Path(path).is_dir() else None
     except InputError:  # a bundle without its run
