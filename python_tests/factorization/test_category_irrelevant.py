@@ -57,6 +57,14 @@ def test_inverse_of_transform_is_the_nearest_point_of_the_span():
     assert torch.einsum("ldk,nld->nlk", dictionary.directions, left).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_in_16_bits_are_those_of_float32_rounded(dtype):
+    directions, delta_w = _random(L, D, K).to(dtype), _random(7, L, D, seed=1).to(dtype)
+    codes = CategoryIrrelevantDictionary(directions).transform(delta_w)
+    wide = CategoryIrrelevantDictionary(directions.float()).transform(delta_w.float())
+    assert codes.dtype == dtype and (codes.float() - wide).abs().max() < 0.05 * wide.abs().max()
+
+
 def test_unedited_layers_get_zero_codes():
     directions = _random(L, D, K)
     directions[3] = 0

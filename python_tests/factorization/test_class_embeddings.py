@@ -76,3 +76,11 @@ def test_residuals_refuse():
         residuals(W, Y, torch.zeros(3, 2, 4))
     with pytest.raises(InputError, match="labels must be 0 to 1"):
         residuals(W, Y, torch.zeros(2, 2, 3))
+
+
+def test_latents_in_float16_whose_sum_leaves_it_are_finite():
+    w_plus = torch.full((40, 4, 512), 2.0, dtype=torch.float16)  # 163,840 in all, of at most 65,504
+    assert torch.equal(class_embeddings(w_plus, torch.arange(40) % 4), w_plus[:4])
+    w_plus[3, 1, 5] = torch.inf
+    with pytest.raises(InputError, match="not finite"):
+        class_embeddings(w_plus, torch.arange(40) % 4)

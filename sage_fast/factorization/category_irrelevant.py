@@ -74,7 +74,8 @@ class CategoryIrrelevantDictionary:
     @cached_property
     def pseudo_inverse(self) -> Tensor:
         """A+ [L, K, D], rank-revealing: singular values below max(D, K) * eps of the layer's largest count as zero."""
-        return torch.linalg.pinv(self.directions)
+        wide = torch.promote_types(self.directions.dtype, torch.float32)  # torch inverts nothing of 16 bits
+        return torch.linalg.pinv(self.directions.to(wide)).to(self.directions.dtype)
 
     def transform(self, delta_w: Tensor, class_codes: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """``A+ delta_w`` per layer: the codes of least squares, of minimal norm where A does not have full rank.

@@ -77,7 +77,8 @@ def check_w_plus(
         raise InputError(
             f"w_plus must be {dtype}, as the dictionaries are, got {w_plus.dtype}; convert it with .to({dtype})."
         )
-    if not bool(w_plus.sum().isfinite()):
+    wide = torch.float32 if w_plus.dtype == torch.float16 else None  # a sum can leave float16 where no latent does
+    if not bool(w_plus.sum(dtype=wide).isfinite()):
         raise InputError("w_plus holds values that are not finite; embed the images again.")
 
 
