@@ -290,6 +290,9 @@ def test_select_and_subset(tmp_path):
         assert few.categories == whole.categories
     assert torch.equal(images.select(["c3"]).images, images.images[9:])
     assert torch.equal(images.subset(torch.tensor([2, 1])).images, images.images[[2, 1]])
+    wanted = torch.arange(len(images)) % 2 == 1
+    for mask in (wanted, wanted.tolist()):
+        assert images.subset(mask).files == images.files[1::2] and len(images.subset(mask).images) == int(wanted.sum())
 
 
 def test_the_room_itself_imports_nothing():

@@ -70,6 +70,8 @@ def test_empty_and_non_contiguous(tmp_path):
 
 
 def test_subset():
+    mask = torch.arange(len(table())) == 5
+    assert torch.equal(table().subset(mask).w_plus, table().w_plus[5:6])
     part = table().subset(torch.tensor([5, 1]))
     assert torch.equal(part.w_plus, table().w_plus[[5, 1]])
     assert part.labels.tolist() == [2, 1]

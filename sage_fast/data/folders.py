@@ -109,8 +109,8 @@ class ImageSet:
         return len(self.files)
 
     def subset(self, indices: torch.Tensor | Sequence[int]) -> ImageSet:
-        """The images at ``indices``, in that order; ``categories`` and labels keep their numbers."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
+        """The images at ``indices`` (numbers, or a mask), in that order; ``categories`` and labels keep their numbers."""
+        index = torch.arange(len(self))[indices if torch.is_tensor(indices) else list(indices)]
         files = [self.files[i] for i in index.tolist()]
         return ImageSet(self.images[index], self.labels[index], self.categories, files, [], self.root)
 

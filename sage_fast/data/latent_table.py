@@ -62,8 +62,8 @@ class LatentTable:
         return len(self.w_plus)
 
     def subset(self, indices: torch.Tensor | Sequence[int]) -> LatentTable:
-        """The rows at ``indices``, in that order; ``categories`` and labels keep their numbers."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
+        """The rows at ``indices`` (numbers, or a mask), in that order; ``categories`` and labels keep their numbers."""
+        index = torch.arange(len(self))[indices if torch.is_tensor(indices) else list(indices)]
         files = None if self.files is None else [self.files[i] for i in index.tolist()]
         return LatentTable(self.w_plus[index], self.labels[index], self.categories, files)
 
