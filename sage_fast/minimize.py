@@ -70,7 +70,7 @@ def minimize_lbfgs(
     Args:
         objective: see :data:`Objective`.
         x: the starting points [N, P], float32 or float64.
-        steps: at most so many, in each row.
+        steps: at most so many, in each row; at least 1.
         lr: the step that a line search tries first, in units of the quasi-Newton step.
         history: how many pairs of steps and gradient changes are remembered.
         tolerance: a row has finished when its value fell by less than this share in its last ``patience`` steps.
