@@ -194,9 +194,11 @@ def test_images_that_would_share_a_name_are_refused(tiny_bundle, shots, tmp_path
     assert one_sentence(error) and not (tmp_path / "out").exists()
 
 
-def test_a_weight_of_what_is_not_there_is_refused_before_anything_is_written(tiny_bundle, shots, tmp_path):
+def test_settings_without_effect_are_refused_before_anything_is_written(tiny_bundle, shots, tmp_path):
     with pytest.raises(InputError, match="perceptual_weight = 2.0 has no effect without a perceptual network"):
         invert(tiny_bundle, shots, tmp_path / "out", projection=ProjectionConfig(perceptual_weight=2.0))
+    with pytest.raises(InputError, match="n_candidates has no effect where an encoder"):
+        invert(tiny_bundle, shots, tmp_path / "out", projection=ProjectionConfig(n_candidates=2))
     assert not (tmp_path / "out").exists()
 
 

@@ -39,12 +39,11 @@ from sage_fast.data.writers import (
     write_json,
 )
 from sage_fast.errors import InputError
-from sage_fast.inversion import Projection, ProjectionConfig, project
-from sage_fast.models.image_encoder import ImageEncoder, check_encoder
+from sage_fast.inversion import Projection, ProjectionConfig, check_settings, project
+from sage_fast.models.image_encoder import ImageEncoder
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.models.weights import load_discriminator, load_encoder, load_generator, read_index
-from sage_fast.settings import check_ignored
 
 __all__ = ["InvertConfig", "InvertSummary", "invert"]
 
@@ -123,9 +122,8 @@ def invert(
         InputError: a model, images, masks, settings or an output folder that cannot be used, or a full disk; every file
             that is there then is whole and a resumed run goes on.
     """
-    if config.perceptual == "none":
-        check_ignored(projection, ("perceptual_weight",), "a perceptual network")
     loaded = _load(model, encoder, config)
+    check_settings(projection, loaded.generator, loaded.encoder, loaded.perceptual)
     images = read_images(
         scan_image_folder(images_dir, flat_ok=True), loaded.generator.resolution, loaded.generator.n_channels
     )
@@ -173,8 +171,6 @@ def _load(path: StrPath | None, encoder_path: StrPath | None, config: InvertConf
         generator, noise = load_generator(path, device), "const"
     if encoder_path is not None:
         encoder = load_encoder(encoder_path, device)
-    if encoder is not None:
-        check_encoder(encoder, generator)
     own = load_discriminator(path) if config.perceptual == "discriminator" else None
     perceptual = load_perceptual(config.perceptual, own)
     if perceptual is not None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sage_fast.errors import InputError
 from sage_fast.inversion.config import ProjectionConfig
 from sage_fast.inversion.inputs import check_codes
 from sage_fast.models.hyperstyle import codes_of
@@ -141,10 +140,6 @@ class Objective:
         G, n = self.generator, len(self.targets.images)
         if not self.config.n_candidates:
             return G.latent_avg.expand(n, G.n_latent, -1)
-        if G.c_dim:
-            raise InputError(
-                "n_candidates needs an unconditional generator; give start, mapped with the images' labels."
-            )
         rng = torch.Generator().manual_seed(self.config.seed)
         z = torch.randn(self.config.n_candidates, G.style.z_dim, generator=rng).to(G.latent_avg)
         w = G.mapping(z)

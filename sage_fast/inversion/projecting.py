@@ -23,7 +23,7 @@ from sage_fast.models.perceptual import FeatureNetwork
 from sage_fast.models.stylegan2 import Generator
 from sage_fast.settings import check_ignored
 
-__all__ = ["Projection", "project"]
+__all__ = ["Projection", "check_settings", "project"]
 
 _RATES = {"lbfgs": 1.0, "adam": 0.1}
 _PATIENCE = {"lbfgs": 10, "adam": 50}
@@ -88,11 +88,7 @@ def project(
         InputError: images, a mask, a start or a setting that cannot be used.
     """
     config = ProjectionConfig(space=space, method=method, **settings)
-    if config.n_candidates and (encoder is not None or start is not None):
-        raise InputError("n_candidates has no effect where an encoder or a start is given; leave it out.")
-    check_networks(generator, encoder, perceptual)
-    if perceptual is None:
-        check_ignored(config, ("perceptual_weight",), "a perceptual network")
+    check_settings(config, generator, encoder, perceptual, start)
     images = check_images(images, generator)
     mask = check_mask(mask, images)
     with _frozen(generator, encoder, perceptual):
@@ -103,6 +99,23 @@ def project(
         with torch.no_grad():
             w_plus, maps, drawn = objective.draw(found.x)
     return Projection(w_plus.contiguous(), drawn, found.values, found.n_steps, found.n_evaluations, maps)
+
+
+def check_settings(
+    config: ProjectionConfig,
+    generator: Generator,
+    encoder: nn.Module | None,
+    perceptual: FeatureNetwork | None,
+    start: Tensor | None = None,
+) -> None:
+    """Raise InputError for networks and settings that :func:`project` would refuse whatever the images are."""
+    check_networks(generator, encoder, perceptual)
+    if config.n_candidates and (encoder is not None or start is not None):
+        raise InputError("n_candidates has no effect where an encoder or a start is given; leave it out.")
+    if config.n_candidates and generator.c_dim:
+        raise InputError("n_candidates needs an unconditional generator; give start, mapped with the images' labels.")
+    if perceptual is None:
+        check_ignored(config, ("perceptual_weight",), "a perceptual network")
 
 
 def _minimize(
