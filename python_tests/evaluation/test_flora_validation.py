@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -40,3 +42,14 @@ def test_what_cannot_be_measured_is_refused_at_once(tiny_bundle, tmp_path, capsy
             FloraValidationConfig(**{name: ()})
     assert main(["--model", str(tiny_bundle), "--out", str(tmp_path / "page")]) == 2
     assert "trained on flora" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_the_command_measures_every_setting_and_prints_the_page(tmp_path, capsys):
+    words = ["--n-categories", "2", "--n", "2", "--n-shots", "1", "--alphas", "1", "2", "--methods", "sage", "age"]
+    words += ["--n-components", "40", "--n-similar", "20", "--n-directions", "16"]
+    assert main([*words, "--out", str(tmp_path / "new" / "page.md")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "new" / "page.md") and "sage, diagonal: " in printed.err
+    rows = json.loads((tmp_path / "new" / "page.json").read_text())
+    assert len(rows["sage"]) == len(rows["age"]) == 2 and len(rows["inversion"]) == 1
+    assert "against 'sage'" in (tmp_path / "new" / "page.md").read_text(encoding="utf-8")

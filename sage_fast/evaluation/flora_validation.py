@@ -9,7 +9,7 @@ unseen categories of the table.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,12 @@ def hold_out(codes: LatentTable, n: int, seed: int) -> tuple[LatentTable, list[s
     return table, [codes.categories[i] for i in out]
 
 
-def flora_validation(config: FloraValidationConfig) -> Path:
+def flora_validation(config: FloraValidationConfig, progress: Callable[[str], None] | None = None) -> Path:
     """Measure every setting on held-out seen categories, write ``<out>.md`` and ``<out>.json`` and return the path of the former.
 
+    Args:
+        config: what to measure.
+        progress: called with one line after every setting.
     Raises:
         InputError: a model that cannot be read or was not trained on flora, or files that cannot be written.
     """
@@ -114,7 +117,8 @@ def flora_validation(config: FloraValidationConfig) -> Path:
             Row(config.n_shots, method, "default", alpha, "none", score(join(p), reference))
             for alpha, p in parts.items()
         ]
-        print(f"{name}: {', '.join(f'{row.scores.retention:.3f}' for row in sweeps[name])}", flush=True)
+        if progress is not None:
+            progress(f"{name}: {', '.join(f'{row.scores.retention:.3f}' for row in sweeps[name])}")
     content = {name: [row.as_dict() for row in rows] for name, rows in sweeps.items()}
     return write_page(config.out, _page(sweeps, config), content)
 
@@ -175,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = tyro.cli(FloraValidationConfig, prog="python -m sage_fast.evaluation.flora_validation", args=argv)
     try:
-        print(flora_validation(config))
+        print(flora_validation(config, progress=lambda line: print(line, file=sys.stderr, flush=True)))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
