@@ -26,9 +26,6 @@ def collectives() -> None:
         _totals(ranks)
         _normalisation(ranks)
         assert ranks.any(ranks.rank == 2) and not ranks.any(False)
-        weights = torch.full((2, 3), float(ranks.rank + 5)).t().requires_grad_()
-        ranks.broadcast([weights])
-        assert (weights == 5).all() and weights.requires_grad
         told = ranks.gather({"rank": ranks.rank, "state": torch.arange(ranks.rank)})
         assert [x["rank"] for x in told] == [0, 1, 2] and [len(x["state"]) for x in told] == [0, 1, 2]
         ran = []

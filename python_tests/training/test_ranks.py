@@ -32,7 +32,6 @@ def test_alone_nothing_is_communicated():
     assert p.grad is grad and ranks.mean(value).data_ptr() == value.data_ptr()
     assert ranks.gather(value)[0] is value and ranks.any(True) and ranks.once(lambda: 3) == 3
     assert ranks.share(4).tolist() == [0, 1, 2, 3] and ranks.generator(5).initial_seed() == 5
-    ranks.broadcast([value])
     ranks.barrier()
     ranks.close()
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -132,14 +132,6 @@ class Ranks:
         total = torch.tensor([float(flag)])
         self._all_reduce(total)
         return total.item() > 0
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors, in place, by those of rank 0."""
-        for tensor in tensors if self.world > 1 else ():
-            sent = tensor.detach().clone(memory_format=torch.contiguous_format)
-            self._wait(sent, partial(dist.broadcast, sent, 0, async_op=True))
-            with torch.no_grad():
-                tensor.copy_(sent)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, in their order, on every rank: numbers, text, tensors on the CPU, lists and dicts of these."""
