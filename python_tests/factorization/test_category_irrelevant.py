@@ -57,6 +57,11 @@ def test_inverse_of_transform_is_the_nearest_point_of_the_span():
     assert torch.einsum("ldk,nld->nlk", dictionary.directions, left).abs().max() < 1e-3
 
 
+def test_no_codes_have_nothing_in_common():
+    with pytest.raises(InputError, match="one latent at least"):
+        commonality(torch.zeros(0, L, K), torch.zeros(0, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_codes_in_16_bits_are_those_of_float32_rounded(dtype):
     directions, delta_w = _random(L, D, K).to(dtype), _random(7, L, D, seed=1).to(dtype)

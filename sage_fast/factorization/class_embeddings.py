@@ -83,7 +83,9 @@ def check_w_plus(
 
 
 def check_labels(labels: Tensor, n: int, n_classes: int | None = None) -> int:
-    """Raise InputError unless ``labels`` is int64 [n] in 0 to ``n_classes - 1``; returns the number of classes."""
+    """Raise InputError unless ``labels`` is int64 [n], n >= 1, in 0 to ``n_classes - 1``; returns the number of classes."""
+    if n == 0:
+        raise InputError("labels must name the category of one latent at least, got none; embed some images.")
     if labels.shape != (n,) or labels.dtype != torch.int64:
         raise InputError(f"labels must be int64 [{n}], one per latent, got {labels.dtype} {list(labels.shape)}.")
     low, high = int(labels.min()), int(labels.max())
