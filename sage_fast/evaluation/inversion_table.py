@@ -169,8 +169,9 @@ def _row(name: str, pipeline: FewShotPipeline, setting: _Setting, config: Invers
     inverted, _ = _rebuild(pipeline, to_float(setting.train.images), config.batch)
     accuracy, _ = _learn(to_uint8(inverted), setting.train, setting.test, config)
     edits, labels = _edit(pipeline, setting.train, config)
-    reference = measure(real, setting.numbers[setting.test.labels], setting.judge, setting.judge_name)
-    scores = score(measure(edits, setting.numbers[labels], setting.judge, setting.judge_name), reference)
+    judge = (setting.judge, setting.judge_name, config.batch)
+    reference = measure(real, setting.numbers[setting.test.labels], *judge)
+    scores = score(measure(edits, setting.numbers[labels], *judge), reference)
     network, intra = setting.perceptual, None
     if network is not None:
         intra = perceptual_diversity(edits, labels, network, config.batch)
@@ -232,7 +233,7 @@ def _learn(
         with tempfile.TemporaryDirectory() as folder:
             network = train_classifier(settings, images, train.labels, folder, len(train.categories))
         with torch.no_grad():
-            seen = torch.cat([network(to_float(x)).argmax(1) for x in test.images.split(256)])
+            seen = torch.cat([network(to_float(x)).argmax(1) for x in test.images.split(config.batch)])
         shares.append(category_retention(test.labels, seen))
         networks.append(network)
     of_categories = torch.stack(shares).mean(0)
