@@ -189,7 +189,7 @@ def train_encoder(
     """
     facts = {"data": data_fingerprint(images), "generator": generator.architecture()}
     images = images.images if isinstance(images, ImageSet) else images
-    _check_images(images, generator, config)
+    _check_images(images, generator)
     ranks = join_ranks(device)
     share = ranks.share(config.batch)
     rng = torch.Generator().manual_seed(config.seed)  # equal on all ranks
@@ -327,7 +327,7 @@ def _split(n_images: int, n_validation: int) -> tuple[Tensor, Tensor]:
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
-def _check_images(images: Tensor, generator: Generator, config: EncoderConfig) -> None:
+def _check_images(images: Tensor, generator: Generator) -> None:
     expected = (generator.n_channels, generator.resolution, generator.resolution)
     if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
         raise InputError(
