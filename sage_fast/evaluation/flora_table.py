@@ -29,7 +29,7 @@ from sage_fast.editing.editor import PRESETS
 from sage_fast.errors import InputError
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.protocol import Judge, Measurements, Scores, bootstrap_interval, join, measure, score
-from sage_fast.evaluation.report import markdown_table, percent, table, write_page
+from sage_fast.evaluation.report import markdown_table, percent, run_table, table, write_page
 from sage_fast.pipeline import FUSIONS, FewShotPipeline
 
 __all__ = ["FloraTableConfig", "Match", "Row", "flora_table", "matched_retention", "measure_rows"]
@@ -396,15 +396,7 @@ def _match_content(matches: Sequence[Match]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0, or 2 for a mistake in what was given."""
-    import tyro
-
-    config = tyro.cli(FloraTableConfig, prog="python -m sage_fast.evaluation.flora_table", args=argv)
-    try:
-        print(flora_table(config, progress=lambda line: print(line, file=sys.stderr, flush=True)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_table(flora_table, FloraTableConfig, argv)
 
 
 if __name__ == "__main__":

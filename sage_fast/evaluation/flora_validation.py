@@ -25,7 +25,7 @@ from sage_fast.errors import InputError
 from sage_fast.evaluation.flora_table import Row, matched_retention
 from sage_fast.evaluation.oracle import load_oracle
 from sage_fast.evaluation.protocol import join, measure, score
-from sage_fast.evaluation.report import markdown_table, percent, write_page
+from sage_fast.evaluation.report import markdown_table, percent, run_table, write_page
 from sage_fast.factorization.category_irrelevant import CategoryIrrelevantDictionary
 from sage_fast.factorization.category_relevant import CategoryRelevantDictionary
 from sage_fast.models.weights import load_bundle
@@ -175,15 +175,7 @@ def _page(sweeps: dict[str, list[Row]], config: FloraValidationConfig) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0, or 2 for a mistake in what was given."""
-    import tyro
-
-    config = tyro.cli(FloraValidationConfig, prog="python -m sage_fast.evaluation.flora_validation", args=argv)
-    try:
-        print(flora_validation(config, progress=lambda line: print(line, file=sys.stderr, flush=True)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_table(flora_validation, FloraValidationConfig, argv)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from sage_fast.evaluation.diversity import perceptual_diversity
 from sage_fast.evaluation.oracle import Oracle, load_oracle
 from sage_fast.evaluation.projecting import projecting
 from sage_fast.evaluation.protocol import Judge, Scores, bootstrap_interval, category_retention, measure, score
-from sage_fast.evaluation.report import markdown_table, percent, write_page
+from sage_fast.evaluation.report import markdown_table, percent, run_table, write_page
 from sage_fast.evaluation.ssim import ssim
 from sage_fast.models.classifiers import SmallResNet
 from sage_fast.models.perceptual import FeatureNetwork, load_perceptual, perceptual_distance
@@ -369,15 +369,7 @@ def _text(config: InversionTableConfig, setting: _Setting, rows: Sequence[Invers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code: 0, or 2 for a mistake in what was given."""
-    import tyro
-
-    try:
-        config = tyro.cli(InversionTableConfig, prog="python -m sage_fast.evaluation.inversion_table", args=argv)
-        print(inversion_table(config, progress=lambda line: print(line, file=sys.stderr, flush=True)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_table(inversion_table, InversionTableConfig, argv)
 
 
 if __name__ == "__main__":

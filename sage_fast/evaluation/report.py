@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,15 @@ from sage_fast.models.hyperstyle import codes_of
 from sage_fast.models.stylegan2 import Discriminator
 from sage_fast.models.weights import Bundle, load_bundle, load_discriminator, load_encoder
 
-__all__ = ["evaluate_folder", "markdown_table", "nearest_class_mean", "table", "write_page", "write_report"]
+__all__ = [
+    "evaluate_folder",
+    "markdown_table",
+    "nearest_class_mean",
+    "run_table",
+    "table",
+    "write_page",
+    "write_report",
+]
 
 StrPath = str | os.PathLike[str]
 
@@ -184,6 +193,22 @@ def write_page(out: Path, page: str, content: Any) -> Path:
     with atomic_write(f"{stem}.md") as file:
         file.write(page.encode("utf-8"))
     return Path(f"{stem}.md")
+
+
+def run_table(measure: Callable[..., Path], config: type, argv: Sequence[str] | None) -> int:
+    """The command of a table: its exit code, 0, or 2 for a mistake in what was given.
+
+    ``measure`` bears the name of its file and takes an instance of the dataclass ``config``, and ``progress``.
+    """
+    import tyro
+
+    try:
+        settings: Any = tyro.cli(config, prog=f"python -m sage_fast.evaluation.{measure.__name__}", args=argv)
+        print(measure(settings, progress=lambda line: print(line, file=sys.stderr, flush=True)))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def table(rows: Mapping[str, Scores]) -> str:
