@@ -18,12 +18,13 @@ from torch import Tensor
 
 from sage_fast.arithmetic import autocast
 from sage_fast.errors import InputError
+from sage_fast.models.discriminator import group_size
 from sage_fast.models.stylegan2 import Discriminator, Generator
 from sage_fast.ops.convolution import second_derivatives
 from sage_fast.training.losses import logistic_d, nonsaturating_g, r1_penalty
 from sage_fast.training.ranks import Ranks
 from sage_fast.training.runtime import ema_update
-from sage_fast.training.shares import group_size, logits_of_both, share_out
+from sage_fast.training.shares import logits_of_both, share_out
 from sage_fast.training.updates import Guard, Update
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def check_tunable(generator: Generator, discriminator: Discriminator | None, bat
             f"tune_generator samples the prior without labels, got networks of {generator.c_dim} classes; leave it out."
         )
     if ranks.world > 1:
-        share_out(batch, group_size(batch, discriminator.mbstd_group or batch), ranks.rank, ranks.world)
+        share_out(batch, group_size(batch, discriminator.mbstd_group), ranks.rank, ranks.world)
 
 
 def mix_codes(w_plus: Tensor, n: int, rng: torch.Generator) -> Tensor:
