@@ -744,7 +744,21 @@ def test_a_parquet_file_that_was_asked_for_once_is_kept(pipeline, tiny_shots, tm
     (out / "manifest.parquet").unlink()
     generate(pipeline, tiny_shots, out, replace(again, n=5))
     assert (out / "manifest.parquet").exists() and verify(out).problems == []
+    (out / "rose" / "rose_00001.png").write_bytes(b"")
+    assert verify(out, repair=True).problems != [] and not (out / "manifest.parquet").exists()
+    generate(pipeline, tiny_shots, out, replace(again, n=5))
+    assert (out / "manifest.parquet").exists() and verify(out).problems == []
     monkeypatch.setattr(run, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="parquet needs pyarrow"):
+    with pytest.raises(InputError, match="has a manifest.parquet, and that needs pyarrow; .* or take another output"):
         generate(pipeline, tiny_shots, out, replace(again, n=6))
     assert verify(out).problems == []
+
+
+def test_a_refused_run_asks_for_no_parquet_file(pipeline, tiny_shots, tmp_path):
+    pytest.importorskip("pyarrow")
+    out, config = tmp_path / "out", GenerateConfig(n=2)
+    generate(pipeline, tiny_shots, out, config)
+    with pytest.raises(InputError, match="seed of '.*' was 0, is 1"):
+        generate(pipeline, tiny_shots, out, replace(config, seed=1, resume=True, parquet=True))
+    generate(pipeline, tiny_shots, out, replace(config, n=3, resume=True))
+    assert not (out / "manifest.parquet").exists()

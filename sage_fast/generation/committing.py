@@ -13,17 +13,18 @@ from itertools import islice
 from typing import Any
 
 from sage_fast.errors import InputError
-from sage_fast.generation.checksums import MANIFEST, PARQUET, SUMS, write_sums
+from sage_fast.generation.checksums import MANIFEST, PARQUET, SUMS, read_sums, write_sums
 from sage_fast.generation.formats import Format, Stored
 from sage_fast.generation.plan import Plan
 from sage_fast.generation.stores import STATE, Store
 
 __all__ = [
-    "commit", "committed", "count_lines", "is_complete", "line_of", "lines_of", "part_lines", "reopen",
-    "write_manifest", "write_parquet",
+    "commit", "committed", "count_lines", "is_complete", "keep_parquet", "keeps_parquet", "line_of", "lines_of", "part_lines",
+    "reopen", "write_manifest", "write_parquet",
 ]  # fmt: skip
 
 _PARTS = f"{STATE}/parts"
+_WITH_PARQUET = f"{STATE}/parquet"
 _BLOCK = 10_000  # lines of Parquet that are in memory
 
 
@@ -54,6 +55,16 @@ def committed(store: Store, plan: Plan) -> set[int]:
     return {int(name) for name in names if name.isdigit()} & set(range(plan.n_shards))
 
 
+def keep_parquet(store: Store) -> None:
+    """Note in an output that is not complete that it is to have a Parquet file: whoever completes it may not ask for one."""
+    store.write(_WITH_PARQUET, b"")
+
+
+def keeps_parquet(store: Store) -> bool:
+    """Whether the output has a Parquet file, or is to have one."""
+    return any(store.size(name) is not None for name in (PARQUET, _WITH_PARQUET)) or PARQUET in (read_sums(store) or {})
+
+
 def reopen(format: Format, without: Collection[int] = (), plan: Plan | None = None) -> None:
     """Take back the commits of some shards; what was complete is then not.
 
@@ -74,7 +85,9 @@ def reopen(format: Format, without: Collection[int] = (), plan: Plan | None = No
             own = b"".join(islice(lines, len(old.positions(shard))))
             if shard in kept and format.separate and _is_of(own, old, shard):
                 store.write(_part(shard), own)
-        store.remove(PARQUET)
+        if keeps_parquet(store):
+            keep_parquet(store)
+            store.remove(PARQUET)
         store.remove(MANIFEST)
     else:
         for shard in committed(store, old) - kept:

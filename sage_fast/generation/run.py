@@ -35,14 +35,21 @@ from sage_fast.generation.agreeing import (
 )
 from sage_fast.generation.card import data_card, draw_sheet
 from sage_fast.generation.checksums import CARD, CONFIG, MANIFEST, PARQUET, SHEET, digest_of, read_sums, write_sums
-from sage_fast.generation.committing import committed, is_complete, write_manifest, write_parquet
+from sage_fast.generation.committing import (
+    committed,
+    is_complete,
+    keep_parquet,
+    keeps_parquet,
+    write_manifest,
+    write_parquet,
+)
 from sage_fast.generation.config import GenerateConfig
 from sage_fast.generation.drawing import Prepared
 from sage_fast.generation.formats import Format
 from sage_fast.generation.locks import alone, joined
 from sage_fast.generation.plan import Plan
 from sage_fast.generation.plan_files import read_plan
-from sage_fast.generation.stores import STATE, Store, make_state, open_store
+from sage_fast.generation.stores import STATE, Store, open_store
 from sage_fast.generation.watching import Meter
 from sage_fast.generation.writing import write_shards
 from sage_fast.pipeline import FewShotPipeline
@@ -53,8 +60,6 @@ _BATCH_PIXELS = {
     "cpu": 1 << 18,
     "cuda": 1 << 22,
 }  # of a micro-batch; a CPU gains nothing from more, but needs the memory
-
-_WITH_PARQUET = f"{STATE}/parquet"
 
 Writer = Callable[[Format, list[int], Prepared, GenerateConfig, Meter, Callable[[int], None], Callable[[], None]], None]
 """Draws, stores and commits shards; says how many images are written, and when a shard is committed."""
@@ -143,8 +148,13 @@ def open_output(
     with joined(str(store), file, folder, rank, world_size, store.empty if config.overwrite else None):
         try:
             with alone(setup):
-                _keep_parquet(store, plan, config)
+                if keeps_parquet(store):
+                    _check_parquet(
+                        plan, f"Output {str(store)!r} has a manifest.parquet, and that", "take another output"
+                    )
                 format = agree(store, pipeline, plan, encoder, config)
+                if config.parquet:
+                    keep_parquet(store)
                 take_back_missing(format, rank, world_size)
             yield format
             with alone(setup):
@@ -233,7 +243,7 @@ def check(
     if config.overwrite and world_size > 1:
         raise InputError("--overwrite does not go with several ranks, of which one would delete another's images.")
     if config.parquet:
-        _check_parquet(plan)
+        _check_parquet(plan, "parquet", "leave parquet out")
     if config.metrics is not None:
         check_file(config.metrics, "metrics")
     store = open_store(out)
@@ -252,24 +262,13 @@ def check(
         check_apart(out, {}, models)
 
 
-def _check_parquet(plan: Plan) -> None:
-    """Raise InputError where the plan's manifest cannot be a Parquet file."""
+def _check_parquet(plan: Plan, what: str, remedy: str) -> None:
+    """Raise InputError where the plan's manifest cannot be a Parquet file; ``what`` asks for one, ``remedy`` does without."""
     if find_spec("pyarrow") is None:
-        raise InputError("parquet needs pyarrow; pip install 'sage_fast[parquet]', or leave it out.")
+        raise InputError(f"{what} needs pyarrow; pip install 'sage_fast[parquet]', or {remedy}.")
     words = (word for part in plan.parts for word in (part.category, *part.shots))
     if (foreign := next((word for word in words if not _is_unicode(word)), None)) is not None:
-        raise InputError(
-            f"parquet holds text alone, and the name {foreign!r:.60} is none; rename it, or leave parquet out."
-        )
-
-
-def _keep_parquet(store: Store, plan: Plan, config: GenerateConfig) -> None:
-    """Note that the output is to have a Parquet file, as one that was asked for once: whoever completes it may not ask again."""
-    there = store.size(PARQUET) is not None or store.size(_WITH_PARQUET) is not None
-    if config.parquet or there or PARQUET in (read_sums(store) or {}):
-        _check_parquet(plan)
-        make_state(store)
-        store.write(_WITH_PARQUET, b"")
+        raise InputError(f"{what} holds text alone, and the name {foreign!r:.60} is none; rename it, or {remedy}.")
 
 
 def _is_unicode(name: str) -> bool:
@@ -351,7 +350,7 @@ def _finish(format: Format) -> None:
         sums = dict(recorded)
     elif MANIFEST not in sums:
         sums[MANIFEST] = digest_of(store, MANIFEST)
-    if store.size(_WITH_PARQUET) is not None and (PARQUET not in sums or store.size(PARQUET) is None):
+    if keeps_parquet(store) and (PARQUET not in sums or store.size(PARQUET) is None):
         write_parquet(store)
         sums[PARQUET] = digest_of(store, PARQUET)
     if sums != recorded:
