@@ -47,8 +47,8 @@ class GenerateConfig:
     n_directions: int | None = None
     batch: int | None = None  # images the generator draws at a time; None: 64, fewer of large ones
     device: str = "auto"  # "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1", ...
-    #: products of the synthesis: float32; tf32 (a GPU's) and bfloat16 are faster, and move pixels by a grey level here and there,
-    #: by a few levels
+    #: products of the synthesis: float32; or faster, tf32 (a GPU's), which moves pixels by a grey level here and there, or
+    #: bfloat16, by a few levels
     precision: str = "float32"
     #: where shots become latents: cpu, with the same bits whatever draws the images, or model: beside it, on a GPU in much less time
     inversion_device: str = "cpu"
