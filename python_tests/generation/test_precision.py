@@ -69,6 +69,26 @@ def test_a_run_in_bfloat16(tiny_bundle, tiny_shots, tmp_path, multiplied_bfloat1
             generate(tiny_bundle, tiny_shots, tmp_path / out, other)
 
 
+def test_images_of_another_arithmetic_made_again(tiny_bundle, tiny_shots, tmp_path, monkeypatch, multiplied_bfloat16):
+    generate(tiny_bundle, tiny_shots, tmp_path / "out", GenerateConfig(n=1))
+    manifest, settings = tmp_path / "out" / "manifest.jsonl", json.loads((tmp_path / "out" / "config.json").read_text())
+    line = lines(tmp_path / "out")[0]
+    last = {name: line.pop(name) for name in ("similar", "model", "version") if name in line}
+    manifest.write_text(json.dumps(line | {"sha256": "0" * 64, "precision": "tf32"} | last) + "\n")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(settings | {"precision": "tf32"}))
+    (tmp_path / "kept.jsonl").write_bytes(manifest.read_bytes())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for file in (manifest, tmp_path / "kept.jsonl"):
+        made = regenerate(file, 0, tmp_path / "0.png", tiny_bundle, tiny_shots)
+        assert not made.same and "precision" in made.other
+    low = tmp_path / "low"
+    generate(tiny_bundle, tiny_shots, low, GenerateConfig(n=1, **LOW))
+    monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda device_type: False)
+    with pytest.warns(SageFastWarning, match="does not multiply bfloat16"):
+        made = regenerate(low / "manifest.jsonl", 0, tmp_path / "1.png", tiny_bundle)
+    assert made.same or made.other == ["precision"]
+
+
 def test_float32_where_bfloat16_is_not_multiplied(tiny_bundle, tiny_shots, tmp_path, emulated_bfloat16):
     with pytest.warns(SageFastWarning, match="this processor does not multiply bfloat16") as caught:
         generate(tiny_bundle, tiny_shots, tmp_path / "low", GenerateConfig(n=2, **LOW))

@@ -76,19 +76,20 @@ def test_images_that_cannot_be_made_again(whole, pipeline, tmp_path):
     assert not list(tmp_path.glob("a.*"))
 
 
-def copied(whole, tmp_path, kind):
-    """The manifest alone, elsewhere and under another name."""
+def copied(whole, tmp_path, kind, name):
+    """The manifest alone, elsewhere and under a name."""
     if kind == "parquet":
         pytest.importorskip("pyarrow")
         make_state(open_store(whole))
         write_parquet(open_store(whole))
-    return Path(shutil.move(shutil.copy(whole / f"manifest.{kind}", tmp_path), tmp_path / f"kept.{kind}"))
+    return Path(shutil.copy(whole / f"manifest.{kind}", tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["manifest", "kept"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_an_image_of_the_manifest_alone(whole, pipeline, tiny_shots, tmp_path, kind):
+def test_an_image_of_the_manifest_alone(whole, pipeline, tiny_shots, tmp_path, kind, name):
     shutil.copytree(whole[0], tmp_path / "out")
-    manifest = copied(tmp_path / "out", tmp_path, kind)
+    manifest = copied(tmp_path / "out", tmp_path, kind, f"{name}.{kind}")
     assert regenerate(tmp_path / "out" / f"manifest.{kind}", 3, tmp_path / "3.png", pipeline).same
     for number in (0, 7, 9):
         made = regenerate(manifest, number, tmp_path / f"{number}.png", pipeline, tiny_shots)
@@ -97,10 +98,11 @@ def test_an_image_of_the_manifest_alone(whole, pipeline, tiny_shots, tmp_path, k
         assert again.same
         images = [np.asarray(Image.open(file)) for file in (made.file, again.file)]
         assert abs(images[0].astype(int) - images[1]).max() <= 1
+        assert made.same or (images[0] != images[1]).any()  # written by generate's usual encoder
     for number in (-1, 10, 10**20):
         with pytest.raises(InputError, match=f"has no line {number}"):
             regenerate(manifest, number, tmp_path / "a.png", pipeline, tiny_shots)
-    with pytest.raises(InputError, match=f"Beside '.*kept.{kind}' is no config.json.* with --shots"):
+    with pytest.raises(InputError, match=f"Beside '.*{name}.{kind}' is no config.json.* with --shots"):
         regenerate(manifest, 0, tmp_path / "a.png", pipeline)
     with pytest.raises(InputError, match="cannot be read any more"):
         regenerate(manifest, 0, tmp_path / "a.png", pipeline, tmp_path)
@@ -115,10 +117,11 @@ def test_an_image_of_the_manifest_alone(whole, pipeline, tiny_shots, tmp_path, k
     "changed",
     [{"category": "../a"}, {"category": 3}, {"shots": [1]}, {"shots": []}, {"index": -1}, {"alpha": "x"}, {"alpha": None},
      {"method": "none"}, {"preset": 4}, {"precision": "int8"}, {"seed": "s"}, {"sha256": None}, {"n_similar": 0},
-     {"fusion": None}, {"model": 1}, {"file": 1}],
+     {"fusion": None}, {"model": 1}, {"file": 1}, {"index": 1 << 70}, {"shots": [{"file": 3, "sha256": "a"}]},
+     {"shots": [{"file": "\0", "sha256": "a"}]}],
 )  # fmt: skip
 def test_a_copied_line_that_was_altered(whole, pipeline, tiny_shots, tmp_path, changed):
-    manifest = copied(whole[0], tmp_path, "jsonl")
+    manifest = copied(whole[0], tmp_path, "jsonl", "kept.jsonl")
     line = json.loads(manifest.read_text().splitlines()[0])
     manifest.write_text(json.dumps(line | changed) + "\n")
     with pytest.raises(InputError) as error:

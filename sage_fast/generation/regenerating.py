@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sage_fast import __version__
@@ -19,7 +20,7 @@ from sage_fast.arithmetic import float32_products
 from sage_fast.data.writers import atomic_write
 from sage_fast.errors import InputError
 from sage_fast.generation.agreeing import format_of, read_settings
-from sage_fast.generation.checksums import MANIFEST, PARQUET
+from sage_fast.generation.checksums import CONFIG, MANIFEST, PARQUET
 from sage_fast.generation.committing import lines_of
 from sage_fast.generation.config import IMAGES, GenerateConfig
 from sage_fast.generation.drawing import Prepared, draw_images, draw_latents
@@ -87,16 +88,17 @@ def regenerate(
         manifest: ``manifest.jsonl`` or ``manifest.parquet`` of an output, or a copy under any name with these endings.
         number: which line, from 0.
         out: the file to write; None: the image's name, in the current folder.
-        model: as for :func:`generate`; its hash must be the recorded one.
+        model: as for :func:`generate`; its hash must be the recorded one. Without a GPU it draws in float32 what was drawn in TF32.
         shots_dir: where the shots lie now; None: where they lay, by ``config.json``.
     Raises:
         InputError: no such line, one that contradicts the plan, another model, or shots that are not there or not the same.
     """
     record = _recorded(os.fspath(manifest), number, shots_dir)
     settings, line = record.settings, record.line
-    given = GenerateConfig(
-        preset=line["preset"], precision=settings["precision"], inversion_device=settings["inversion_device"]
-    )
+    precision = settings["precision"]
+    if precision == "tf32" and not torch.cuda.is_available():
+        precision = "float32"
+    given = GenerateConfig(preset=line["preset"], precision=precision, inversion_device=settings["inversion_device"])
     pipeline = load_pipeline(model, given)
     if pipeline.hash != line["model"]:
         raise InputError(
@@ -122,7 +124,7 @@ class _Record:
 def _recorded(manifest: str, number: int, shots_dir: str | os.PathLike[str] | None) -> _Record:
     folder, _, name = manifest.rpartition("/")
     store = open_store(folder or ".")
-    whole = name in (MANIFEST, PARQUET) and store.size(MANIFEST) is not None
+    whole = name in (MANIFEST, PARQUET) and all(store.size(file) is not None for file in (MANIFEST, CONFIG))
     settings = read_settings(store) if whole else None
     if settings is not None:
         format = format_of(folder or ".", writing=False)
@@ -140,7 +142,7 @@ def _recorded(manifest: str, number: int, shots_dir: str | os.PathLike[str] | No
     kind = line["file"].rpartition(".")[2]
     settings = {
         "batch": 1,
-        "encoder": None,
+        "encoder": "auto",
         "format": "safetensors" if kind == "safetensors" else "folder",
         "image": kind if kind in IMAGES else None,
         "inversion_device": "cpu",
@@ -153,9 +155,11 @@ def _recorded(manifest: str, number: int, shots_dir: str | os.PathLike[str] | No
 def _part_of(line: dict[str, Any]) -> Part | None:
     """The part of a plan that a line's image alone is; None: the line is none of generate's."""
     try:
-        if not all(isinstance(line[name], kind) for name, kind in _TYPES.items()) or line["index"] < 0:
+        if not all(isinstance(line[name], kind) for name, kind in _TYPES.items()) or not 0 <= line["index"] < 1 << 62:
             return None
         shots = [(shot["file"], shot["sha256"]) for shot in line["shots"]]
+        if not all(isinstance(word, str) and "\0" not in word for shot in shots for word in shot):
+            return None
         own: dict[str, Any] = {name: line[name] for name in ("seed", "method", "alpha", "fusion", "preset")}
         editor: dict[str, Any] = {name: line.get(name) for name in ("n_components", "n_similar", "n_directions")}
         GenerateConfig(**own, **editor, precision=line.get("precision", "float32"))
@@ -246,10 +250,12 @@ def _keep(
         file.write(data)
     if hashlib.sha256(compared).hexdigest() == line["sha256"]:
         return Regenerated(path, True, 0, 0.0, [])
-    now = {"version": __version__, "similar": about.get("similar")}
+    now = {"version": __version__, "similar": about.get("similar"), "precision": about.get("precision")}
     other = [key for key, value in now.items() if line.get(key) != value]
     if format is None:
-        return Regenerated(path, False, None, 0.0, [*other, "perhaps the encoder, which config.json names"])
+        return Regenerated(
+            path, False, None, 0.0, [*other, "perhaps what config.json names: encoder, inversion_device"]
+        )
     now = {"device": image.device.type, "encoder": encoder.name if settings["encoder"] else None}
     other += [key for key, value in now.items() if settings[key] != value]
     stored = _stored(format, number, line)
