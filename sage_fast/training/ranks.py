@@ -230,15 +230,13 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
-        total = value.detach().clone(memory_format=torch.contiguous_format)
+        total = value.clone(memory_format=torch.contiguous_format)
         ranks._all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        ctx.ranks._all_reduce(total)
-        return total, None
+        return ctx.ranks.total(grads[0]), None
 
 
 def join_ranks(device: str | torch.device = "cpu", join_seconds: float = 300.0, lost_seconds: float = 30.0) -> Ranks:

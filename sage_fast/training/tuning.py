@@ -79,8 +79,8 @@ class GeneratorTuning:
             rng: equal on all ranks.
         """
         batch, rank, world = self.config.batch, self.ranks.rank, self.ranks.world
-        n_mixed, n_prior = max(1, batch // 4), max(1, batch // 2)
-        n_rebuilt = max(0, batch - n_mixed - n_prior)
+        n_mixed, n_prior = batch // 4, batch // 2
+        n_rebuilt = batch - n_mixed - n_prior
         mixed = mix_codes(self.ranks.whole(w_plus, batch), n_mixed, rng)
         drawn = torch.cat([mixed, self._prior(n_prior, rng)])[(rank - n_rebuilt) % world :: world]
         images = self.G(torch.cat([w_plus, drawn]), noise=self.config.noise)
