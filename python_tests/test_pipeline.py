@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,31 @@ def test_seed_and_category_change_the_samples(pipeline, shots):
 def test_a_code_does_not_depend_on_the_images_embedded_with_it(pipeline, shots):
     together = pipeline.embed(shots)
     assert torch.equal(together, torch.cat([pipeline.embed(shots[i : i + 1]) for i in range(len(shots))]))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_other_weights_show_in_the_next_code(tiny_bundle, shots, monkeypatch, device):
+    """Of networks on a GPU copies invert; the device of this pipeline is said to be one."""
+    pipeline = FewShotPipeline.from_bundle(tiny_bundle)
+    monkeypatch.setattr(FewShotPipeline, "device", torch.device(device))
+    code = pipeline.embed(shots)
+    assert torch.equal(pipeline.embed(shots), code)
+    other = copy.deepcopy(pipeline.encoder)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.1)
+    first, pipeline.encoder = pipeline.encoder, other
+    changed = pipeline.embed(shots)
+    assert not torch.equal(changed, code)
+    other.load_state_dict(first.state_dict())
+    assert torch.equal(pipeline.embed(shots), code) and torch.equal(copy.deepcopy(pipeline).embed(shots), code)
+
+
+def test_a_pipeline_that_was_pickled_before_it_had_a_precision(pipeline, shots):
+    state = {k: v for k, v in vars(pipeline).items() if k not in ("precision", "inversion_device", "_copies")}
+    old = FewShotPipeline.__new__(FewShotPipeline)
+    old.__dict__.update(state)
+    assert torch.equal(old(shots, 2).images, pipeline(shots, 2).images) and old.precision == "float32"
 
 
 def test_torchs_own_random_state_is_neither_read_nor_moved(pipeline, shots):

@@ -118,6 +118,11 @@ class FewShotPipeline:
         InputError: parts of different numbers or widths of styles, or a setting that is none.
     """
 
+    # of the class, for what was pickled before these were settings
+    precision = "float32"
+    inversion_device = "cpu"
+    _copies: tuple[list[tuple[int, int]], list[Tensor], tuple[ImageEncoder, Generator]] | None = None
+
     def __init__(
         self,
         generator: Generator,
@@ -172,6 +177,9 @@ class FewShotPipeline:
             inversion_device,
         )  # fmt: skip
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copies": None}
+
     @property
     def device(self) -> torch.device:
         """Where the networks run."""
@@ -194,19 +202,23 @@ class FewShotPipeline:
         Raises:
             InputError: no images, of another size, or not scaled to [-1, 1].
         """
-        encoder, generator = self._inverting
+        encoder, generator = self._inverting()
         images = _float_images(images).to(generator.latent_avg.device)
         with one_thread():
             found = [encoder.invert(image[None], generator, self.noise) for image in images]
         offsets = torch.cat([inversion.offsets.float().cpu() for inversion in found])
         return Inversion(offsets, join_deltas([inversion.weight_deltas for inversion in found]))
 
-    @cached_property
     def _inverting(self) -> tuple[ImageEncoder, Generator]:
-        """The networks that invert: beside a GPU copies of them in memory, unless that is to do it."""
+        """The networks that invert: beside a GPU copies of them in memory, made anew for other weights, unless that is to do it."""
         if self.inversion_device == "model" or self.device.type == "cpu":
             return self.encoder, self.generator
-        return copy.deepcopy(self.encoder).cpu(), copy.deepcopy(self.generator).cpu()
+        weights = [t for network in (self.encoder, self.generator) for t in network.state_dict().values()]
+        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in weights]
+        if self._copies is None or self._copies[0] != key:  # the weights are kept so that no others come to lie there
+            copies = copy.deepcopy(self.encoder).cpu(), copy.deepcopy(self.generator).cpu()
+            self._copies = key, weights, copies
+        return self._copies[2]
 
     def adapt(self, shots: Tensor, method: str = "sage", **options: Any) -> ClassDistribution:
         """The distribution of a novel category (Eq. 15, 17-19 of [SAGE]) from its ``shots`` [K, C, R, R].
