@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import threading
 
 import pytest
 import tiny_training
@@ -108,3 +110,73 @@ def test_products_are_set_back_by_the_last(as_set):
         arithmetic.float32_products("tf32").__enter__()
     second.__exit__(None, None, None)
     assert settings() == as_set
+
+
+def test_a_setting_of_all_products_is_followed_again():
+    before = arithmetic._read_products()
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with arithmetic.float32_products():
+            assert settings() == ["ieee"] * 4
+        assert settings() == ["tf32"] * 4
+        torch.backends.fp32_precision = "ieee"
+        assert settings() == ["ieee"] * 4
+    finally:
+        torch.backends.fp32_precision = "none"
+        arithmetic._write_products(before)
+    assert arithmetic._read_products() == before
+
+
+def test_each_thread_has_one_and_gets_its_own_number_back():
+    """PyTorch's number of threads is each thread's own: one that came second computed on two, and the first stayed with one."""
+    inside, left, found = threading.Event(), threading.Event(), {}
+
+    def first():
+        torch.set_num_threads(2)
+        with arithmetic.one_thread():
+            began.start()
+            assert inside.wait(60)
+        found["first"] = torch.get_num_threads()
+        left.set()
+
+    def second():  # begins where the first has set one
+        with arithmetic.one_thread():
+            inside.set()
+            assert left.wait(60)
+            found["inside"] = torch.get_num_threads()
+        found["second"] = torch.get_num_threads()
+
+    def third():
+        torch.set_num_threads(2)
+        torch.ones(2, 2) @ torch.ones(2, 2)
+        ready.set()
+        assert entered.wait(60)
+        with arithmetic.one_thread():
+            found["third"] = torch.get_num_threads()
+        done.set()
+
+    began, before = threading.Thread(target=second), torch.get_num_threads()
+    opener = threading.Thread(target=first)
+    opener.start()
+    opener.join(60)
+    began.join(60)
+    ready, entered, done = threading.Event(), threading.Event(), threading.Event()
+    late = threading.Thread(target=third)
+    late.start()
+    assert ready.wait(60)
+    with arithmetic.one_thread():
+        entered.set()
+        assert done.wait(60)
+    late.join(60)
+    torch.set_num_threads(before)
+    assert found == {"first": 2, "inside": 1, "second": 2, "third": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_that_is_forked_inside_leaves_too():
+    before = arithmetic._read_products()
+    with arithmetic.float32_products(), arithmetic.one_thread():
+        child = os.fork()
+    if child == 0:
+        os._exit(arithmetic._read_products() != before or bool(arithmetic._with_products or arithmetic._with_one))
+    assert os.waitpid(child, 0)[1] == 0

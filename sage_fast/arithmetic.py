@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -27,7 +27,6 @@ PRECISIONS = ("float32", "bfloat16")
 DRAWING_PRECISIONS = ("float32", "tf32", "bfloat16")
 
 _CPU = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # x86 and ARM, in PyTorch's words
-_T = TypeVar("_T")
 
 
 def autocast(precision: str, device: str | torch.device, keep_copies: bool = True) -> torch.autocast:
@@ -73,40 +72,6 @@ def substitution(precision: str, device: str | torch.device) -> str | None:
     return f"{kind} does not multiply bfloat16, so what is set to it is computed in float32, which is faster here"
 
 
-class _ProcessSetting(Generic[_T]):
-    """A setting of the whole process that threads may need at the same time: the first sets it, the last sets it back."""
-
-    def __init__(self, name: str, read: Callable[[], _T], write: Callable[[_T], None]) -> None:
-        self._name, self._read, self._write = name, read, write
-        self._value: _T | None = None
-        self._begin_anew()
-        if hasattr(os, "register_at_fork"):  # a forked child has one thread of its own and none that is inside
-            os.register_at_fork(after_in_child=self._begin_anew)
-
-    def _begin_anew(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-
-    @contextmanager
-    def at(self, value: _T) -> Iterator[None]:
-        """Inside, the setting is ``value``."""
-        with self._lock:
-            if self._inside and value != self._value:
-                raise InputError(
-                    f"A run that is under way in this process has set {self._name} otherwise; wait for it, or use another process."
-                )
-            if not self._inside:
-                self._before, self._value = self._read(), value
-                self._write(value)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if not self._inside:
-                    self._write(self._before)
-
-
 class _Products(NamedTuple):
     """PyTorch's settings of float32 products, by its older words and its newer ones; None: the two contradict each other."""
 
@@ -131,41 +96,92 @@ def _read_products() -> _Products:
 
 
 def _write_products(products: _Products) -> None:
-    with (
-        warnings.catch_warnings()
-    ):  # PyTorch's, that its older words are to go; they must agree, or reading them raises
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():  # the older words must agree, or reading them raises
+        warnings.simplefilter("ignore")  # PyTorch's, that they are to go
         if products.matmul is not None and products.cudnn is not None:
             torch.set_float32_matmul_precision(products.matmul)
             torch.backends.cudnn.allow_tf32 = products.cudnn
         for part, value in zip(_parts(), products.newer):
-            part.fp32_precision = value
+            part.fp32_precision = "none"  # as torch.backends.fp32_precision says, which it then goes on following
+            if part.fp32_precision != value:
+                part.fp32_precision = value
 
 
 _PRODUCTS = {
     "float32": _Products("highest", False, ("ieee",) * 5),
     "tf32": _Products("high", True, ("tf32", "tf32", "tf32", "ieee", "ieee")),
 }
-_products = _ProcessSetting("the precision of products", _read_products, _write_products)
-_threads = _ProcessSetting("the number of threads", torch.get_num_threads, torch.set_num_threads)
+
+_lock = threading.Lock()
+_with_products: list[int] = []  # threads inside float32_products, each as often as it is
+_products = _products_before = _PRODUCTS["float32"]
+
+_with_one: list[int] = []  # threads inside one_thread, each as often as it is
+_usual = 1  # threads of a thread that is not
 
 
-def float32_products(precision: Literal["float32", "tf32"] | str = "float32") -> AbstractContextManager[None]:
+def _begin_anew() -> None:
+    """In a forked child, which has this thread alone."""
+    global _lock
+    _lock = threading.Lock()
+    for inside in (_with_products, _with_one):
+        inside[:] = [thread for thread in inside if thread == threading.get_ident()]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+@contextmanager
+def float32_products(precision: Literal["float32", "tf32"] | str = "float32") -> Iterator[None]:
     """Inside, products of float32 tensors are float32's, or on a GPU TF32's where ``precision`` is ``"tf32"``, whatever was set.
 
     PyTorch has cuDNN round the factors of convolutions to TF32 unless told otherwise, and
     ``torch.set_float32_matmul_precision`` can ask the same of matrix products, on a CPU bfloat16. These settings are the whole
-    process's: the last to leave sets them back.
+    process's: the first thread sets them, the last to leave sets them back. Afterwards convolutions on a GPU no longer follow
+    ``torch.backends.fp32_precision``, where they had PyTorch's own setting before; ``torch.backends.cudnn.conv`` sets them.
 
     Raises:
         InputError: on entering, where another thread is inside with the other precision.
     """
-    return _products.at(_PRODUCTS["tf32" if precision == "tf32" else "float32"])
+    global _products, _products_before
+    wanted, thread = _PRODUCTS["tf32" if precision == "tf32" else "float32"], threading.get_ident()
+    with _lock:
+        if _with_products and wanted != _products:
+            raise InputError(
+                "A run that is under way in this process has set the precision of products otherwise; wait for it, or use another "
+                "process."
+            )
+        if not _with_products:
+            _products, _products_before = wanted, _read_products()
+            _write_products(wanted)
+        _with_products.append(thread)
+    try:
+        yield
+    finally:
+        with _lock:
+            _with_products.remove(thread)
+            if not _with_products:
+                _write_products(_products_before)
 
 
-def one_thread() -> AbstractContextManager[None]:
+@contextmanager
+def one_thread() -> Iterator[None]:
     """What latents are computed in: convolutions and products of torch add in another order on another number of threads.
 
-    The number is the whole process's: the last to leave sets it back.
+    The number is each thread's own, but a thread begins with what another set last. So one that began while another was in here
+    has one thread without having asked for it, and leaves with as many as that other had.
     """
-    return _threads.at(1)
+    global _usual
+    thread, number = threading.get_ident(), torch.get_num_threads()
+    if number > 1 or not _with_one:
+        _usual = number
+    before = _usual
+    _with_one.append(thread)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _with_one.remove(thread)
+        if thread not in _with_one:
+            torch.set_num_threads(before)

@@ -181,7 +181,7 @@ def test_an_output_of_another_encoder_is_not_written_to(pipeline, tiny_shots, tm
 
 
 def test_torch_has_its_threads_back_however_those_that_compute_latents_overlap():
-    """The number of threads is the whole process's: whoever came second found one, and set it back to that."""
+    """Whoever came second found one, and set it back to that."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
