@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -95,3 +96,9 @@ def test_what_cannot_be_stored_is_refused(monkeypatch):
     with pytest.raises(InputError, match=r"not installed; pip install 'sage_fast\[opencv\]'"):
         choose_encoder("opencv", "png", None, 3)
     assert find_spec("PIL")
+
+
+def test_a_library_that_another_thread_is_importing_is_installed(monkeypatch):
+    pytest.importorskip("cv2")
+    monkeypatch.setattr(sys.modules["cv2"], "__spec__", None)
+    assert choose_encoder("auto", "png", None, 3).name.startswith("opencv")

@@ -72,7 +72,7 @@ def choose_encoder(
             f"Images of {counted(n_channels, 'channel')} cannot be stored as {image}; choose image {known}."
         )
     able = [name for name in _MODULES if _can(name, image, n_channels)]
-    auto = next((name for name in _AUTO if name in able and find_spec(_MODULES[name])), "pillow")
+    auto = next((name for name in _AUTO if name in able and _is_installed(name)), "pillow")
     chosen = auto if library == "auto" else library
     if chosen not in able:
         raise InputError(
@@ -82,11 +82,18 @@ def choose_encoder(
         raise InputError(
             f"encoder 'nvjpeg' needs the model on a GPU, got it on {device}; use device cuda, or choose pillow."
         )
-    if find_spec(_MODULES[chosen]) is None:
+    if not _is_installed(chosen):
         raise InputError(f"encoder '{chosen}' is not installed; pip install 'sage_fast[{chosen}]', or choose pillow.")
     if chosen == "nvjpeg":
         return _nvjpeg(quality, device)
     return {"opencv": _opencv, "simplejpeg": _simplejpeg, "pillow": _pillow}[chosen](image, quality)
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return find_spec(_MODULES[library]) is not None
+    except ValueError:  # another thread is importing it
+        return True
 
 
 def _can(library: str, image: str, n_channels: int) -> bool:
