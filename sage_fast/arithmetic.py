@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -133,8 +133,9 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def float32_products(precision: Literal["float32", "tf32"] | str = "float32") -> Iterator[None]:
-    """Inside, products of float32 tensors are float32's, or on a GPU TF32's where ``precision`` is ``"tf32"``, whatever was set.
+def float32_products(precision: str = "float32") -> Iterator[None]:
+    """Inside, products of float32 tensors are float32's, or on a GPU TF32's where ``precision`` is ``"tf32"``, whatever was set;
+    ``"bfloat16"``, of which :func:`autocast` makes products, leaves those of float32 as ``"float32"`` does.
 
     PyTorch has cuDNN round the factors of convolutions to TF32 unless told otherwise, and
     ``torch.set_float32_matmul_precision`` can ask the same of matrix products, on a CPU bfloat16. These settings are the whole

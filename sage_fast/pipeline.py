@@ -47,6 +47,7 @@ METHODS = (*EDITOR_METHODS, "inversion")
 """The editor's methods, and the plain reconstruction of the shots."""
 
 INVERSION_DEVICES = ("cpu", "model")
+"""Where shots become latents: on the CPU, or beside the networks that draw."""
 
 FUSIONS = ("none", "pixel", "frequency", "both")
 """What generated images are fused with their shot by; ``"both"`` is frequencies first, then pixels."""
@@ -108,8 +109,8 @@ class FewShotPipeline:
         preset: ``"paper"``, ``"released"`` or ``"default"``: the reading of editing and fusion.
         noise: the generator's noise the encoder was trained for, ``"none"`` or ``"const"``.
         hash: names the model in manifests.
-        precision: of the products that draw images, see :data:`sage_fast.arithmetic.DRAWING_PRECISIONS`: ``"bfloat16"`` halves the
-            time and moves pixels by a few grey levels; float32 where the device does not multiply bfloat16, with a warning.
+        precision: of the products that draw images, see :data:`sage_fast.arithmetic.DRAWING_PRECISIONS`: ``"bfloat16"`` is
+            faster and moves pixels by a few grey levels; float32 where the device does not multiply bfloat16, with a warning.
             Of ``"float32"`` and ``"tf32"`` PyTorch's settings decide, which :func:`sage_fast.generation.generate` sets. Shots are
             inverted in float32.
         inversion_device: where shots are inverted: ``"cpu"``, so that latents have the same bits whatever the device of the
